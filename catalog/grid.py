@@ -1,0 +1,211 @@
+"""The national grid: one CRS, one frame, square tiles, and one fixed lattice of blocks inside them.
+
+Tile keys count from the corner of a frame that depends on the CRS and the resolution alone, so they stay when the
+area of interest grows. Everything that depends on its block (a warp, a network) runs on the lattice, never on the
+tile, so results do not depend on the tile size (ADR 2).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyproj
+import shapely
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from shapely.geometry.base import BaseGeometry
+
+from slidecube.catalog.aoi import Aoi
+from slidecube.catalog.errors import CatalogError
+
+TILE_SIZES_PX = (512, 1024, 2048, 4096)
+BLOCK_PX = 512
+_FRAME_STEP_PX = max(TILE_SIZES_PX)
+_FRAME_MARGIN_M = 200_000.0
+_FRAME_HALF_M = 5_000_000.0  # of a CRS without an area of use: wide enough for the largest nation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """One tile of the grid: the unit of work, and one Zarr shard.
+
+    key : "r012c034", row and column counted from the frame's upper left corner
+    geobox : its pixels
+    """
+
+    key: str
+    row: int
+    col: int
+    geobox: GeoBox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileGrid:
+    """A grid of square tiles over a whole projected CRS.
+
+    crs : projected, in metres; "EPSG:32632" or any text that pyproj understands
+    resolution_m : pixel size
+    tile_px : side of a tile, one of 512, 1024, 2048, 4096
+    block_px : side of a lattice block
+    """
+
+    crs: str
+    resolution_m: float = 10.0
+    tile_px: int = 2048
+    block_px: int = BLOCK_PX
+
+    def __post_init__(self) -> None:
+        if self.tile_px not in TILE_SIZES_PX:
+            raise CatalogError(f"tile_px={self.tile_px} is not allowed; use one of {TILE_SIZES_PX}")
+        if not (math.isfinite(self.resolution_m) and self.resolution_m > 0):
+            raise CatalogError(f"resolution_m={self.resolution_m} is not allowed; it must be above 0")
+        try:
+            crs = pyproj.CRS.from_user_input(self.crs)
+        except pyproj.exceptions.CRSError:
+            raise CatalogError(
+                f"CRS {self.crs!r} is not known; name an EPSG code such as 'EPSG:32632'"
+            ) from None
+        units = {axis.unit_name for axis in crs.axis_info}
+        if not crs.is_projected or units != {"metre"}:
+            raise CatalogError(
+                f"CRS {self.crs!r} has axes in {'/'.join(sorted(units))}; the grid needs a projected CRS in metres"
+            )
+
+    @property
+    def key(self) -> str:
+        """Short name of the grid, safe as a folder name."""
+        return f"{_crs_slug(self.crs)}-{self.resolution_m:g}m-{self.tile_px}px-b{self.block_px}"
+
+    @property
+    def tile_m(self) -> float:
+        """Side of a tile in metres."""
+        return self.tile_px * self.resolution_m
+
+    @property
+    def frame(self) -> GeoBox:
+        """The pixels of the whole CRS; every array of every layer has this shape."""
+        left, bottom, right, top = _frame_bounds(self.crs, self.resolution_m)
+        shape = (round((top - bottom) / self.resolution_m), round((right - left) / self.resolution_m))
+        return GeoBox(shape, Affine(self.resolution_m, 0, left, 0, -self.resolution_m, top), self.crs)
+
+    def tile(self, row: int, col: int) -> Tile:
+        """Return the tile at a row and a column of the frame."""
+        frame = self.frame
+        rows, cols = (n // self.tile_px for n in frame.shape)
+        if not (0 <= row < rows and 0 <= col < cols):
+            raise CatalogError(f"Tile row {row}, column {col} lies outside the frame of {rows} x {cols} tiles")
+        px = self.tile_px
+        geobox = frame[row * px : (row + 1) * px, col * px : (col + 1) * px]
+        return Tile(key=f"r{row:03d}c{col:03d}", row=row, col=col, geobox=geobox)
+
+    def tile_of(self, key: str) -> Tile:
+        """Return the tile with a key."""
+        match = re.fullmatch(r"r(\d{3,})c(\d{3,})", key)
+        if match is None:
+            raise CatalogError(f"{key!r} is not a tile key; keys look like 'r012c034'")
+        return self.tile(int(match[1]), int(match[2]))
+
+    def tiles(self, aoi: Aoi) -> tuple[Tile, ...]:
+        """Return the tiles that share area with the AOI, by row, then column."""
+        return tuple(self._tiles_over(aoi.to_crs(self.crs)))
+
+    def _tiles_over(self, shape: BaseGeometry) -> Iterator[Tile]:
+        left, bottom, right, top = _frame_bounds(self.crs, self.resolution_m)
+        xmin, ymin, xmax, ymax = shape.bounds
+        if not np.all(np.isfinite([xmin, ymin, xmax, ymax])) or not shapely.box(
+            left, bottom, right, top
+        ).contains(shapely.box(xmin, ymin, xmax, ymax)):
+            raise CatalogError(
+                f"The AOI leaves the area in which CRS {self.crs!r} may be used; name another crs in [area], "
+                "or leave it out"
+            )
+        m = self.tile_m
+        rows = np.arange(math.floor((top - ymax) / m), math.floor((top - ymin) / m) + 1)
+        cols = np.arange(math.floor((xmin - left) / m), math.floor((xmax - left) / m) + 1)
+        r, c = (a.ravel() for a in np.meshgrid(rows, cols, indexing="ij"))
+        boxes = shapely.box(left + c * m, top - (r + 1) * m, left + (c + 1) * m, top - r * m)
+        shapely.prepare(shape)
+        # the interiors must meet: an AOI that only touches a tile's edge has no pixel in it
+        hit = shapely.intersects(shape, boxes) & ~shapely.touches(shape, boxes)
+        for row, col in zip(r[hit], c[hit], strict=True):
+            yield self.tile(int(row), int(col))
+
+    def offset_px(self, geobox: GeoBox) -> tuple[int, int]:
+        """Row and column in the frame of a GeoBox's first pixel; the GeoBox must lie on the grid's pixels."""
+        col, row = (~self.frame.affine) * (geobox.affine.c, geobox.affine.f)
+        return round(row), round(col)
+
+
+def choose_crs(aoi: Aoi) -> str:
+    """Choose the grid's CRS: the UTM zone when the AOI lies in one, else an equal-area projection about it.
+
+    The centre of the Lambert azimuthal equal-area is rounded to a degree, so that a slightly grown AOI keeps its grid.
+    """
+    lonlat = aoi.to_crs("EPSG:4326")
+    lon_min, lat_min, lon_max, lat_max = lonlat.bounds
+    if lon_max - lon_min > 180:  # split at the antimeridian: the centre lies on the far side
+        wrapped = shapely.transform(lonlat, lambda xy: np.where(xy[:, :1] < 0, xy + [360.0, 0.0], xy))
+        lon_min, _, lon_max, _ = wrapped.bounds
+    zone = math.floor((lon_min + 180) / 6)
+    if lon_max <= (zone + 1) * 6 - 180 and -80 <= lat_min and lat_max <= 84:
+        south = (lat_min + lat_max) / 2 < 0
+        return f"EPSG:{(32700 if south else 32600) + zone % 60 + 1}"
+    lon0 = (round((lon_min + lon_max) / 2) + 180) % 360 - 180
+    lat0 = round((lat_min + lat_max) / 2)
+    return f"+proj=laea +lat_0={lat0} +lon_0={lon0} +x_0=0 +y_0=0 +datum=WGS84 +units=m +no_defs"
+
+
+def lattice(shape: tuple[int, int], offset_px: tuple[int, int], block_px: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a window of the frame along the lattice.
+
+    shape : rows and columns of the window; offset_px : frame row and column of its first pixel.
+    Yields slices into the window, in row-major order; blocks at the edge may be partial.
+    """
+    for rows in _cuts(shape[0], offset_px[0], block_px):
+        for cols in _cuts(shape[1], offset_px[1], block_px):
+            yield rows, cols
+
+
+def _cuts(size: int, offset: int, block: int) -> list[slice]:
+    edges = [0, *range(block - offset % block, size, block), size]
+    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _crs_slug(crs: str) -> str:
+    match = re.fullmatch(r"epsg:(\d+)", crs.strip(), re.IGNORECASE)
+    if match:
+        return f"epsg{match[1]}"
+    laea = re.search(r"\+proj=laea \+lat_0=(-?\d+) \+lon_0=(-?\d+) \+x_0=0 ", crs)
+    if laea:
+        lat, lon = int(laea[1]), int(laea[2])
+        return f"laea-{'ns'[lat < 0]}{abs(lat):02d}{'ew'[lon < 0]}{abs(lon):03d}"
+    wkt = pyproj.CRS.from_user_input(crs).to_wkt()
+    import hashlib  # noqa: PLC0415
+
+    return "crs" + hashlib.blake2b(wkt.encode(), digest_size=4).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _frame_bounds(crs: str, resolution_m: float) -> tuple[float, float, float, float]:
+    """Left, bottom, right, top of the frame, on multiples of the largest tile."""
+    area = pyproj.CRS.from_user_input(crs).area_of_use
+    if area is None:
+        left = bottom = -_FRAME_HALF_M
+        right = top = _FRAME_HALF_M
+    else:
+        to = pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True)
+        left, bottom, right, top = to.transform_bounds(*area.bounds, densify_pts=41)
+        left, bottom = left - _FRAME_MARGIN_M, bottom - _FRAME_MARGIN_M
+        right, top = right + _FRAME_MARGIN_M, top + _FRAME_MARGIN_M
+    step = _FRAME_STEP_PX * resolution_m
+    return (
+        math.floor(left / step) * step,
+        math.floor(bottom / step) * step,
+        math.ceil(right / step) * step,
+        math.ceil(top / step) * step,
+    )

@@ -1,0 +1,1 @@
+"""slidecube: see the README."""
