@@ -1,0 +1,276 @@
+"""Lazy cubes from scenes, read block by block on the grid's lattice, by odc-stac.
+
+A warp depends on the block it is run for, so every read here is run for a whole block of the lattice, whatever
+window is asked for: two overlapping windows see the same pixels (ADR 2, ADR 5).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pystac
+import rasterio
+import xarray as xr
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from odc.loader import RioDriver
+from odc.loader.types import RasterLoadParams, RasterSource, ReaderSubsetSelection
+from odc.stac import load as odc_load
+
+from slidecube.catalog.errors import AssetReadError, CatalogError
+from slidecube.catalog.grid import BLOCK_PX
+from slidecube.catalog.scenes import Scene
+from slidecube.catalog.sources import asset_bands, sign_href
+
+DTYPES: Mapping[str, str] = {"SCL": "uint8", "elevation": "float32"}
+"""Band -> dtype as delivered; every other band is uint16."""
+
+NODATA: Mapping[str, float] = {"elevation": float("nan")}
+"""Band -> fill value of a loaded cube; 0 for every other band."""
+
+RESAMPLING: Mapping[str, str] = {"SCL": "nearest", "*": "bilinear"}
+"""Band -> kernel used where a band's pixels are not those of the grid (20 and 60 m bands, or another CRS)."""
+
+# odc-loader logs a failed href as it is, signature included; our error names item and asset instead
+logging.getLogger("odc.loader._rio").setLevel(logging.CRITICAL + 1)
+
+_READ_ATTEMPTS = 3
+_GDAL_OPTIONS = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_HTTP_MAX_RETRY": "5",
+    "GDAL_HTTP_RETRY_DELAY": "0.5",
+    "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
+}
+
+
+@dataclass(slots=True)
+class ReadLog:
+    """What was really read, and what could not be; filled by the readers of one process, from any thread.
+
+    read : ids of scenes of which at least one asset was opened
+    lost : (scene id, asset, reason) of each asset that failed on at least one block
+    """
+
+    read: set[str] = field(default_factory=set)
+    lost: set[tuple[str, str, str]] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_read(self, scene: str) -> None:
+        """Count a scene as read."""
+        with self._lock:
+            self.read.add(scene)
+
+    def add_lost(self, error: AssetReadError) -> None:
+        """Keep the name and the reason of a failed read."""
+        with self._lock:
+            self.lost.add((error.item, error.asset, error.reason))
+
+
+def load(
+    scenes: Iterable[Scene | dict[str, Any] | pystac.Item],
+    geobox: GeoBox,
+    bands: Sequence[str],
+    *,
+    resampling: Mapping[str, str] | None = None,
+    block_px: int = BLOCK_PX,
+    log: ReadLog | None = None,
+) -> xr.Dataset:
+    """Load scenes as one lazy cube of raw digital numbers.
+
+    scenes : Scene records, STAC items, or their dicts; one step of time each, in the order given
+    geobox : the pixels wanted; exactly these are returned
+    bands : canonical names, such as "B04", "SCL", "elevation"
+    resampling : band -> kernel, over `RESAMPLING`
+    block_px : side of the lattice's blocks; the read, and each Dask chunk, is one block with all its dates
+    log : given, a failed read leaves nodata in its block and is written down there; left out, it raises
+
+    Returns (time, y, x) uint16 a band (SCL uint8, elevation float32), 0 (NaN) = nodata, with the coordinates
+    `time` (UTC) and `scene` (item id).
+    Raises CatalogError for an unknown band or no scenes, and, when computed without a log, AssetReadError.
+    """
+    records = [_slim(scene, bands) for scene in scenes]
+    if not records:
+        raise CatalogError("No scenes to load; widen the window or raise max_cloud_pct")
+    blocks, crop = _on_lattice(geobox, block_px)
+    names = {uri: name for record in records for uri, name in record.names.items()}
+    with rasterio.Env(**_GDAL_OPTIONS):
+        cube = odc_load(
+            [record.item for record in records],
+            bands=list(bands),
+            geobox=blocks,
+            groupby="id",
+            preserve_original_order=True,
+            resampling={band: _kernel(band, resampling) for band in bands},
+            chunks={"time": -1, "y": block_px, "x": block_px},
+            driver=_NamingDriver(names, log),
+            stac_cfg={_COLLECTION: {"assets": _band_types(bands)}},
+        )
+    cube = cube.isel(y=crop[0], x=crop[1])
+    return cube.assign_coords(scene=("time", [record.id for record in records]))
+
+
+_COLLECTION = "slidecube"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    id: str
+    item: pystac.Item
+    names: dict[str, _AssetName]
+
+
+@dataclass(frozen=True, slots=True)
+class _AssetName:
+    item: str
+    asset: str
+    source: str
+
+
+def _slim(scene: Scene | dict[str, Any] | pystac.Item, bands: Sequence[str]) -> _Record:
+    """Reduce a scene to what the reader needs: the wanted assets under their canonical names."""
+    if isinstance(scene, Scene):
+        item, source, assets = scene.item, scene.source, scene.bands
+    else:
+        item = scene if isinstance(scene, dict) else scene.to_dict(transform_hrefs=False)
+        source, assets = "", asset_bands(item)
+    missing = [band for band in bands if band not in assets]
+    if missing:
+        raise CatalogError(
+            f"Item {item['id']!r} has no band {', '.join(missing)}; it has: {', '.join(sorted(assets)) or 'none'}"
+        )
+    wanted = {band: item["assets"][assets[band]] for band in bands}
+    names = {
+        _absolute(asset["href"]): _AssetName(item["id"], assets[band], source)
+        for band, asset in wanted.items()
+    }
+    keep = {k: v for k, v in item["properties"].items() if k.startswith("proj:") or k == "datetime"}
+    slim = {
+        "type": "Feature",
+        "stac_version": item.get("stac_version", "1.0.0"),
+        "stac_extensions": [e for e in item.get("stac_extensions", []) if "/projection/" in e],
+        "id": item["id"],
+        "collection": _COLLECTION,
+        "geometry": item["geometry"],
+        "bbox": item.get("bbox"),
+        "properties": {**keep, "datetime": _datetime_of(item)},
+        "links": [],
+        "assets": {
+            band: {
+                "href": _absolute(asset["href"]),
+                "type": asset.get("type", "image/tiff"),
+                "roles": ["data"],
+                **{k: v for k, v in asset.items() if k.startswith("proj:")},
+            }
+            for band, asset in wanted.items()
+        },
+    }
+    return _Record(item["id"], pystac.Item.from_dict(slim, preserve_dict=True), names)
+
+
+def _datetime_of(item: dict[str, Any]) -> str:
+    properties = item["properties"]
+    return str(properties.get("datetime") or properties.get("start_datetime") or "1970-01-01T00:00:00Z")
+
+
+def _absolute(href: str) -> str:
+    return href.removeprefix("file://")
+
+
+def _band_types(bands: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {band: {"data_type": DTYPES.get(band, "uint16"), "nodata": NODATA.get(band, 0)} for band in bands}
+
+
+def _kernel(band: str, resampling: Mapping[str, str] | None) -> str:
+    table = {**RESAMPLING, **(resampling or {})}
+    return table.get(band, table["*"])
+
+
+def _on_lattice(geobox: GeoBox, block_px: int) -> tuple[GeoBox, tuple[slice, slice]]:
+    """Grow a GeoBox to whole blocks of the lattice, and say where it lies in the grown one.
+
+    The lattice is anchored at the origin of the CRS (the corner of every frame lies on it). A GeoBox whose pixels do
+    not fall on multiples of its resolution has no place on the lattice: its own corner is the anchor.
+    """
+    a = geobox.affine
+    row, col = -a.f / abs(a.e), a.c / a.a
+    aligned = a.b == a.d == 0 and a.a > 0 > a.e and all(abs(v - round(v)) < 1e-6 for v in (row, col))
+    before = (round(row) % block_px, round(col) % block_px) if aligned else (0, 0)
+    shape = tuple(-(-(n + b) // block_px) * block_px for n, b in zip(geobox.shape, before, strict=True))
+    grown = GeoBox(shape, a * Affine.translation(-before[1], -before[0]), geobox.crs)
+    crop = tuple(slice(b, b + n) for n, b in zip(geobox.shape, before, strict=True))
+    return grown, (crop[0], crop[1])
+
+
+class _NamingDriver(RioDriver):
+    """odc-loader's rasterio driver that signs hrefs when they are read and names item and asset when that fails."""
+
+    def __init__(self, names: Mapping[str, _AssetName], log: ReadLog | None) -> None:
+        super().__init__()
+        self._names = names
+        self._log = log
+
+    def open(self, src: RasterSource, ctx: Any) -> _NamingReader:
+        return _NamingReader(super().open, src, ctx, self._names[src.uri], self._log)
+
+
+class _NamingReader:
+    """Reader of one asset; see `_NamingDriver`."""
+
+    def __init__(
+        self, opener: Callable[..., Any], src: RasterSource, ctx: Any, name: _AssetName, log: ReadLog | None
+    ) -> None:
+        self._opener, self._src, self._ctx, self._name, self._log = opener, src, ctx, name, log
+
+    def read(
+        self,
+        cfg: RasterLoadParams,
+        dst_geobox: GeoBox,
+        *,
+        dst: np.ndarray | None = None,
+        selection: ReaderSubsetSelection | None = None,
+    ) -> tuple[tuple[slice, slice], np.ndarray]:
+        try:
+            found: tuple[tuple[slice, slice], np.ndarray] = self._read(cfg, dst_geobox, dst, selection)
+        except (rasterio.errors.RasterioError, OSError) as error:
+            failure = AssetReadError(self._name.item, self._name.asset, _one_line(error))
+            if self._log is None:
+                raise failure from None
+            self._log.add_lost(failure)
+            return np.s_[0:0, 0:0], np.empty((0, 0), cfg.dtype)
+        if self._log is not None:
+            self._log.add_read(self._name.item)
+        return found
+
+    def _read(
+        self,
+        cfg: RasterLoadParams,
+        geobox: GeoBox,
+        dst: np.ndarray | None,
+        selection: ReaderSubsetSelection | None,
+    ) -> Any:
+        for attempt in range(1, _READ_ATTEMPTS + 1):
+            href = sign_href(self._src.uri, self._name.source)
+            try:
+                reader = self._opener(self._src.patch(uri=href), self._ctx)
+                return reader.read(cfg, geobox, dst=dst, selection=selection)
+            except (rasterio.errors.RasterioError, OSError):
+                # a local file that is broken stays broken; a remote one may only be busy
+                if attempt == _READ_ATTEMPTS or not self._src.uri.startswith(
+                    ("http://", "https://", "s3://")
+                ):
+                    raise
+                time.sleep(0.5 * 2**attempt)
+        raise AssertionError
+
+
+def _one_line(error: Exception) -> str:
+    """Say a reader's error in one line, without query strings (they hold signatures)."""
+    cause = error.__cause__ or error
+    return re.sub(r"\?[^\s'\"]*", "", " ".join(str(cause).split()))[:300]

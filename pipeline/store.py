@@ -1,0 +1,286 @@
+"""Storage: one Zarr v3 group a layer, one array a variable over the whole frame, one shard a tile.
+
+The shard is the unit of safe writing: two writers in one shard lose pixels silently, so a write that is not exactly
+one tile is refused here and nowhere else needs to think of it (ADR 4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from odc.geo.geobox import GeoBox
+from odc.geo.xr import xr_coords
+from zarr.codecs import ZstdCodec
+
+from slidecube.catalog.grid import Tile, TileGrid
+from slidecube.pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variable:
+    """One stored raster variable.
+
+    dtype : as stored; fill : value of what was never written, and nodata; attrs : CF attributes
+    """
+
+    dtype: str
+    fill: float
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """Where a run keeps what it knows and makes.
+
+    root : folder; made when it is first written to
+    """
+
+    root: Path
+
+    @classmethod
+    def at(cls, where: str | Path) -> Workspace:
+        """Open a workspace by its address."""
+        if "://" in str(where):
+            raise PipelineError(
+                f"Workspace {str(where)!r} is not a folder; object stores are not supported yet, give a local or shared path"
+            )
+        return cls(root=Path(where).absolute())
+
+    def layer(self, grid: TileGrid, name: str) -> Path:
+        """Path of a layer's Zarr group."""
+        return self.root / "layers" / grid.key / f"{name}.zarr"
+
+    def inventory(self, name: str) -> Path:
+        """Path of an inventory's Zarr group."""
+        return self.root / "inventories" / f"{name}.zarr"
+
+    def products(self, name: str) -> Path:
+        """Folder of an inventory's products."""
+        return self.root / "products" / name
+
+    def plan(self, run: str) -> Path:
+        """Folder of a plan."""
+        return self.root / "plans" / run
+
+    def events(self, run: str) -> Path:
+        """File of a run's events, one JSON a line."""
+        return self.root / "events" / f"{run}.jsonl"
+
+    @property
+    def locks(self) -> Path:
+        """Folder of locks."""
+        return self.root / "locks"
+
+
+def create_arrays(
+    path: Path,
+    variables: Mapping[str, Variable],
+    *,
+    geobox: GeoBox,
+    tile_px: int,
+    block_px: int,
+    attrs: Mapping[str, Any],
+    leading: Mapping[str, int] | None = None,
+) -> None:
+    """Make a group's arrays where they are missing; what is there stays.
+
+    geobox : pixels that each array covers; leading : dimensions before (y, x), one chunk a step, such as epoch
+    """
+    lead = dict(leading or {})
+    group = zarr.open_group(path, mode="a", zarr_format=3)
+    group.attrs.update({**attrs, **spatial_attrs(geobox)})
+    for name, variable in variables.items():
+        if name in group:
+            continue
+        group.create_array(
+            name,
+            shape=(*lead.values(), *geobox.shape),
+            shards=(*([1] * len(lead)), tile_px, tile_px),
+            chunks=(*([1] * len(lead)), block_px, block_px),
+            dtype=variable.dtype,
+            fill_value=variable.fill,
+            compressors=[ZstdCodec(level=3, checksum=True)],
+            dimension_names=(*lead, "y", "x"),
+            attributes={**variable.attrs, "grid_mapping": "spatial_ref"},
+        )
+
+
+def spatial_attrs(geobox: GeoBox) -> dict[str, Any]:
+    """GeoZarr `spatial:` and `proj:` attributes of a GeoBox."""
+    a, crs = geobox.affine, geobox.crs
+    assert crs is not None
+    attrs: dict[str, Any] = {
+        "spatial:dimensions": ["y", "x"],
+        "spatial:transform": [a.a, a.b, a.c, a.d, a.e, a.f],
+        "spatial:shape": list(geobox.shape),
+        "spatial:bbox": list(geobox.boundingbox.bbox),
+        "proj:wkt2": crs.to_wkt(),
+    }
+    if crs.epsg is not None:
+        attrs["proj:code"] = f"EPSG:{crs.epsg}"
+    return attrs
+
+
+def geobox_of(path: Path) -> GeoBox:
+    """Pixels that a group's arrays cover."""
+    from affine import Affine  # noqa: PLC0415
+
+    attrs = zarr.open_group(path, mode="r").attrs
+    try:
+        transform, shape, wkt = attrs["spatial:transform"], attrs["spatial:shape"], attrs["proj:wkt2"]
+    except KeyError as missing:
+        raise PipelineError(f"{path} has no attribute {missing}; it is not a slidecube layer") from None
+    return GeoBox(tuple(shape), Affine(*transform), wkt)  # type: ignore[arg-type]
+
+
+def write_tile(
+    path: Path, data: Mapping[str, np.ndarray], *, at_px: tuple[int, int], leading: tuple[int, ...] = ()
+) -> dict[str, str]:
+    """Write one tile of several variables, each exactly one shard, and read it back.
+
+    data : variable -> (y, x) of the tile's shape; at_px : row and column in the array of its first pixel
+    Returns variable -> checksum of the stored bytes, "empty" where all is fill (nothing is stored then).
+    Raises PipelineError when the tile is not exactly one shard, or when the read-back differs.
+    """
+    group = zarr.open_group(path, mode="r+")
+    checksums = {}
+    for name, values in data.items():
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        _require_shard(path, name, array, values, at_px)
+        region = (
+            *leading,
+            slice(at_px[0], at_px[0] + values.shape[0]),
+            slice(at_px[1], at_px[1] + values.shape[1]),
+        )
+        array[region] = values
+        if not _same(np.asarray(array[region]), values):
+            raise PipelineError(
+                f"Read-back of {path.name}/{name} differs from what was written; check the disk"
+            )
+        checksums[name] = checksum(path, name, at_px=at_px, leading=leading, array=array)
+    return checksums
+
+
+def checksum(
+    path: Path,
+    name: str,
+    *,
+    at_px: tuple[int, int],
+    leading: tuple[int, ...] = (),
+    array: zarr.Array[Any] | None = None,
+) -> str:
+    """Checksum of a tile's stored bytes; "empty" where none are stored."""
+    array = zarr.open_group(path, mode="r")[name] if array is None else array  # type: ignore[assignment]
+    assert array is not None
+    assert array.shards is not None
+    index = [*leading, *(px // size for px, size in zip(at_px, array.shards[-2:], strict=True))]
+    file = path / name / "c" / "/".join(map(str, index))
+    try:
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    except FileNotFoundError:
+        return "empty"
+
+
+def stored_bytes(
+    path: Path,
+    names: Iterator[str] | list[str],
+    *,
+    at_px: tuple[int, int],
+    shard: int,
+    leading: tuple[int, ...] = (),
+) -> int:
+    """Bytes that a tile takes on disk."""
+    index = "/".join(map(str, [*leading, at_px[0] // shard, at_px[1] // shard]))
+    files = (path / name / "c" / index for name in names)
+    return sum(f.stat().st_size for f in files if f.exists())
+
+
+def read_window(
+    path: Path, names: list[str], *, window: tuple[slice, slice], leading: tuple[int, ...] = ()
+) -> dict[str, np.ndarray]:
+    """Read a window of several variables; what lies outside the arrays is fill.
+
+    window : rows and columns of the arrays; they may be negative or too large (a halo at the frame's edge)
+    """
+    group = zarr.open_group(path, mode="r")
+    found = {}
+    for name in names:
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        rows, cols = array.shape[-2:]
+        inner = (
+            slice(max(window[0].start, 0), max(min(window[0].stop, rows), 0)),
+            slice(max(window[1].start, 0), max(min(window[1].stop, cols), 0)),
+        )
+        out = np.full(
+            (window[0].stop - window[0].start, window[1].stop - window[1].start),
+            array.fill_value,
+            array.dtype,
+        )
+        if inner[0].start < inner[0].stop and inner[1].start < inner[1].stop:
+            at = tuple(slice(i.start - w.start, i.stop - w.start) for i, w in zip(inner, window, strict=True))
+            out[at] = array[(*leading, *inner)]
+        found[name] = out
+    return found
+
+
+def open_layer(path: Path, *, tiles: list[Tile] | None = None) -> xr.Dataset:
+    """Open a layer lazily, one Dask chunk a shard's block row, cropped to the tiles' bounding box when given.
+
+    Returns (y, x) variables as stored, with coordinates and `spatial_ref`.
+    """
+    geobox = geobox_of(path)
+    group = zarr.open_group(path, mode="r")
+    names = sorted(name for name, _ in group.arrays() if name not in {"x", "y", "spatial_ref", "epoch"})
+    roi = _bounding_roi(geobox, tiles) if tiles else np.s_[0 : geobox.shape[0], 0 : geobox.shape[1]]
+    import dask.array as da  # noqa: PLC0415
+
+    variables = {}
+    for name in names:
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        lazy = da.from_zarr(array, chunks=array.shards)[roi]
+        variables[name] = xr.Variable(("y", "x"), lazy, dict(array.attrs))
+    return xr.Dataset(variables, coords=xr_coords(geobox[roi]), attrs=dict(group.attrs))
+
+
+def remove_partials(root: Path) -> int:
+    """Remove the temporary files that a killed writer left; returns how many."""
+    removed = 0
+    for folder, _, files in os.walk(root):
+        for file in files:
+            if file.endswith(".partial"):
+                (Path(folder) / file).unlink(missing_ok=True)
+                removed += 1
+    return removed
+
+
+def _bounding_roi(geobox: GeoBox, tiles: list[Tile]) -> tuple[slice, slice]:
+    px = tiles[0].geobox.shape[0]
+    rows, cols = [t.row for t in tiles], [t.col for t in tiles]
+    assert geobox.shape[0] % px == 0
+    return np.s_[min(rows) * px : (max(rows) + 1) * px, min(cols) * px : (max(cols) + 1) * px]
+
+
+def _require_shard(
+    path: Path, name: str, array: zarr.Array[Any], values: np.ndarray, at_px: tuple[int, int]
+) -> None:
+    assert array.shards is not None
+    shard = array.shards[-2:]
+    if values.shape != shard or at_px[0] % shard[0] or at_px[1] % shard[1]:
+        raise PipelineError(
+            f"Region at {at_px} of {values.shape} does not align with shards {shard} of {path.name}/{name}"
+        )
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
