@@ -21,6 +21,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import TILE_SIZES_PX, TileGrid
 from slidecube.catalog.scenes import Window
+from slidecube.cluster.errors import ClusterError
+from slidecube.cluster.resources import load_profile
 from slidecube.pipeline.errors import PipelineError
 
 Band = Literal["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"]
@@ -160,7 +162,7 @@ class Mask(_Section):
         Field((0, 1, 3, 8, 9, 10, 11), description="a list of Sentinel-2 scene classes, 0 to 11, none twice")
     )
     dilation_px: int = Field(
-        4,
+        3,
         ge=0,
         le=100,
         description="a whole number of grid pixels, 0 to 100, by which clouds and shadows grow",
@@ -199,8 +201,9 @@ class Detect(_Section):
     min_area_m2: float | None = Field(
         None, ge=0, description="the smallest area of a landslide in square metres, 0 or more"
     )
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="a table of the model's own parameters; its card names them"
+    parameters: dict[str, float] = Field(
+        default_factory=dict,
+        description="a table of numbers, the model's own parameters; its card names them",
     )
 
 
@@ -223,7 +226,7 @@ class Output(_Section):
 class Cluster(_Section):
     """Where the work runs: settings of the machine, which never decide what is due."""
 
-    profile: Literal["threads", "dask-local"] = Field("threads", description='"threads" or "dask-local"')
+    profile: str = Field("threads", min_length=1, description="a profile's name, such as 'threads'")
     workers: int | None = Field(None, ge=1, description="a whole number of tiles in work at once, 1 or more")
     threads_per_worker: int | None = Field(
         None, ge=1, description="a whole number of threads for one tile, 1 or more"
@@ -377,6 +380,10 @@ def _check_across(path: Path, config: Config) -> None:
             TileGrid(crs=area.crs, resolution_m=area.resolution_m, tile_px=config.cube.tile_px)
         except CatalogError as error:
             raise PipelineError(f"{path}: area.crs: {error}") from None
+    try:
+        load_profile(config.cluster.profile)
+    except ClusterError as error:
+        raise PipelineError(f"{path}: cluster.profile: {error}") from None
 
 
 def _one_line(error: pydantic.ValidationError, tables: dict[str, Any]) -> str:
