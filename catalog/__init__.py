@@ -1,1 +1,1 @@
-"""slidecube: see the README."""
+"""What exists: areas, the grid, sources, scenes, and lazy cubes of them on the grid."""

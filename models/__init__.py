@@ -1,1 +1,1 @@
-"""slidecube: see the README."""
+"""What detects: cards, the zoo of detectors behind one protocol, and prediction on the grid's lattice."""

@@ -1,1 +1,44 @@
-"""slidecube: see the README."""
+"""How it flows: configuration, plan, layers, detection, mosaic, products; the only package that imports the others.
+
+    from slidecube.pipeline import load_config, plan, run, open_inventory
+
+The four names are resolved when they are first used, so that `slidecube --version` does not wait for xarray.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+_FACE = {
+    "load_config": "slidecube.pipeline.config",
+    "open_inventory": "slidecube.pipeline.store",
+    "plan": "slidecube.pipeline.plan",
+    "run": "slidecube.pipeline.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_FACE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FACE])
+
+
+class _Face(ModuleType):
+    """This package's module: here `plan` and `run` are the functions, not the submodules of the same name.
+
+    Importing a submodule binds it on its package, which would hide the function, or not, by the order of imports.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _FACE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

@@ -1,0 +1,321 @@
+"""The command line: verbs are stages.
+
+Each verb imports what it needs when it runs, so that `slidecube --version` answers at once. Errors become one line and
+an exit code in one place, `main`: 0 complete, 1 the user's error, 2 incomplete, 70 a bug, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from importlib import metadata, resources
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+COMPLETE, USER_ERROR, INCOMPLETE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+
+STAGES = ("cube", "detect", "mosaic")
+
+TomlFile = click.Path(path_type=Path)
+Folder = click.Path(path_type=Path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in args  # wherever it stands
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(
+            [arg for arg in args if arg != "--debug"], prog_name="slidecube", standalone_mode=False
+        )
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the one place where errors end
+        code, message = _verdict(error)
+        if message:
+            click.echo(f"slidecube: {message}", err=True)
+        if debug:
+            traceback.print_exception(error)
+    sys.exit(code if isinstance(code, int) else COMPLETE)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """Stop as Ctrl-C does: schedulers say SIGTERM."""
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Return the exit code of an error and its one line."""
+    from slidecube.catalog.errors import CatalogError
+    from slidecube.cluster.errors import ClusterError
+    from slidecube.models.errors import ModelError
+    from slidecube.pipeline.errors import IncompleteError, PipelineError
+
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return INTERRUPTED, "stopped; run the same command to resume"
+    if isinstance(error, IncompleteError):
+        return INCOMPLETE, _one_line(str(error))
+    if isinstance(error, CatalogError | ModelError | ClusterError | PipelineError):
+        return USER_ERROR, _one_line(str(error))
+    if isinstance(error, click.ClickException):
+        return USER_ERROR, _usage(error)
+    machine = _machine_error(error)
+    if machine is not None:
+        return machine
+    where = _write_traceback(error)
+    return BUG, _one_line(f"a bug, please report it: {type(error).__name__}: {error}; traceback in {where}")
+
+
+def _usage(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+    return _one_line(error.format_message()) + hint
+
+
+def _machine_error(error: BaseException) -> tuple[int, str] | None:
+    """Tell a full disk, a folder that cannot be written and exhausted memory from a bug."""
+    for link in _chain(error):
+        if isinstance(link, MemoryError):
+            return INCOMPLETE, "out of memory; lower workers in [cluster] or tile_px in [cube] and run again"
+        if not isinstance(link, OSError):
+            continue
+        what = f"{link.filename}: {link.strerror}" if link.filename else str(link.strerror or link)
+        if link.errno in (errno.ENOSPC, errno.EDQUOT):
+            return INCOMPLETE, f"{_one_line(what)}; free some space and run the same command to resume"
+        if link.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return USER_ERROR, f"{_one_line(what)}; name a folder that you may write to"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and its causes: libraries wrap what the system said."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")
+
+
+def _write_traceback(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="slidecube-", suffix=".txt", delete=False
+        ) as file:
+            file.write(text)
+    except OSError:
+        click.echo(text, err=True)
+        return "the lines above"
+    return file.name
+
+
+class _Group(click.Group):
+    """A group that lists its verbs in the order of the work."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs as they were declared."""
+        del ctx
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(metadata.version("slidecube"), prog_name="slidecube", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
+def cli() -> None:
+    """Map the landslides of a country from open satellite data.
+
+    Exit codes: 0 complete, 1 your error, 2 incomplete (run again to resume), 70 a bug, 130 interrupted.
+    """
+
+
+@cli.command()
+@click.argument("file", type=TomlFile, default=Path("slidecube.toml"))
+def init(file: Path) -> None:
+    """Write a commented TOML to start from."""
+    from slidecube.pipeline.errors import PipelineError
+
+    template = (
+        resources.files("slidecube.pipeline").joinpath("init_template.toml").read_text(encoding="utf-8")
+    )
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(template)
+    except FileExistsError:
+        raise PipelineError(f"{file} is there already, and is left as it is; name another file") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise PipelineError(f"{file.parent} is not a folder; make it first") from None
+    click.echo(f"wrote {file}; name your area and epochs in it, then: slidecube plan {file}")
+
+
+@cli.command()
+@click.argument("file", type=TomlFile)
+@click.option("--refresh", is_flag=True, help="Search again, even if a plan of this TOML exists.")
+def plan(file: Path, *, refresh: bool) -> None:
+    """Search and freeze the scenes; print the estimate."""
+    from slidecube.pipeline.config import load_config
+    from slidecube.pipeline.plan import plan as make_plan
+
+    click.echo(make_plan(load_config(file), refresh=refresh).summary())
+
+
+@cli.command()
+@click.argument("file", type=TomlFile)
+@click.option("--refresh", is_flag=True, help="Search again, and process what is new.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def run(file: Path, *, refresh: bool, quiet: bool) -> int:
+    """Make the whole inventory; run again to resume."""
+    return _run(file, STAGES, refresh=refresh, quiet=quiet)
+
+
+@cli.command()
+@click.argument("workspace", type=Folder)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(workspace: Path, *, as_json: bool) -> None:
+    """Tell what is done, due and failed in a workspace."""
+    from slidecube.pipeline.run import status as read_status
+
+    state = read_status(workspace)
+    click.echo(json.dumps(state, indent=2) if as_json else _status_table(state))
+
+
+@cli.command()
+@click.argument("file", type=TomlFile)
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def cube(file: Path, *, quiet: bool) -> int:
+    """Build the layers only: composites and terrain."""
+    return _run(file, ("cube",), quiet=quiet)
+
+
+@cli.command()
+@click.argument("file", type=TomlFile)
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def detect(file: Path, *, quiet: bool) -> int:
+    """Run the model over the layers that are there."""
+    return _run(file, ("detect",), quiet=quiet)
+
+
+@cli.command()
+@click.argument("file", type=TomlFile)
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def mosaic(file: Path, *, quiet: bool) -> int:
+    """Join the tiles into landslides across their edges."""
+    return _run(file, ("mosaic",), quiet=quiet)
+
+
+@cli.command()
+@click.argument("workspace", type=Folder)
+@click.argument("truth", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(workspace: Path, truth: Path, *, as_json: bool) -> None:
+    """Compare an inventory with known landslides."""
+    from slidecube.pipeline.evaluate import evaluate_workspace
+
+    result = evaluate_workspace(workspace, truth)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.summary())
+
+
+@cli.command()
+@click.argument("file", type=TomlFile)
+def publish(file: Path) -> None:
+    """Write the products: tables, GeoPackage, COGs, STAC."""
+    from slidecube.pipeline.publish import publish as write_products
+
+    from slidecube.pipeline.config import load_config
+
+    for path in write_products(load_config(file)):
+        click.echo(path)
+
+
+@cli.command()
+@click.argument("workspace", type=Folder)
+def report(workspace: Path) -> None:
+    """Write the report, an HTML page that opens offline."""
+    from slidecube.pipeline.report import write_report
+
+    click.echo(write_report(workspace))
+
+
+@cli.command()
+@click.option("--out", type=Folder, required=True, help="Folder of the simulated archive.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulation.")
+@click.option("--into", type=click.Path(path_type=Path), help="Implant the scars into this real catalogue.")
+def simulate(out: Path, *, seed: int, into: Path | None) -> None:
+    """Simulate an archive of scenes with known landslides."""
+    from slidecube.pipeline.simulate import simulate_archive
+
+    click.echo(simulate_archive(out, seed=seed, into=into))
+
+
+@cli.command()
+@click.option("--out", type=Folder, required=True, help="Folder of the demonstration.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulated archive.")
+def demo(out: Path, *, seed: int) -> int:
+    """Map a simulated archive from end to end."""
+    from slidecube.pipeline.demo import demo as run_demo
+
+    return _code(run_demo(out, seed=seed))
+
+
+@cli.command()
+def doctor() -> int:
+    """Check this machine and what is installed."""
+    from slidecube.pipeline.doctor import checks
+
+    found = list(checks())
+    for check in found:
+        click.echo(f"{check.level:<4}  {check.name:<20}  {check.text}")
+    return USER_ERROR if any(check.level == "fail" for check in found) else COMPLETE
+
+
+@cli.command()
+@click.argument("workspace", type=Folder)
+def clean(workspace: Path) -> None:
+    """Remove what no plan needs any more."""
+    from slidecube.pipeline.run import clean as remove_superseded
+
+    click.echo(remove_superseded(workspace))
+
+
+def _run(file: Path, stages: tuple[str, ...], *, refresh: bool = False, quiet: bool = False) -> int:
+    from slidecube.pipeline.run import run as run_plan
+
+    from slidecube.pipeline.config import load_config
+    from slidecube.pipeline.plan import plan as make_plan
+
+    return _code(run_plan(make_plan(load_config(file), refresh=refresh), stages=stages, progress=not quiet))
+
+
+def _code(report: Any) -> int:
+    """Exit code of a run's report."""
+    return int(report.exit_code)
+
+
+def _status_table(state: dict[str, Any]) -> str:
+    """Render `status` for people: a line a stage, then what was read and what could be seen."""
+    columns = ("done", "due", "running", "failed")
+    lines = [f"{'stage':<10}" + "".join(f"{name:>9}" for name in columns)]
+    lines += [
+        f"{stage:<10}" + "".join(f"{counts.get(name, 0):>9}" for name in columns)
+        for stage, counts in state["tiles"].items()
+    ]
+    lines.append(f"scene reads: {state['scene_reads']}")
+    lines += [f"{name}: {_plain(value)}" for name, value in state.get("observability", {}).items()]
+    lines += [f"failed: {item}" for item in state.get("failures", [])]
+    return os.linesep.join(lines)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.1%}" if isinstance(value, float) else str(value)
