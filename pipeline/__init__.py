@@ -31,7 +31,7 @@ def __dir__() -> list[str]:
 
 
 class _Face(ModuleType):
-    """This package's module: here `plan` and `run` are the functions, not the submodules of the same name.
+    """The package's module, in which `plan` and `run` are the functions, not the submodules of the same name.
 
     Importing a submodule binds it on its package, which would hide the function, or not, by the order of imports.
     """

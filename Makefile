@@ -1,0 +1,76 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a machine that has only python3 (>= 3.11).
+# The second time they start at once: set-up runs again only when pyproject.toml or constraints.txt changed.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= demo
+SEED ?= 0
+WORKERS ?= 2
+PYTEST_ARGS ?=
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c \
+	'import sys; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+
+.PHONY: help
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 22
+
+.PHONY: demo
+demo: $(VENV)/.core ## Simulate an archive, map it, and write a report into OUT=demo
+	@start=$$SECONDS; "$(BIN)/slidecube" demo --out "$(OUT)" --seed "$(SEED)"; \
+	echo "the demonstration took $$((SECONDS - start)) s, without the set-up"
+
+.PHONY: test
+test: $(VENV)/.dev ## Run the tests; PYTEST_ARGS="-k grid" picks some
+	@"$(BIN)/pytest" -n "$(WORKERS)" --dist loadfile $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/.dev ## Run the slow tests, too
+	@"$(BIN)/pytest" -n "$(WORKERS)" --dist loadfile -m "" $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev ## Check style, types and the import rule
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/ruff" format --check .
+	@"$(BIN)/mypy"
+	@"$(BIN)/lint-imports" --no-logo
+
+.PHONY: format
+format: $(VENV)/.dev ## Format the code
+	@"$(BIN)/ruff" check --fix .
+	@"$(BIN)/ruff" format .
+
+.PHONY: setup
+setup: $(VENV)/.dev ## Set up everything for work on slidecube
+
+.PHONY: constraints
+constraints: $(VENV)/.dev ## Compile constraints.txt anew, over all extras
+	@"$(BIN)/uv" pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
+		--no-emit-index-url --no-header --no-annotate --output-file constraints.txt > /dev/null
+
+.PHONY: clean
+clean: ## Remove the environment and what the tools left
+	@rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/uv: constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "slidecube needs Python 3.11 or newer: make PYTHON=/path/to/python3 ..." >&2; exit 1; fi
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@start=$$SECONDS; "$(PYTHON)" -m venv "$(VENV)"; \
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv; \
+	touch "$@"; echo "set-up: environment made with $$("$(BIN)/python" --version) in $$((SECONDS - start)) s"
+
+# $(1) stamp, $(2) extras
+define install
+$(VENV)/.$(1): pyproject.toml constraints.txt $(VENV)/bin/uv
+	@start=$$$$SECONDS; "$(BIN)/uv" pip install --python "$(BIN)/python" --constraint constraints.txt --editable ".$(2)"; \
+	touch "$$@"; echo "set-up: packages downloaded and installed in $$$$((SECONDS - start)) s"
+endef
+$(eval $(call install,core,))
+$(eval $(call install,dev,[dev]))
