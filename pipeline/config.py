@@ -195,8 +195,8 @@ class Detect(_Section):
     threshold: float | None = Field(
         None,
         gt=0,
-        le=1,
-        description="the probability from which a pixel counts as landslide, above 0, at most 1",
+        lt=1,
+        description="the probability from which a pixel counts as landslide, above 0, below 1",
     )
     min_area_m2: float | None = Field(
         None, ge=0, description="the smallest area of a landslide in square metres, 0 or more"
