@@ -1,0 +1,73 @@
+"""Lineage: what an inventory was made of, as the STAC item and the report tell it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+from slidecube.catalog.scenes import Window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineageScene:
+    """One scene that was read.
+
+    use : what for, "pre", "post", "dem", with the epoch's name where there are several
+    href : address of its STAC item, unsigned; "" when the catalogue gives none
+    """
+
+    id: str
+    source: str
+    datetime: dt.datetime
+    use: str
+    href: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineageEpoch:
+    """One epoch: the two windows, both ends inclusive, UTC."""
+
+    name: str
+    pre: Window
+    post: Window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """What an inventory was made of.
+
+    name : of the inventory; run : of the plan; created : when, UTC
+    grid : key of the grid
+    model : name, version, threshold, ... of the model card, in the order in which they are to be read
+    keys : name -> key ("detect", "statistics", a layer's name)
+    licences : name of the source -> licence of its data; attributions : lines that must be shown
+    simulated : True when any scene is simulated
+    """
+
+    name: str
+    run: str
+    created: dt.datetime
+    grid: str
+    epochs: tuple[LineageEpoch, ...]
+    model: Mapping[str, str | float | int]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    scenes: tuple[LineageScene, ...] = ()
+    licences: Mapping[str, str] = field(default_factory=dict)
+    attributions: tuple[str, ...] = ()
+    simulated: bool = False
+    version: str = field(default_factory=lambda: slidecube_version())  # defined below
+
+    @property
+    def model_name(self) -> str:
+        """Name and version of the model."""
+        return f"{self.model.get('name', 'unknown')}@{self.model.get('version', '?')}"
+
+
+def slidecube_version() -> str:
+    """Version of the installed program."""
+    try:
+        return version("slidecube")
+    except PackageNotFoundError:
+        return "unknown"
