@@ -1,0 +1,392 @@
+"""Search STAC catalogues for scenes: pages, retries, filters, one version of each acquisition.
+
+The only module that uses pystac-client. Items stay plain dicts; whatever a server filters is filtered here again,
+so that an API, a static catalogue and an ItemCollection give the same scenes.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import json
+import math
+import random
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pystac
+import pystac_client
+import shapely
+from pystac_client.exceptions import APIError
+from pystac_client.stac_api_io import StacApiIO
+from shapely.geometry.base import BaseGeometry
+from urllib3.util import Retry
+
+from slidecube.catalog.aoi import Aoi
+from slidecube.catalog.errors import CatalogError
+from slidecube.catalog.items import datetime_of, is_partial, mgrs_tile, normalised, scene_of
+from slidecube.catalog.local import local_items, root_of
+from slidecube.catalog.scenes import Role, Scene, Window, footprints
+from slidecube.catalog.sources import Source, asset_bands, find_source
+
+_PAGE = 100  # items a request: some gateways cut answers above 6 MB
+_MOST_VERTICES = 400  # of the area sent to a server; many refuse long requests
+_BATCH = 256  # items a footprint test
+_REASONS = ("seen", "partial", "other_collection", "outside_windows", "outside_area", "cloudy", "superseded")
+_BUSY = (429, 500, 502, 503, 504)
+_LONGEST_WAIT_S = 120
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retries:
+    """How long a server is asked again.
+
+    attempts : requests in all before giving up
+    first_s, longest_s : the waits double from the first to the longest, each with jitter
+    timeout_s : of one request
+    """
+
+    attempts: int = 6
+    first_s: float = 1.0
+    longest_s: float = 60.0
+    timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search found and what it left out.
+
+    scenes : kept, by sensing time
+    counts : items seen and left out, by reason: seen, partial, outside_windows, outside_area, cloudy, superseded
+    """
+
+    scenes: tuple[Scene, ...]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        left = ", ".join(
+            f"{n} {why.replace('_', ' ')}" for why, n in self.counts.items() if n and why != "seen"
+        )
+        return f"{len(self.scenes)} scenes of {self.counts.get('seen', 0)} items" + (
+            f" ({left})" if left else ""
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Newest:
+    """The newest scene of a provider over an area.
+
+    id : of the item; datetime : sensing time, UTC; age_days : from then to now
+    """
+
+    id: str
+    datetime: dt.datetime
+    age_days: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileScenes:
+    """The scenes of one MGRS tile in one window.
+
+    first, last : days; cloud_pct : median of the scenes' cloud cover, None where no item says it
+    """
+
+    mgrs_tile: str
+    window: Window
+    count: int
+    first: dt.date
+    last: dt.date
+    cloud_pct: float | None
+
+
+def search(
+    source: Source | str,
+    aoi: Aoi,
+    windows: Sequence[Window] | None,
+    *,
+    max_cloud_pct: float = 100.0,
+    role: Role = "optical",
+    retries: Retries | None = None,
+) -> list[Scene]:
+    """Return the scenes of a source over an area and within any of the windows, by sensing time.
+
+    source : a Source, a name in SOURCES, or the path of a local catalogue
+    windows : None or empty for data without a season, such as a DEM
+    max_cloud_pct : of the whole item; items that do not say it are kept
+    Returns [] where nothing is found; `find` also says what was left out.
+    Raises CatalogError where the catalogue is down, wrong or hostile, or where an item cannot be identified.
+    """
+    return list(find(source, aoi, windows, max_cloud_pct=max_cloud_pct, role=role, retries=retries).scenes)
+
+
+def find(
+    source: Source | str,
+    aoi: Aoi,
+    windows: Sequence[Window] | None,
+    *,
+    max_cloud_pct: float = 100.0,
+    role: Role = "optical",
+    retries: Retries | None = None,
+) -> Found:
+    """Search as `search` does, and count what was left out."""
+    where = find_source(source, kind=role) if isinstance(source, str) else source
+    wanted = _Wanted(source=where, role=role, windows=tuple(windows or ()), max_cloud_pct=max_cloud_pct)
+    counts = Counter(dict.fromkeys(_REASONS, 0))
+    scenes: dict[str, Scene] = {}
+    for scene in _near(wanted, aoi, counts, retries or Retries()):
+        scenes.setdefault(scene.id, scene)
+    kept = deduplicate(scenes.values())
+    counts["superseded"] = len(scenes) - len(kept)
+    return Found(scenes=tuple(kept), counts=dict(counts))
+
+
+def _near(wanted: _Wanted, aoi: Aoi, counts: Counter[str], retries: Retries) -> Iterator[Scene]:
+    """Yield the wanted scenes whose footprint touches the area, as the catalogue hands them out."""
+    area = aoi.to_crs("EPSG:4326")
+    shapely.prepare(area)
+    items = _items(wanted.source, area, wanted.windows, retries)
+    while batch := list(itertools.islice(items, _BATCH)):
+        scenes = list(_scenes(batch, wanted, counts))
+        if scenes:
+            hit = shapely.intersects(area, footprints(scenes))
+            counts["outside_area"] += int(np.count_nonzero(~hit))
+            yield from itertools.compress(scenes, hit.tolist())
+
+
+def deduplicate(scenes: Iterable[Scene]) -> list[Scene]:
+    """Keep the newest version of each acquisition; other datastrips of a tile are complementary and stay."""
+    best: dict[tuple[str, str], Scene] = {}
+    for scene in scenes:
+        key = (scene.role, scene.identity)
+        # the id decides between equals, so that the order of a server's pages decides nothing
+        if key not in best or (scene.version, scene.id) > (best[key].version, best[key].id):
+            best[key] = scene
+    return sorted(best.values(), key=lambda s: (s.datetime, s.identity, s.id))
+
+
+def newest_scene(
+    source: Source | str, aoi: Aoi, *, now: dt.datetime | None = None, retries: Retries | None = None
+) -> Newest | None:
+    """Return the provider's newest scene over an area, whatever its clouds, and its age; None if it has none."""
+    where = find_source(source) if isinstance(source, str) else source
+    now = now or dt.datetime.now(dt.UTC)
+    # a month first: the whole archive of a nation is a hundred thousand items
+    for start in ((now - dt.timedelta(days=30)).date(), dt.date(2015, 6, 1)):
+        window = Window(start=start, end=now.date())
+        wanted = _Wanted(source=where, role="optical", windows=(window,), max_cloud_pct=100.0)
+        scenes = _near(wanted, aoi, Counter(), retries or Retries())
+        newest = max(scenes, key=lambda s: (s.datetime, s.id), default=None)
+        if newest is not None:
+            age_days = (now - newest.datetime).total_seconds() / 86_400
+            return Newest(id=newest.id, datetime=newest.datetime, age_days=age_days)
+    return None
+
+
+def scenes_by_tile(scenes: Iterable[Scene], windows: Sequence[Window]) -> list[TileScenes]:
+    """Count the optical scenes by MGRS tile and window, in that order."""
+    groups: dict[tuple[int, str], list[Scene]] = {}
+    for scene in scenes:
+        for i, window in enumerate(windows):
+            if scene.role == "optical" and scene.datetime in window:
+                groups.setdefault((i, mgrs_tile(scene.item) or "?"), []).append(scene)
+    found = []
+    for (i, tile), members in sorted(groups.items()):
+        days = sorted(s.datetime.date() for s in members)
+        clouds = [c for s in members if (c := s.item["properties"].get("eo:cloud_cover")) is not None]
+        found.append(
+            TileScenes(
+                mgrs_tile=tile,
+                window=windows[i],
+                count=len(members),
+                first=days[0],
+                last=days[-1],
+                cloud_pct=float(np.median(clouds)) if clouds else None,
+            )
+        )
+    return found
+
+
+# --- filters that hold for every kind of catalogue ------------------------------------------------------------------
+
+_Raw = tuple[dict[str, Any], Path | None, Path | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What is asked of every item, whatever a server has filtered already."""
+
+    source: Source
+    role: Role
+    windows: tuple[Window, ...]
+    max_cloud_pct: float
+
+    def reason_against(self, item: dict[str, Any]) -> str | None:
+        if self.source.collection and item.get("collection") not in (None, "", self.source.collection):
+            return "other_collection"
+        if is_partial(item) or not asset_bands(item, self.source):
+            return "partial"
+        when = datetime_of(item)
+        if self.windows and not any(when in w for w in self.windows):
+            return "outside_windows"
+        cloud_pct = item["properties"].get("eo:cloud_cover")
+        return "cloudy" if cloud_pct is not None and cloud_pct > self.max_cloud_pct else None
+
+
+def _scenes(batch: Iterable[_Raw], wanted: _Wanted, counts: Counter[str]) -> Iterator[Scene]:
+    for item, folder, root in batch:
+        counts["seen"] += 1
+        if reason := wanted.reason_against(item):
+            counts[reason] += 1
+            continue
+        kept = normalised(item, wanted.source, folder=folder, root=root)
+        yield scene_of(kept, wanted.source, wanted.role)
+
+
+def _items(
+    source: Source, area: BaseGeometry, windows: tuple[Window, ...], retries: Retries
+) -> Iterator[_Raw]:
+    if source.is_local:
+        entry = Path(source.endpoint)
+        root = root_of(entry)
+        for item, folder in local_items(entry):
+            yield item, folder, root
+        return
+    for interval in _intervals(windows):
+        for item in _remote_items(source, area, interval, retries):
+            yield item, None, None
+
+
+def _intervals(windows: tuple[Window, ...]) -> list[str | None]:
+    """Join overlapping windows, so that nothing is asked for twice; the day after the last is the open end."""
+    if not windows:
+        return [None]
+    spans: list[list[dt.date]] = []
+    for window in sorted(windows, key=lambda w: (w.start, w.end)):
+        if spans and window.start <= spans[-1][1] + dt.timedelta(days=1):
+            spans[-1][1] = max(spans[-1][1], window.end)
+        else:
+            spans.append([window.start, window.end])
+    day = dt.timedelta(days=1)
+    return [f"{a.isoformat()}T00:00:00Z/{(b + day).isoformat()}T00:00:00Z" for a, b in spans]
+
+
+# --- a STAC API ------------------------------------------------------------------------------------------------------
+
+
+class _PatientIO(StacApiIO):
+    """pystac-client's transport, which also asks again when an answer breaks off in its middle."""
+
+    def __init__(self, retries: Retries) -> None:
+        waits = Retry(
+            total=retries.attempts - 1,
+            status_forcelist=_BUSY,
+            allowed_methods=None,  # a search is a POST that changes nothing
+            backoff_factor=retries.first_s,
+            backoff_jitter=retries.first_s,
+            backoff_max=math.ceil(retries.longest_s),
+            retry_after_max=_LONGEST_WAIT_S,
+            raise_on_status=False,
+        )
+        super().__init__(timeout=retries.timeout_s, max_retries=waits)
+        self._retries = retries
+
+    def request(self, *args: Any, **kwargs: Any) -> str:
+        for attempt in range(self._retries.attempts):
+            try:
+                return str(super().request(*args, **kwargs))
+            except APIError as error:
+                answered = getattr(error, "status_code", None) is not None
+                if answered or "Max retries" in str(error) or attempt + 1 == self._retries.attempts:
+                    raise
+                wait_s = min(self._retries.first_s * 2**attempt, self._retries.longest_s)
+                time.sleep(wait_s * random.uniform(0.5, 1.5))  # noqa: S311  # jitter, not a secret
+        raise AssertionError
+
+
+def _remote_items(
+    source: Source, area: BaseGeometry, interval: str | None, retries: Retries
+) -> Iterator[dict[str, Any]]:
+    seen: set[str] = set()
+    for page in _pages(source, area, interval, retries):
+        items = [item for item in page.get("features") or [] if isinstance(item, dict)]
+        fresh = [item for item in items if item.get("id") not in seen]
+        if items and not fresh:
+            raise CatalogError(f"Catalogue {source.endpoint} sends the same page again and again; try later")
+        seen.update(str(item.get("id")) for item in fresh)
+        yield from fresh
+
+
+def _pages(
+    source: Source, area: BaseGeometry, interval: str | None, retries: Retries
+) -> Iterator[dict[str, Any]]:
+    pages: Iterator[dict[str, Any]] | None = None
+    while True:
+        try:
+            # not around the yield: the filter of warnings would leak into whoever iterates
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of conformance classes that few servers declare right
+                pages = pages or _open_search(source, area, interval, retries)
+                page = next(pages, None)
+        except APIError as error:
+            raise CatalogError(_explained(source, error, retries)) from None
+        except (
+            json.JSONDecodeError,
+            pystac.errors.STACError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            raise CatalogError(
+                f"{source.endpoint} is not a STAC API with item search ({type(error).__name__}: {_one_line(error)}); "
+                "check the address"
+            ) from None
+        if page is None:
+            return
+        yield page
+
+
+def _open_search(
+    source: Source, area: BaseGeometry, interval: str | None, retries: Retries
+) -> Iterator[dict[str, Any]]:
+    client = pystac_client.Client.open(source.endpoint, stac_io=_PatientIO(retries))
+    found: Iterator[dict[str, Any]] = client.search(
+        collections=[source.collection],
+        intersects=shapely.geometry.mapping(_sendable(area)),
+        datetime=interval,
+        limit=_PAGE,
+    ).pages_as_dicts()
+    return found
+
+
+def _explained(source: Source, error: APIError, retries: Retries) -> str:
+    status = getattr(error, "status_code", None)
+    head = f"Catalogue {source.endpoint} (collection {source.collection!r})"
+    if status is None:
+        said = f"{head} cannot be reached after {retries.attempts} attempts: {_one_line(error)}"
+        return f"{said}; check the network, or use another source"
+    if status in _BUSY:
+        return f"{head} still answered {status} after {retries.attempts} attempts; try later, or use another source"
+    return f"{head} refused the search with status {status}: {_one_line(error)}"
+
+
+def _sendable(area: BaseGeometry) -> BaseGeometry:
+    """Return an area that covers the AOI with few vertices: coarser, never smaller; the AOI itself filters after."""
+    if shapely.get_num_coordinates(area) <= _MOST_VERTICES:
+        return area
+    world = shapely.box(-180, -90, 180, 90)
+    for tolerance_deg in (0.001, 0.01, 0.05, 0.2):
+        grown = shapely.simplify(shapely.buffer(area, 2 * tolerance_deg, quad_segs=1), tolerance_deg)
+        simple = shapely.intersection(grown, world)
+        if shapely.get_num_coordinates(simple) <= _MOST_VERTICES and shapely.covers(simple, area):
+            return simple
+    return shapely.box(*area.bounds)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

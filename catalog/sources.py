@@ -1,0 +1,583 @@
+"""Where scenes come from: one table of sources, their bands, and the radiometric offset of each item.
+
+Names follow "provider/collection". Band names are canonical (`B02`..`B12`, `SCL`, `elevation`, `VV`, `VH`); each
+source says under which asset key it keeps them, and the item itself is asked where it does not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from slidecube.catalog.errors import CatalogError, OffsetError
+from slidecube.catalog.scenes import Offset
+
+Kind = Literal["optical", "radar", "dem"]
+Signing = Literal["none", "planetary-computer", "aws-requester-pays", "cdse-s3"]
+
+# Native ground sampling distance, metres: Sentinel-2 Products Specification Document, table 1.
+BAND_RESOLUTION_M: dict[str, float] = {
+    **dict.fromkeys(("B02", "B03", "B04", "B08"), 10.0),
+    **dict.fromkeys(("B05", "B06", "B07", "B8A", "B11", "B12", "SCL"), 20.0),
+    **dict.fromkeys(("B01", "B09", "B10"), 60.0),
+    **dict.fromkeys(("VV", "VH", "HH", "HV"), 10.0),
+    "elevation": 30.0,
+}
+REFLECTANCE_BANDS = (
+    "B01",
+    "B02",
+    "B03",
+    "B04",
+    "B05",
+    "B06",
+    "B07",
+    "B08",
+    "B8A",
+    "B09",
+    "B10",
+    "B11",
+    "B12",
+)
+
+_COMMON: dict[str, str] = {
+    "coastal": "B01",
+    "blue": "B02",
+    "green": "B03",
+    "red": "B04",
+    "rededge1": "B05",
+    "rededge2": "B06",
+    "rededge3": "B07",
+    "nir": "B08",
+    "nir08": "B8A",
+    "nir09": "B09",
+    "cirrus": "B10",
+    "swir16": "B11",
+    "swir22": "B12",
+    "scl": "SCL",
+    "vv": "VV",
+    "vh": "VH",
+    "hh": "HH",
+    "hv": "HV",
+}
+_DEM_KEYS = ("data", "elevation", "dem", "dsm")
+_ES_BANDS = {band: key for key, band in _COMMON.items() if key not in ("cirrus", "vv", "vh", "hh", "hv")}
+_ES_L1C_BANDS = {band: key for key, band in _COMMON.items() if key not in ("scl", "vv", "vh", "hh", "hv")}
+_PC_BANDS = {band: band for band in _ES_BANDS}
+_CDSE_L2A_BANDS = {band: f"{band}_{BAND_RESOLUTION_M[band]:.0f}m" for band in _ES_BANDS}
+_CDSE_L1C_BANDS = {band: band for band in _ES_L1C_BANDS}
+
+_S2_LICENCE = "https://sentinel.esa.int/documents/247904/690755/Sentinel_Data_Legal_Notice"
+_S2_ATTRIBUTION = "Contains modified Copernicus Sentinel data"
+_DEM_LICENCE = (
+    "https://docs.sentinel-hub.com/api/latest/static/files/data/dem/resources/license/License-COPDEM-30.pdf"
+)
+_DEM_ATTRIBUTION = (
+    "(c) DLR e.V. 2010-2014 and (c) Airbus Defence and Space GmbH 2014-2018, provided under COPERNICUS by the "
+    "European Union and ESA; all rights reserved"
+)
+_EARTH_SEARCH = "https://earth-search.aws.element84.com/v1"
+_PLANETARY = "https://planetarycomputer.microsoft.com/api/stac/v1"
+_CDSE = "https://stac.dataspace.copernicus.eu/v1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One collection of one provider.
+
+    name : "provider/collection", or the path of a local catalogue as the user wrote it
+    endpoint : STAC API, or the local folder or file
+    collection : id of the STAC collection; "" takes every collection of a local catalogue
+    kind : optical, radar or dem
+    bands : canonical band name -> asset key; {} = ask each item
+    scale : physical value = DN * scale + offset (the offset is decided item by item)
+    nodata : DN of missing pixels; None = the file says
+    mask_asset : canonical name of the classification band, None where there is none
+    licence, attribution : of the pixels, as the provider asks
+    signing : how hrefs are made readable, when they are read and never before
+    note : what a user should know
+    """
+
+    name: str
+    endpoint: str
+    collection: str
+    kind: Kind
+    bands: Mapping[str, str] = field(default_factory=dict)
+    scale: float = 1.0
+    nodata: float | None = None
+    mask_asset: str | None = None
+    licence: str = ""
+    attribution: str = ""
+    signing: Signing = "none"
+    note: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the endpoint is a folder or a file."""
+        return not self.endpoint.startswith(("http://", "https://"))
+
+
+def _s2(
+    name: str, endpoint: str, bands: Mapping[str, str], signing: Signing = "none", note: str = ""
+) -> Source:
+    return Source(
+        name=name,
+        endpoint=endpoint,
+        collection=name.split("/")[1],
+        kind="optical",
+        bands=bands,
+        scale=1e-4,
+        nodata=0.0,
+        mask_asset="SCL" if "SCL" in bands else None,
+        licence=_S2_LICENCE,
+        attribution=_S2_ATTRIBUTION,
+        signing=signing,
+        note=note,
+    )
+
+
+def _glo30(name: str, endpoint: str, signing: Signing = "none") -> Source:
+    return Source(
+        name=name,
+        endpoint=endpoint,
+        collection="cop-dem-glo-30",
+        kind="dem",
+        bands={"elevation": "data"},
+        licence=_DEM_LICENCE,
+        attribution=_DEM_ATTRIBUTION,
+        signing=signing,
+        note="metres above the EGM2008 geoid, a surface model; tiles of open sea do not exist",
+    )
+
+
+_TABLE = (
+    _s2(
+        "earth-search/sentinel-2-l2a",
+        _EARTH_SEARCH,
+        _ES_BANDS,
+        note="its items say raster offset -0.1 although the offset was removed from the DN (boa_offset_applied)",
+    ),
+    _s2(
+        "earth-search/sentinel-2-c1-l2a",
+        _EARTH_SEARCH,
+        _ES_BANDS,
+        note="Collection 1; the offset is in the DN",
+    ),
+    _s2(
+        "earth-search/sentinel-2-l1c",
+        _EARTH_SEARCH,
+        _ES_L1C_BANDS,
+        "aws-requester-pays",
+        "top of atmosphere, JPEG 2000 in a bucket whose readers pay; no cloud mask",
+    ),
+    _s2(
+        "planetary-computer/sentinel-2-l2a",
+        _PLANETARY,
+        _PC_BANDS,
+        "planetary-computer",
+        "the offset is in the DN from baseline 04.00 on",
+    ),
+    _s2(
+        "cdse/sentinel-2-l2a",
+        _CDSE,
+        _CDSE_L2A_BANDS,
+        "cdse-s3",
+        "JPEG 2000 of ESA; reading needs CDSE S3 keys and AWS_S3_ENDPOINT=eodata.dataspace.copernicus.eu",
+    ),
+    _s2(
+        "cdse/sentinel-2-l1c",
+        _CDSE,
+        _CDSE_L1C_BANDS,
+        "cdse-s3",
+        "top of atmosphere, JPEG 2000 of ESA; reading needs CDSE S3 keys; no cloud mask",
+    ),
+    _glo30("earth-search/cop-dem-glo-30", _EARTH_SEARCH),
+    _glo30("planetary-computer/cop-dem-glo-30", _PLANETARY, "planetary-computer"),
+)
+SOURCES: dict[str, Source] = {source.name: source for source in _TABLE}
+
+
+def find_source(name: str, *, kind: Kind = "optical") -> Source:
+    """Return the source with a name, or the local catalogue at a path.
+
+    name : a key of SOURCES; a folder, catalog.json, collection.json or ItemCollection file; or the address of any
+        STAC API's collection, `https://host/v1/collections/NAME`
+    kind : what a local catalogue or another API holds
+    Raises CatalogError listing every source.
+    """
+    if name in SOURCES:
+        source = SOURCES[name]
+        if source.kind != kind:
+            raise CatalogError(f"Source {name!r} holds {source.kind} data, not {kind}; {_of_kind(kind)}")
+        return source
+    api = re.fullmatch(r"(https?://.+?)/collections/([^/]+)/?", name)
+    if api:
+        return _unlisted(name, api[1], api[2], kind)
+    if Path(name).expanduser().exists():
+        return _unlisted(name, str(Path(name).expanduser()), "", kind)
+    near = difflib.get_close_matches(name, SOURCES, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise CatalogError(
+        f"Source {name!r} is neither known nor an existing folder or file; {hint}known: {', '.join(SOURCES)}; or give "
+        "the path of a local STAC catalogue"
+    )
+
+
+def _of_kind(kind: Kind) -> str:
+    names = [s.name for s in SOURCES.values() if s.kind == kind]
+    return f"use one of {', '.join(names)}" if names else "use a local catalogue"
+
+
+def _unlisted(name: str, endpoint: str, collection: str, kind: Kind) -> Source:
+    return Source(
+        name=name,
+        endpoint=endpoint,
+        collection=collection,
+        kind=kind,
+        scale=1e-4 if kind == "optical" else 1.0,
+        nodata=0.0 if kind == "optical" else None,
+        mask_asset="SCL" if kind == "optical" else None,
+        note="bands are taken from each item",
+    )
+
+
+# --- bands -------------------------------------------------------------------------------------------------------
+
+
+def asset_bands(item: Mapping[str, Any], source: Source | None = None) -> dict[str, str]:
+    """Map canonical band names to the item's asset keys.
+
+    A band is known by the source's table, then by its name in `eo:bands` or STAC 1.1 `bands`, then by the asset key
+    (`B04`, `B04_10m`, `red`, `nir08`, `scl`). Of several resolutions of a band the native one is taken, and a cloud
+    optimised file before its JPEG 2000 twin. Assets of several bands (true colour) are never taken.
+    """
+    assets = item.get("assets") or {}
+    found: dict[str, str] = {}
+    best: dict[str, tuple[Any, ...]] = {}
+    for key, asset in assets.items():
+        band = _band_of(key, asset, item)
+        if band is None:
+            continue
+        rank = _rank(key, asset, band)
+        if band not in best or rank < best[band]:
+            best[band], found[band] = rank, key
+    if source is not None:
+        found.update({band: key for band, key in source.bands.items() if key in assets})
+    return dict(sorted(found.items()))
+
+
+def _band_of(key: str, asset: Mapping[str, Any], item: Mapping[str, Any]) -> str | None:
+    if {"thumbnail", "overview", "metadata", "visual"} & set(asset.get("roles") or ()):
+        return None
+    if not _is_raster(asset):
+        return None
+    bands = asset.get("eo:bands") or asset.get("bands") or []
+    if len(bands) > 1:
+        return None
+    stem = re.sub(r"(?i)([-_](jp2|\d+m))+$", "", key)
+    if _is_dem(item):
+        return "elevation" if stem.lower() in _DEM_KEYS else None
+    names = [str(bands[0].get("name", ""))] if bands else []
+    for name in (*names, stem):
+        if band := _canonical(name):
+            return band
+    common = bands[0].get("common_name", bands[0].get("eo:common_name", "")) if bands else ""
+    # 'rededge' names three bands, and B8A where a provider has no 'nir08': it decides nothing
+    return _COMMON.get(str(common).lower())
+
+
+def _canonical(name: str) -> str | None:
+    if match := re.fullmatch(r"(?i)B0?(\d{1,2})(A?)", name):
+        band = f"B8{match[2].upper()}" if match[2] else f"B{int(match[1]):02d}"
+        return band if band in REFLECTANCE_BANDS else None
+    return _COMMON.get(name.lower())
+
+
+def _is_raster(asset: Mapping[str, Any]) -> bool:
+    media = str(asset.get("type") or "").split(";")[0].strip().lower()
+    if media:
+        return media in (
+            "image/tiff",
+            "image/geotiff",
+            "image/jp2",
+            "image/vnd.stac.geotiff",
+            "application/x-zarr",
+        )
+    path = urlsplit(str(asset.get("href", ""))).path.lower()
+    return path.endswith((".tif", ".tiff", ".jp2"))
+
+
+def _rank(key: str, asset: Mapping[str, Any], band: str) -> tuple[Any, ...]:
+    native = BAND_RESOLUTION_M.get(band, 10.0)
+    resolution = _resolution_m(key, asset)
+    off = abs(math.log(resolution / native)) if resolution else 0.0
+    return (key.lower().endswith("jp2"), round(off, 6), len(key), key)
+
+
+def _resolution_m(key: str, asset: Mapping[str, Any]) -> float | None:
+    if match := re.search(r"_(\d+)m", key):
+        return float(match[1])
+    transform = asset.get("proj:transform") or [None]
+    for value in (asset.get("gsd"), transform[0]):
+        if isinstance(value, int | float) and value > 0:
+            return float(value)
+    return None
+
+
+def _is_dem(item: Mapping[str, Any]) -> bool:
+    name = f"{item.get('collection') or ''} {item.get('id') or ''}".lower()
+    return "dem" in re.split(r"[^a-z]+", name) or "copernicus_dsm" in name
+
+
+# --- radiometric offset ------------------------------------------------------------------------------------------
+
+_BASELINE_WITH_OFFSET = (4, 0)  # 04.00, from 25 January 2022 on
+_OFFSET = -0.1  # BOA_ADD_OFFSET and RADIO_ADD_OFFSET are -1000 of 10000 in every product since
+_V0_LAST_DAY = "2022-01-25"
+_PRODUCT = re.compile(r"S2[A-D]_MSIL(?:1C|2A)_\d{8}T\d{6}_N(\d{2})(\d{2})_R\d{3}_T\d{2}[A-Z]{3}_\d{8}T\d{6}")
+_ESA_NAME = re.compile(r"S2[A-D]_(?:MSIL(?:1C|2A)_\d{8}T\d{6}_|OPER_MSI_L(?:1C|2A)_TL_)")
+_C1 = ("sentinel-2-c1-l2a", "sentinel-2-pre-c1-l2a")
+
+
+def offset_of(item: Any) -> Offset:
+    """Decide the additive reflectance offset of a Sentinel-2 item; the reflectance is DN * 1e-4 + value.
+
+    item : a STAC item as a dict, or a pystac.Item
+    The rules, first match decides; the acquisition date never does, since Collection 1 reprocesses old dates:
+    1. a flag `boa_offset_applied` that is true: 0, the offset was removed from the stored DN
+    2. processing baseline below 04.00: 0, no offset existed
+    3. Earth Search Collection 1, and version 1 with the flag false: the item's raster offset
+    4. Planetary Computer or ESA's own files from 04.00 on: -0.1
+    5. Earth Search version 0 with neither flag nor baseline: 0 if created before 2022-01-25
+    Raises OffsetError where none of them decides, or where the item contradicts itself.
+    Source: ESA, Sentinel-2 Products Specification Document, baseline 04.00, RADIO_ADD_OFFSET and BOA_ADD_OFFSET.
+    """
+    raw = _as_dict(item)
+    name = str(raw.get("id", "?"))
+    if not _is_sentinel2(raw):
+        raise OffsetError(f"Item {name!r} is not a Sentinel-2 item; only those have a radiometric offset")
+    flag, baseline = _flag(raw), baseline_of(raw)
+    said = f"baseline {_text(baseline)}" if baseline else "no baseline"
+    if flag is True:
+        existed = baseline is None or baseline >= _BASELINE_WITH_OFFSET
+        return Offset(value=0.0, applied=existed, reason=f"flag boa_offset_applied is true ({said})")
+    if baseline is not None and baseline < _BASELINE_WITH_OFFSET:
+        return Offset(value=0.0, applied=False, reason=f"{said} is below 04.00: no offset existed")
+    provider = _provider(raw)
+    if provider == "earth-search-c1" or (provider == "earth-search-v1" and flag is False):
+        value = _raster_offset(raw)
+        if value is None:
+            raise OffsetError(
+                f"Item {name!r} ({provider}, {said}) has no raster offset in its assets; a partial page of the "
+                "catalogue? search again without a selection of fields"
+            )
+        return Offset(value=value, applied=False, reason=f"raster offset of {provider} ({said})")
+    if provider == "native" and baseline is not None:
+        return _native_offset(raw, name, said)
+    if provider == "earth-search-v0" and flag is None and baseline is None:
+        created = str(raw["properties"].get("created") or "")
+        if created and created[:10] < _V0_LAST_DAY:
+            return Offset(
+                value=0.0, applied=False, reason=f"Earth Search v0, created {created[:10]}: no offset existed"
+            )
+    raise OffsetError(
+        f"The radiometric offset of item {name!r} is undecided ({provider}, {said}, flag boa_offset_applied "
+        f"{'false' if flag is False else 'absent'}); add the flag or the baseline to the item, or leave it out"
+    )
+
+
+def baseline_of(item: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the processing baseline (major, minor), from the properties or the product's own name.
+
+    Raises OffsetError where property and product name lie on two sides of 04.00.
+    """
+    properties = item.get("properties") or {}
+    stated = next((p for p in map(_parsed, _stated(properties)) if p is not None), None)
+    named = next((p for p in map(_named, _names(item)) if p is not None), None)
+    if stated and named and (stated < _BASELINE_WITH_OFFSET) != (named < _BASELINE_WITH_OFFSET):
+        raise OffsetError(
+            f"Item {item.get('id')!r} contradicts itself: its properties say baseline {_text(stated)}, its product "
+            f"name {_text(named)}; correct the item or leave it out"
+        )
+    return stated or named
+
+
+def _as_dict(item: Any) -> dict[str, Any]:
+    if isinstance(item, Mapping):
+        return dict(item)
+    try:
+        # links stay unresolved: resolving one reads from the network
+        return dict(item.to_dict(include_self_link=False, transform_hrefs=False))
+    except (AttributeError, TypeError):
+        raise OffsetError(
+            f"{type(item).__name__} is not a STAC item; give its dict or a pystac.Item"
+        ) from None
+
+
+def _stated(properties: Mapping[str, Any]) -> Iterator[Any]:
+    for key in ("s2:processing_baseline", "sentinel:processing_baseline", "processing_baseline"):
+        yield properties.get(key)
+    if str(properties.get("constellation", "")).lower().startswith("sentinel"):
+        yield properties.get("processing:version")
+
+
+def _parsed(value: Any) -> tuple[int, int] | None:
+    match = re.fullmatch(r"N?(\d{1,2})\.(\d{1,2})", str(value).strip())
+    if match is None:
+        return None
+    baseline = int(match[1]), int(match[2].ljust(2, "0"))
+    # 99.99 is Sen2Cor run by hand on any level-1 product: it says nothing
+    return baseline if baseline[0] < 90 else None
+
+
+def _named(name: str) -> tuple[int, int] | None:
+    match = _PRODUCT.search(name) or re.search(r"_N(\d{2})\.(\d{2})$", name)
+    return _parsed(f"{match[1]}.{match[2]}") if match else None
+
+
+def _names(item: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of the ESA product in an item, the most trusted first."""
+    properties = item.get("properties") or {}
+    for key in (
+        "s2:product_uri",
+        "sentinel:product_id",
+        "title",
+        "s2:granule_id",
+        "s2:tile_id",
+        "s2:datastrip_id",
+        "eopf:datastrip_id",
+        "s2:datatake_id",
+        "eopf:datatake_id",
+    ):
+        if isinstance(properties.get(key), str):
+            yield properties[key]
+    yield str(item.get("id", ""))
+
+
+def _text(baseline: tuple[int, int]) -> str:
+    return f"{baseline[0]:02d}.{baseline[1]:02d}"
+
+
+def _is_sentinel2(item: Mapping[str, Any]) -> bool:
+    properties = item.get("properties") or {}
+    words = (
+        str(item.get("collection") or ""),
+        str(properties.get("constellation") or ""),
+        str(properties.get("platform") or ""),
+        str(item.get("id") or ""),
+    )
+    return any(re.match(r"(?i)(sentinel[- ]?(s?2)|S2[A-D]_)", w) for w in words)
+
+
+def _flag(item: Mapping[str, Any]) -> bool | None:
+    seen = set()
+    for key, value in (item.get("properties") or {}).items():
+        if key.split(":")[-1] == "boa_offset_applied" and value is not None:
+            seen.add(value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1", "yes"))
+    if len(seen) > 1:
+        raise OffsetError(
+            f"Item {item.get('id')!r} has two flags boa_offset_applied that disagree; leave it out"
+        )
+    return seen.pop() if seen else None
+
+
+def _provider(item: Mapping[str, Any]) -> str:
+    """Name the convention that an item's DN follow."""
+    collection = str(item.get("collection") or "")
+    properties = item.get("properties") or {}
+    hrefs = [str(a.get("href", "")) for a in (item.get("assets") or {}).values()]
+    if collection == "sentinel-s2-l2a-cogs" or any(k.startswith("sentinel:") for k in properties):
+        return "earth-search-v0"
+    if collection in _C1 or any("/sentinel-2-c1-l2a/" in h or "/sentinel-2-pre-c1-l2a/" in h for h in hrefs):
+        return "earth-search-c1"
+    level_1c = properties.get("s2:product_type") == "S2MSI1C" or collection == "sentinel-2-l1c"
+    earth_search = any(k.startswith("earthsearch:") for k in properties) or any(
+        "sentinel-cogs" in h for h in hrefs
+    )
+    if earth_search and not level_1c:  # its level 1C is ESA's own files
+        return "earth-search-v1"
+    if _is_native(item, hrefs, properties):
+        return "native"
+    return "unknown provider"
+
+
+def _is_native(item: Mapping[str, Any], hrefs: list[str], properties: Mapping[str, Any]) -> bool:
+    assets = item.get("assets") or {}
+    reflectance = [assets[k] for b, k in asset_bands(item).items() if b in REFLECTANCE_BANDS]
+    jp2 = any("jp2" in str(a.get("type")) or str(a.get("href")).lower().endswith(".jp2") for a in reflectance)
+    hosted = any(
+        ".blob.core.windows.net/" in h or "//eodata/" in h or "dataspace.copernicus.eu" in h or ".SAFE/" in h
+        for h in hrefs
+    )
+    esa_name = bool(_ESA_NAME.match(str(item.get("id") or "")))
+    safe = str(properties.get("s2:product_uri") or "").upper().rstrip("/").endswith(".SAFE")
+    return jp2 or hosted or esa_name or safe
+
+
+def _native_offset(item: Mapping[str, Any], name: str, said: str) -> Offset:
+    raster = _raster_offset(item)
+    if raster == 0.0:  # ESA's name, but somebody's rewritten pixels
+        raise OffsetError(
+            f"Item {name!r} contradicts itself: {said} has an offset of -0.1, but its assets say 0; if its DN were "
+            "harmonised, add the flag boa_offset_applied = true"
+        )
+    extra = "" if raster in (None, _OFFSET) else f"; its raster offset {raster} is not that of any product"
+    return Offset(value=_OFFSET, applied=False, reason=f"ESA's own DN, {said} is 04.00 or above{extra}")
+
+
+def _raster_offset(item: Mapping[str, Any]) -> float | None:
+    """Return the offset that the reflectance assets state, None where they state none."""
+    assets = item.get("assets") or {}
+    values: dict[float, str] = {}
+    for band, key in asset_bands(item).items():
+        if band not in REFLECTANCE_BANDS:
+            continue
+        asset = assets[key]
+        for part in (asset, *(asset.get("raster:bands") or ()), *(asset.get("bands") or ())):
+            value = part.get("raster:offset", None if part is asset else part.get("offset"))
+            if isinstance(value, int | float):
+                values[float(value)] = key
+    if len(values) > 1:
+        shown = ", ".join(f"{key} {value}" for value, key in values.items())
+        raise OffsetError(
+            f"The assets of item {item.get('id')!r} state several offsets ({shown}); leave it out"
+        )
+    return next(iter(values), None)
+
+
+# --- signing, when hrefs are read ---------------------------------------------------------------------------------
+
+
+def sign_href(href: str, source: Source | str) -> str:
+    """Return an href that can be read now; only Planetary Computer's are changed, and nothing is stored.
+
+    source : a Source, or the name a Scene carries
+    """
+    known = SOURCES.get(source) if isinstance(source, str) else source
+    if known is None or known.signing != "planetary-computer" or not _is_azure(href):
+        return href
+    import planetary_computer  # noqa: PLC0415  # needed by one source only
+
+    try:
+        return str(planetary_computer.sign_url(href))
+    except (OSError, ValueError) as error:  # those of requests, urllib3 and pydantic
+        message = " ".join(str(error).split())[:160]
+        raise CatalogError(f"Planetary Computer gave no access token for {href!r}: {message}") from None
+
+
+def _is_azure(href: str) -> bool:
+    return (urlsplit(href).hostname or "").endswith(".blob.core.windows.net")
+
+
+def signed_item(item: Mapping[str, Any], source: Source | str) -> dict[str, Any]:
+    """Return a copy of an item whose hrefs can be read now."""
+    copy = deepcopy(dict(item))
+    for asset in copy.get("assets", {}).values():
+        asset["href"] = sign_href(asset["href"], source)
+    return copy
