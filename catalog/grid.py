@@ -137,7 +137,7 @@ class TileGrid:
 
     def offset_px(self, geobox: GeoBox) -> tuple[int, int]:
         """Row and column in the frame of a GeoBox's first pixel; the GeoBox must lie on the grid's pixels."""
-        col, row = (~self.frame.affine) * (geobox.affine.c, geobox.affine.f)
+        col, row = (~self.frame.affine) @ (geobox.affine.c, geobox.affine.f)
         return round(row), round(col)
 
 
@@ -166,12 +166,13 @@ def lattice(shape: tuple[int, int], offset_px: tuple[int, int], block_px: int) -
     shape : rows and columns of the window; offset_px : frame row and column of its first pixel.
     Yields slices into the window, in row-major order; blocks at the edge may be partial.
     """
-    for rows in _cuts(shape[0], offset_px[0], block_px):
-        for cols in _cuts(shape[1], offset_px[1], block_px):
+    for rows in cuts(shape[0], offset_px[0], block_px):
+        for cols in cuts(shape[1], offset_px[1], block_px):
             yield rows, cols
 
 
-def _cuts(size: int, offset: int, block: int) -> list[slice]:
+def cuts(size: int, offset: int, block: int) -> list[slice]:
+    """Cut one side of a window, `offset` pixels from the lattice's origin, along the lattice."""
     edges = [0, *range(block - offset % block, size, block), size]
     return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 

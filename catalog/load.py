@@ -23,6 +23,9 @@ from odc.geo.geobox import GeoBox
 from odc.loader import RioDriver
 from odc.loader.types import RasterLoadParams, RasterSource, ReaderSubsetSelection
 from odc.stac import load as odc_load
+from rasterio.crs import CRS
+from rasterio.enums import Resampling
+from rasterio.vrt import WarpedVRT
 
 from slidecube.catalog.errors import AssetReadError, CatalogError
 from slidecube.catalog.grid import BLOCK_PX
@@ -203,7 +206,7 @@ def _on_lattice(geobox: GeoBox, block_px: int) -> tuple[GeoBox, tuple[slice, sli
     aligned = a.b == a.d == 0 and a.a > 0 > a.e and all(abs(v - round(v)) < 1e-6 for v in (row, col))
     before = (round(row) % block_px, round(col) % block_px) if aligned else (0, 0)
     shape = tuple(-(-(n + b) // block_px) * block_px for n, b in zip(geobox.shape, before, strict=True))
-    grown = GeoBox(shape, a * Affine.translation(-before[1], -before[0]), geobox.crs)
+    grown = GeoBox(shape, a @ Affine.translation(-before[1], -before[0]), geobox.crs)
     crop = tuple(slice(b, b + n) for n, b in zip(geobox.shape, before, strict=True))
     return grown, (crop[0], crop[1])
 
@@ -256,10 +259,12 @@ class _NamingReader:
         selection: ReaderSubsetSelection | None,
     ) -> Any:
         for attempt in range(1, _READ_ATTEMPTS + 1):
-            href = sign_href(self._src.uri, self._name.source)
+            src = self._src.patch(uri=sign_href(self._src.uri, self._name.source))
             try:
-                reader = self._opener(self._src.patch(uri=href), self._ctx)
-                return reader.read(cfg, geobox, dst=dst, selection=selection)
+                with rasterio.open(src.uri, sharing=False) as asset:
+                    if asset.crs != CRS.from_user_input(str(geobox.crs)):
+                        return _warp(asset, src.band, cfg, geobox)
+                return self._opener(src, self._ctx).read(cfg, geobox, dst=dst, selection=selection)
             except (rasterio.errors.RasterioError, OSError):
                 # a local file that is broken stays broken; a remote one may only be busy
                 if attempt == _READ_ATTEMPTS or not self._src.uri.startswith(
@@ -268,6 +273,29 @@ class _NamingReader:
                     raise
                 time.sleep(0.5 * 2**attempt)
         raise AssertionError
+
+
+def _warp(
+    asset: rasterio.DatasetReader, band: int, cfg: RasterLoadParams, geobox: GeoBox
+) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Warp an asset of another CRS onto a block, as gdalwarp would.
+
+    odc-loader hands GDAL a source window cut to the block; GDAL's automatic kernel then gets another width than over
+    the whole source, and the pixels of a neighbouring zone differ from every other tool's.
+    """
+    nodata = asset.nodata if asset.nodata is not None else cfg.src_nodata_fallback
+    with WarpedVRT(
+        asset,
+        crs=str(geobox.crs),
+        transform=geobox.affine,
+        width=geobox.shape[1],
+        height=geobox.shape[0],
+        resampling=Resampling[cfg.resampling],
+        src_nodata=nodata,
+        nodata=cfg.fill_value if cfg.fill_value is not None else nodata,
+        dtype=cfg.dtype,
+    ) as warped:
+        return np.s_[0 : geobox.shape[0], 0 : geobox.shape[1]], warped.read(band)
 
 
 def _one_line(error: Exception) -> str:

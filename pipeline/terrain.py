@@ -200,11 +200,11 @@ def _native_window(scene: Scene, geobox: GeoBox) -> GeoBox | None:
     box = geobox.extent.to_crs(crs, resolution=geobox.resolution.x * 32).boundingbox
     if not np.all(np.isfinite(box.bbox)):
         return None
-    col0, row0 = ~transform * (box.left, box.top)
-    col1, row1 = ~transform * (box.right, box.bottom)
+    col0, row0 = ~transform @ (box.left, box.top)
+    col1, row1 = ~transform @ (box.right, box.bottom)
     left, top = int(np.floor(col0)) - _MARGIN_PX, int(np.floor(row0)) - _MARGIN_PX
     width, height = int(np.ceil(col1)) + _MARGIN_PX - left, int(np.ceil(row1)) + _MARGIN_PX - top
-    return GeoBox((height, width), transform * Affine.translation(left, top), crs)
+    return GeoBox((height, width), transform @ Affine.translation(left, top), crs)
 
 
 def _first_height(steps_tyx: np.ndarray) -> np.ndarray:

@@ -1,0 +1,86 @@
+"""Estimates: what a run will read, hold and write, said before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from slidecube.catalog.grid import TileGrid
+from slidecube.pipeline.config import Config
+
+BASE_GB = 0.35
+"""Resident memory of a fresh worker with every import done, GDAL's caches included."""
+
+_COMPRESSION = 2.2  # of stored layers by zstd, on composites
+_SECONDS_PER_MPX_BAND_DATE = 0.028  # reading, masking and compositing on one core
+_SECONDS_PER_MPX_DETECT = 0.6
+_DETECT_BYTES_PER_PX = 60
+_EXTRA = 4  # clear_count and three dates beside the bands
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a run costs, before it runs, as if nothing of it were done yet.
+
+    tiles : of the plan; scenes : in the frozen list; scene_reads : scene and tile pairs; max_dates : most scenes of
+    one tile and window; read_gb : pixels decoded, uncompressed; stored_gb, files : written
+    peak_mem_gb : of the busiest worker at one thread a tile; thread_mem_gb : what each further thread adds
+    cpu_hours : on one core
+    """
+
+    tiles: int
+    scenes: int
+    scene_reads: int
+    max_dates: int
+    read_gb: float
+    stored_gb: float
+    files: int
+    peak_mem_gb: float
+    thread_mem_gb: float
+    cpu_hours: float
+
+    def worker_mem_gb(self, threads: int) -> float:
+        """Peak memory of a worker that runs a tile on so many threads."""
+        return self.peak_mem_gb + (threads - 1) * self.thread_mem_gb
+
+
+def estimate(
+    config: Config, grid: TileGrid, *, tiles: int, scenes: int, dates: Mapping[str, Mapping[str, int]]
+) -> Estimate:
+    """Estimate a run.
+
+    tiles, scenes : how many; dates : optical layer -> tile -> number of scenes read
+    """
+    reads = sum(n for by in dates.values() for n in by.values())
+    most = max((n for by in dates.values() for n in by.values()), default=0)
+    bands, epochs = len(config.cube.bands), len(config.epochs)
+    tile_mpx = grid.tile_px**2 / 1e6
+    stored = tiles * tile_mpx * (len(dates) * (bands + _EXTRA) * 2 + 8 + epochs * 7) / _COMPRESSION
+    seconds = tile_mpx * (
+        reads * (bands + 1) * _SECONDS_PER_MPX_BAND_DATE + tiles * epochs * _SECONDS_PER_MPX_DETECT
+    )
+    block = block_mem_gb(block_px=grid.block_px, dates=most, bands=bands)
+    return Estimate(
+        tiles=tiles,
+        scenes=scenes,
+        scene_reads=reads,
+        max_dates=most,
+        read_gb=round(reads * tile_mpx * (bands * 2 + 1) / 1e3, 3),
+        stored_gb=round(stored / 1e3, 3),
+        files=tiles * (len(dates) * (bands + _EXTRA + 1) + 4 + epochs * 6),
+        peak_mem_gb=round(BASE_GB + tile_mem_gb(grid.tile_px, bands) + block, 2),
+        thread_mem_gb=round(block, 2),
+        cpu_hours=round(seconds / 3600, 3),
+    )
+
+
+def block_mem_gb(*, block_px: int, dates: int, bands: int) -> float:
+    """Working set of one lattice block: its dates as read and as harmonised, masks, and one band being sorted."""
+    pixels = block_px**2
+    return pixels * dates * (bands * 2 * 2 + 4 + 6) / 1e9
+
+
+def tile_mem_gb(tile_px: int, bands: int) -> float:
+    """Working set of one tile: its finished variables, and what detection holds at once."""
+    pixels = tile_px**2
+    return pixels * max((bands + _EXTRA) * 2 * 1.5, _DETECT_BYTES_PER_PX) / 1e9

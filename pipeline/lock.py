@@ -1,0 +1,162 @@
+"""One driver a workspace: a lock with a heartbeat, and a fence for what a dead driver left running."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.ledger import write_atomic
+
+BEAT_S = 2.0
+SILENT_S = 20.0
+"""A driver on another machine whose beat has not changed for so long is taken for dead; clocks are not compared."""
+
+
+class Lock:
+    """The right to write into a workspace.
+
+    A second driver is refused while the first one lives. A dead one is taken over: at once when it ran on this
+    machine (its process is gone), after `SILENT_S` without a heartbeat when it ran elsewhere. Work that a dead driver
+    left running is fenced: `holds` says no to its token before it writes.
+    """
+
+    def __init__(self, folder: Path, *, run: str) -> None:
+        self.path = folder / "driver.json"
+        self.token = secrets.token_hex(8)
+        self._run = run
+        self._beat = 0
+        self._running = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        """Take the lock; raises PipelineError when another driver holds it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        silent_since, seen = time.monotonic(), None
+        while True:
+            with _guard(self.path.with_name("guard")):
+                other = read_lock(self.path)
+                if other is None or _dead(other) is True:
+                    self._write()
+                    break
+            if _dead(other) is False:
+                raise PipelineError(
+                    f"Workspace {self.path.parent.parent} is in use by run {other['run']!r} "
+                    f"(process {other['pid']} on {other['host']}); wait for it, or stop it"
+                )
+            if other["beat"] != seen:  # on another machine: only its heartbeat tells
+                if seen is not None:
+                    raise PipelineError(
+                        f"Workspace {self.path.parent.parent} is in use by run {other['run']!r} on host "
+                        f"{other['host']}; wait for it, or stop it"
+                    )
+                seen, silent_since = other["beat"], time.monotonic()
+            if time.monotonic() - silent_since > SILENT_S:
+                with _guard(self.path.with_name("guard")):
+                    if read_lock(self.path) == other:
+                        self._write()
+                        break
+            time.sleep(BEAT_S / 2)
+        self._thread = threading.Thread(target=self._keep, name="slidecube-heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the lock back."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        with _guard(self.path.with_name("guard")):
+            if holds(self.path, self.token):
+                self.path.unlink(missing_ok=True)
+
+    def set_running(self, n: int) -> None:
+        """Say how many tasks are in work; written with the next beat."""
+        self._running = n
+
+    def _keep(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            with _guard(self.path.with_name("guard")):
+                if not holds(self.path, self.token):
+                    return  # taken over: whoever did believed us dead, and our tasks are fenced
+                self._beat += 1
+                try:
+                    self._write()
+                except OSError:  # a full disk must not end the run: the tile that meets it says so
+                    continue
+
+    def _write(self) -> None:
+        me = psutil.Process()
+        write_atomic(
+            self.path,
+            json.dumps(
+                {
+                    "token": self.token,
+                    "run": self._run,
+                    "host": socket.gethostname(),
+                    "pid": me.pid,
+                    "started": me.create_time(),
+                    "beat": self._beat,
+                    "running": self._running,
+                }
+            ),
+        )
+
+
+def read_lock(path: Path) -> dict[str, Any] | None:
+    """Read who holds a lock, None when nobody does."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def holds(path: Path, token: str) -> bool:
+    """Tell whether a token still holds a lock: the fence before every write."""
+    found = read_lock(path)
+    return found is not None and found["token"] == token
+
+
+def alive(lock: dict[str, Any] | None) -> bool:
+    """Tell whether the driver of a lock is at work, as far as this machine can know."""
+    return lock is not None and _dead(lock) is not True
+
+
+def _dead(lock: dict[str, Any]) -> bool | None:
+    """True or False for a driver of this machine, None for one elsewhere."""
+    if lock["host"] != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(lock["pid"])
+        # a process number is used again; the time of its start tells the two apart
+        same = abs(process.create_time() - lock["started"]) < 5 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
+    return not same
+
+
+@contextmanager
+def _guard(path: Path) -> Iterator[None]:
+    """Exclusive hold for the moment of looking and writing."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,449 @@
+"""Plans: the frozen decision of what a run reads, makes and calls done.
+
+A plan is made once from a TOML: the area, the grid, the tiles, the frozen scene list, and the key of every piece of
+work. Workers read it and never search. An unchanged TOML finds its plan again; `refresh` searches anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import geopandas as gpd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+
+from slidecube.catalog.aoi import Aoi, read_aoi
+from slidecube.catalog.grid import Tile, TileGrid, choose_crs
+from slidecube.catalog.scenes import Scene, SceneTable, Window
+from slidecube.catalog.search import search
+from slidecube.models.predict import Detector
+from slidecube.models.zoo import build_model
+from slidecube.pipeline.composite import DATE_VARIABLES
+from slidecube.pipeline.config import Config, load_config
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.estimate import Estimate, estimate
+from slidecube.pipeline.features import required_variables
+from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
+from slidecube.pipeline.ledger import write_atomic
+from slidecube.pipeline.store import Workspace
+
+TERRAIN_VARIABLES = ("elevation", "slope_deg", "aspect_deg")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """One layer of the run.
+
+    name : of its store, key included; key : layer_key; window : None for terrain
+    """
+
+    name: str
+    kind: Literal["optical", "terrain"]
+    key: str
+    window: Window | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochPlan:
+    """One epoch: its three layers by name, and the key of its detection."""
+
+    name: str
+    pre: str
+    post: str
+    terrain: str
+    detect_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A frozen plan.
+
+    run : name, the TOML's stem and eight digits of the plan's digest; inventory : name of the inventory it makes
+    aoi : frozen with the plan; scenes : everything that the run may read
+    tasks : layer -> tile -> (task key, positions in `scenes` of what is read)
+    reused_scenes : the scene list came from an earlier plan, nothing was searched
+    """
+
+    run: str
+    workspace: Workspace
+    config: Config
+    aoi: Aoi
+    grid: TileGrid
+    tiles: tuple[Tile, ...]
+    scenes: SceneTable
+    layers: tuple[LayerPlan, ...]
+    epochs: tuple[EpochPlan, ...]
+    tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
+    inventory: str
+    estimate: Estimate = field(repr=False)
+
+    @cached_property
+    def by_tile(self) -> dict[str, Tile]:
+        """Tiles by key."""
+        return {tile.key: tile for tile in self.tiles}
+
+    @cached_property
+    def by_layer(self) -> dict[str, LayerPlan]:
+        """Layers by name."""
+        return {layer.name: layer for layer in self.layers}
+
+    @cached_property
+    def by_epoch(self) -> dict[str, EpochPlan]:
+        """Epochs by name."""
+        return {epoch.name: epoch for epoch in self.epochs}
+
+    @cached_property
+    def model(self) -> Detector:
+        """The detector, built from the configuration."""
+        return model_of(self.config)
+
+    @cached_property
+    def aoi_shape(self) -> shapely.Geometry:
+        """The area of interest in the grid's CRS."""
+        return self.aoi.to_crs(self.grid.crs)
+
+    def scenes_of(self, layer: str, tile: str) -> list[Scene]:
+        """Scenes that a tile of a layer reads."""
+        return [self.scenes.scenes[i] for i in self.tasks[layer][tile][1]]
+
+    def neighbours(self, tile: Tile) -> list[Tile]:
+        """Tiles of the plan among the 3 x 3 around a tile, itself included."""
+        keys = (
+            f"r{tile.row + r:03d}c{tile.col + c:03d}" for r in (-1, 0, 1) for c in (-1, 0, 1) if tile.row + r >= 0
+        )
+        return [self.by_tile[key] for key in keys if key in self.by_tile]
+
+    def optical_variables(self) -> list[str]:
+        """Stored variables of an optical layer."""
+        return [*self.config.cube.bands, *DATE_VARIABLES]
+
+
+def model_of(config: Config) -> Detector:
+    """Build the configured detector, and check that the cube will hold what it reads."""
+    detect = config.detect
+    model = build_model(
+        detect.model,
+        threshold=detect.threshold,
+        min_area_m2=detect.min_area_m2,
+        parameters=detect.parameters,
+    )
+    for side in ("pre", "post"):
+        for band in required_variables(model.card.inputs)[side]:
+            if band not in config.cube.bands:
+                raise PipelineError(
+                    f"Model {model.card.address} needs band {band}; [cube] bands holds {', '.join(config.cube.bands)}"
+                )
+    return model
+
+
+def plan(config: Config, *, refresh: bool = False) -> RunPlan:
+    """Make the plan of a configuration, or find the one that it already has.
+
+    refresh : search the catalogues again
+    Raises PipelineError or CatalogError: no tiles, no scene in a window, an unknown model, ...
+    """
+    workspace = Workspace.at(config.workspace)
+    index = _Index.read(workspace)
+    known = index.runs.get(f"{config.stem} {content_key(config.science())}")
+    if known and not refresh and (workspace.plan(known) / "plan.json").exists():
+        found = read_plan(workspace, known, config=config)
+        index.remember(workspace, found)
+        return found
+    model = model_of(config)
+    aoi = read_aoi(config.aoi)
+    crs = config.area.crs or choose_crs(aoi)
+    grid = TileGrid(crs=crs, resolution_m=config.area.resolution_m, tile_px=config.cube.tile_px)
+    tiles = grid.tiles(aoi)
+    if not tiles:
+        raise PipelineError(f"The AOI {aoi.name!r} covers no pixel of the grid {grid.key}; check its coordinates")
+    earlier = index.searches.get(content_key(config.search_terms()))
+    if earlier and not refresh and (workspace.plan(earlier) / "scenes.parquet").exists():
+        scenes = SceneTable.read_parquet(workspace.plan(earlier) / "scenes.parquet")
+    else:
+        scenes = _search(config, aoi)
+    made = _assemble(config, workspace, aoi, grid, tiles, scenes, model)
+    _write(made)
+    index.remember(workspace, made)
+    return made
+
+
+def read_plan(workspace: Workspace, run: str, *, config: Config | None = None) -> RunPlan:
+    """Read a plan back.
+
+    config : the configuration as it stands now, whose machine settings count; the plan's own when left out
+    """
+    folder = workspace.plan(run)
+    try:
+        raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PipelineError(f"No plan {run!r} in {workspace.root}; make it with `slidecube plan`") from None
+    frame = gpd.read_file(folder / "aoi.geojson")
+    grid = TileGrid(**raw["grid"])
+    table = pq.read_table(folder / "tiles.parquet").to_pylist()
+    return RunPlan(
+        run=run,
+        workspace=workspace,
+        config=config or load_config(folder / "run.toml", base=Path(raw["base"])),
+        aoi=Aoi(name=raw["aoi"], geometry=frame.geometry.iloc[0]),
+        grid=grid,
+        tiles=tuple(grid.tile_of(row["tile"]) for row in table),
+        scenes=SceneTable.read_parquet(folder / "scenes.parquet"),
+        layers=tuple(_layer_from(entry) for entry in raw["layers"]),
+        epochs=tuple(EpochPlan(**entry) for entry in raw["epochs"]),
+        tasks={
+            entry["name"]: {
+                row["tile"]: (row[f"{entry['name']}.key"], tuple(row[f"{entry['name']}.scenes"])) for row in table
+            }
+            for entry in raw["layers"]
+        },
+        inventory=raw["inventory"],
+        estimate=Estimate(**raw["estimate"]),
+    )
+
+
+def current_run(workspace: Workspace) -> str | None:
+    """Name of the plan that was last made or used in a workspace."""
+    return _Index.read(workspace).latest or None
+
+
+def known_runs(workspace: Workspace) -> dict[str, str]:
+    """Plans that a TOML can still ask for: the newest of each TOML, by its stem."""
+    index = _Index.read(workspace)
+    return dict(index.newest)
+
+
+@dataclass(slots=True)
+class _Index:
+    """Which plan answers which TOML and which search: `plans/index.json`."""
+
+    runs: dict[str, str] = field(default_factory=dict)
+    searches: dict[str, str] = field(default_factory=dict)
+    newest: dict[str, str] = field(default_factory=dict)
+    latest: str = ""
+
+    @classmethod
+    def read(cls, workspace: Workspace) -> _Index:
+        try:
+            return cls(**json.loads((workspace.root / "plans" / "index.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return cls()
+        except (ValueError, TypeError):  # only speeds things up: a damaged one is made anew
+            return cls()
+
+    def remember(self, workspace: Workspace, made: RunPlan) -> None:
+        stem = made.config.stem
+        before = asdict(self)
+        self.runs[f"{stem} {content_key(made.config.science())}"] = made.run
+        self.searches[content_key(made.config.search_terms())] = made.run
+        self.newest[stem] = made.run
+        self.latest = made.run
+        if asdict(self) != before:
+            write_atomic(workspace.root / "plans" / "index.json", json.dumps(asdict(self), indent=1, sort_keys=True))
+
+
+def _search(config: Config, aoi: Aoi) -> SceneTable:
+    windows = sorted({w for e in config.epochs for w in (e.pre, e.post)}, key=str)
+    optical = search(
+        _source(config, config.sources.optical),
+        aoi,
+        windows,
+        max_cloud_pct=config.cube.max_cloud_pct,
+        role="optical",
+    )
+    for epoch in config.epochs:
+        for side, window in (("pre", epoch.pre), ("post", epoch.post)):
+            if not any(scene.datetime in window for scene in optical):
+                raise PipelineError(
+                    f"Epoch {epoch.name!r} has no {side}-event scene between {window.start} and {window.end} "
+                    f"in {config.sources.optical!r} over {aoi.name!r} with at most {config.cube.max_cloud_pct:g} % cloud; "
+                    "widen the window or raise max_cloud_pct"
+                )
+    dem = search(_source(config, config.sources.dem), aoi, None, role="dem")
+    if not dem:
+        raise PipelineError(f"Source {config.sources.dem!r} has no DEM over {aoi.name!r}; name another one in [sources]")
+    return SceneTable(scenes=(*optical, *dem))
+
+
+def _source(config: Config, name: str) -> str:
+    """Return a source's name, or a local catalogue's path made absolute."""
+    path = config.resolve(name)
+    return str(path) if path.exists() else name
+
+
+def _assemble(
+    config: Config,
+    workspace: Workspace,
+    aoi: Aoi,
+    grid: TileGrid,
+    tiles: tuple[Tile, ...],
+    scenes: SceneTable,
+    model: Detector,
+) -> RunPlan:
+    layers: dict[str, LayerPlan] = {}
+    epochs = []
+    terrain = _terrain_layer(config, grid)
+    layers[terrain.name] = terrain
+    for epoch in config.epochs:
+        pre, post = (_optical_layer(config, grid, w) for w in (epoch.pre, epoch.post))
+        layers |= {pre.name: pre, post.name: post}
+        epochs.append(
+            EpochPlan(
+                name=epoch.name,
+                pre=pre.name,
+                post=post.name,
+                terrain=terrain.name,
+                detect_key=_detect_key((pre, post, terrain), model),
+            )
+        )
+    tasks = {layer.name: _tasks(layer, tiles, scenes) for layer in layers.values()}
+    extent = [min(t.row for t in tiles), min(t.col for t in tiles), max(t.row for t in tiles), max(t.col for t in tiles)]
+    inventory_key = content_key("inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent)
+    digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, [t.key for t in tiles])
+    return RunPlan(
+        run=f"{config.stem}-{digest[:8]}",
+        workspace=workspace,
+        config=config,
+        aoi=aoi,
+        grid=grid,
+        tiles=tiles,
+        scenes=scenes,
+        layers=tuple(layers.values()),
+        epochs=tuple(epochs),
+        tasks=tasks,
+        inventory=f"{config.stem}-{model.card.name}-{inventory_key[:8]}",
+        estimate=estimate(
+            config,
+            grid,
+            tiles=len(tiles),
+            scenes=len(scenes),
+            dates={n: {t: len(s) for t, (_, s) in by.items()} for n, by in tasks.items() if n != terrain.name},
+        ),
+    )
+
+
+def _optical_layer(config: Config, grid: TileGrid, window: Window) -> LayerPlan:
+    cube = config.cube
+    key = content_key(
+        "optical",
+        SCHEMA_VERSION,
+        grid.key,
+        _source_term(config, config.sources.optical),
+        sorted(cube.bands),
+        {"classes": sorted(cube.mask.scl_classes), "dilation_px": cube.mask.dilation_px},
+        cube.composite,
+        str(window),
+    )
+    return LayerPlan(name=f"optical-{window}-{key[:8]}", kind="optical", key=key, window=window)
+
+
+def _terrain_layer(config: Config, grid: TileGrid) -> LayerPlan:
+    key = content_key("terrain", SCHEMA_VERSION, grid.key, _source_term(config, config.sources.dem))
+    return LayerPlan(name=f"terrain-{key[:8]}", kind="terrain", key=key)
+
+
+def _source_term(config: Config, name: str) -> str:
+    """What of a source counts in a key: its name; a local catalogue may move, its scenes count by themselves."""
+    return "local" if config.resolve(name).exists() else name
+
+
+def _detect_key(layers: tuple[LayerPlan, ...], model: Detector) -> str:
+    card = model.card
+    return content_key(
+        "detect",
+        SCHEMA_VERSION,
+        [layer.key for layer in layers],
+        card.address,
+        card.architecture,
+        asdict(card.inputs),
+        dict(card.parameters),
+        card.weights_sha256,
+        card.threshold,
+        card.min_area_m2,
+        {"backend": "numpy", "dtype": "float32"},
+    )
+
+
+def _tasks(
+    layer: LayerPlan, tiles: tuple[Tile, ...], scenes: SceneTable
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    pool = scenes.role("dem") if layer.window is None else scenes.role("optical").within(layer.window)
+    position = {id(scene): i for i, scene in enumerate(scenes.scenes)}
+    touching = pool.touching_many([tile.geobox for tile in tiles])
+    out = {}
+    for tile, found in zip(tiles, touching, strict=True):
+        read = [pool.scenes[i] for i in found]
+        out[tile.key] = (task_key(layer.key, tile.key, read), tuple(position[id(scene)] for scene in read))
+    return out
+
+
+def _write(made: RunPlan) -> None:
+    """Write a plan into its folder: into a temporary one first, then renamed, so that half a plan is never found."""
+    folder = made.workspace.plan(made.run)
+    if (folder / "plan.json").exists():
+        return
+    partial = folder.with_name(f".{made.run}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        (partial / "run.toml").write_text(made.config.text, encoding="utf-8")
+        made.scenes.to_parquet(partial / "scenes.parquet")
+        gpd.GeoDataFrame({"name": [made.aoi.name]}, geometry=[made.aoi.to_crs("EPSG:4326")], crs="EPSG:4326").to_file(
+            partial / "aoi.geojson", driver="GeoJSON", COORDINATE_PRECISION=15, RFC7946="NO"
+        )
+        rows = [
+            {
+                "tile": tile.key,
+                "row": tile.row,
+                "col": tile.col,
+                **{f"{name}.key": by[tile.key][0] for name, by in made.tasks.items()},
+                **{f"{name}.scenes": list(by[tile.key][1]) for name, by in made.tasks.items()},
+            }
+            for tile in made.tiles
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), partial / "tiles.parquet")
+        text = json.dumps(_plan_json(made), indent=1, sort_keys=True)
+        (partial / "plan.json").write_text(text, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # half a plan without plan.json, if any
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _plan_json(made: RunPlan) -> dict[str, Any]:
+    grid = made.grid
+    return {
+        "aoi": made.aoi.name,
+        "base": str(made.config.base),
+        "epochs": [asdict(epoch) for epoch in made.epochs],
+        "estimate": asdict(made.estimate),
+        "grid": {"crs": grid.crs, "resolution_m": grid.resolution_m, "tile_px": grid.tile_px, "block_px": grid.block_px},
+        "inventory": made.inventory,
+        "layers": [
+            {"name": la.name, "kind": la.kind, "key": la.key, "window": None if la.window is None else str(la.window)}
+            for la in made.layers
+        ],
+        "model": asdict(made.model.card) | {"parameters": dict(made.model.card.parameters)},
+        "scenes_digest": made.scenes.digest,
+        "schema_version": SCHEMA_VERSION,
+        "science": made.config.science(),
+        "tiles": len(made.tiles),
+    }
+
+
+def _layer_from(entry: dict[str, Any]) -> LayerPlan:
+    window = None
+    if entry["window"] is not None:
+        import datetime as dt  # noqa: PLC0415
+
+        start, end = (dt.date.fromisoformat(day) for day in entry["window"].split("_"))
+        window = Window(start=start, end=end)
+    return LayerPlan(name=entry["name"], kind=entry["kind"], key=entry["key"], window=window)

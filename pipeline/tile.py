@@ -1,0 +1,404 @@
+"""One tile, forward only: what a worker does for one task.
+
+Inside, a failure is an exception; at the tile's edge, here in `run_task` and nowhere else, it becomes a value.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import resource
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import rasterio.features
+import scipy.ndimage
+import xarray as xr
+from odc.geo.geobox import GeoBox
+
+from slidecube.catalog.errors import CatalogError
+from slidecube.catalog.grid import Tile, cuts
+from slidecube.catalog.load import ReadLog, load
+from slidecube.catalog.scenes import Scene
+from slidecube.cluster.runner import TaskResult, TileTask
+from slidecube.models.errors import ModelError
+from slidecube.models.predict import predict
+from slidecube.pipeline.composite import MaskRule, Method, clear_mask, composite
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.features import Layers, build_features, required_variables
+from slidecube.pipeline.keys import content_key
+from slidecube.pipeline.ledger import Ledger, Record
+from slidecube.pipeline.lock import holds
+from slidecube.pipeline.plan import TERRAIN_VARIABLES, RunPlan, read_plan
+from slidecube.pipeline.store import Workspace, geobox_of, read_window, stored_bytes, write_tile
+from slidecube.pipeline.terrain import terrain
+
+PROBABILITY_SCALE = 0.0001
+PROBABILITY_NODATA = 65535
+LANDSLIDE_NODATA = 255
+
+NOT_PROCESSED, OUTSIDE_AOI, NOT_OBSERVABLE, OBSERVED = 0, 1, 2, 3
+"""Values of `observability`. "No landslide" is `landslide == 0` where observed, and nowhere else."""
+
+OBSERVABILITY = ("not processed", "outside the AOI", "not observable", "observed")
+
+REASONS = (
+    "none",
+    "no clear observation before the event",
+    "no clear observation after the event",
+    "no clear observation before or after the event",
+    "no terrain",
+    "vegetation index undefined (water, rock, snow)",
+)
+"""Values of `reason`: why a pixel is not observable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileContext:
+    """What a worker needs to know beside the task.
+
+    workspace, run : where the plan is; token : of the driver's lock; threads : of one tile
+    """
+
+    workspace: Path
+    run: str
+    token: str
+    threads: int
+
+
+def run_task(context: TileContext, task: TileTask) -> TaskResult:
+    """Do one task, write its data and then its record, and return what became of it; never raises for a bad tile."""
+    started = time.monotonic()
+    plan = _plan(context.workspace, context.run)
+    ledger = ledger_of(plan, task)
+    earlier = ledger.read(task.tile)
+    attempts = 1 if earlier is None or earlier.key != task.key else earlier.attempts + 1
+    try:
+        record = _STAGES[task.stage](plan, task, context)
+    except (PipelineError, CatalogError, ModelError) as error:
+        record = _failed(task, str(error), "")
+    except OSError as error:
+        record = _failed(task, _os_reason(error), traceback.format_exc())
+    except Exception as error:  # noqa: BLE001  the tile's edge
+        record = _failed(task, f"{type(error).__name__}: {error}", traceback.format_exc())
+    seconds = time.monotonic() - started
+    record = replace(
+        record,
+        attempts=attempts,
+        seconds=round(seconds, 3),
+        peak_mem_gb=round(peak_rss_gb(), 3),
+        host=socket.gethostname(),
+        written_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+    )
+    if holds(plan.workspace.locks / "driver.json", context.token):
+        try:
+            ledger.write(record)
+        except OSError as error:  # no room even for the record: it stays due, and the driver says why
+            record = replace(record, state="failed", reason=_os_reason(error))
+    else:
+        record = replace(record, state="failed", reason="fenced: another driver holds the workspace now")
+    return TaskResult(
+        task=task,
+        status=record.state,
+        seconds=record.seconds,
+        peak_mem_gb=record.peak_mem_gb,
+        bytes=record.bytes,
+        scene_reads=record.scene_reads,
+        reason=record.reason,
+    )
+
+
+def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:
+    """Ledger that holds a task's record."""
+    if task.stage == "cube":
+        return Ledger.of(plan.workspace.layer(plan.grid, task.layer))
+    return Ledger.of(plan.workspace.inventory(plan.inventory), task.epoch)
+
+
+def optical_layer(
+    scenes: Sequence[Scene],
+    geobox: GeoBox,
+    bands: Sequence[str],
+    *,
+    method: Method,
+    mask: MaskRule,
+    block_px: int,
+    log: ReadLog | None = None,
+) -> xr.Dataset:
+    """Composite of scenes over a window, lazily, block by block on the lattice.
+
+    scenes : of one window of time; geobox : on the lattice's blocks; see `composite` for the rest
+    Returns (y, x) uint16 variables: the bands, `clear_count`, `date_first`, `date_last`, `date`.
+    """
+    cube = load(scenes, geobox, bands, block_px=block_px, log=log)
+    halo = block_px if mask.dilation_px else 0
+    around = geobox.pad(halo) if halo else geobox
+    scl = load(scenes, around, ["SCL"], block_px=block_px, log=log)["SCL"].data
+    clear = clear_mask(scl, mask, halo_px=halo)
+    made = composite({b: cube[b].data for b in bands}, clear, scenes=scenes, method=method)
+    coords = {name: cube.coords[name] for name in ("y", "x", "spatial_ref")}
+    return xr.Dataset({name: (("y", "x"), data) for name, data in made.items()}, coords=coords)
+
+
+def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
+    tile, layer = plan.by_tile[task.tile], plan.by_layer[task.layer]
+    scenes = plan.scenes_of(task.layer, task.tile)
+    if not scenes:
+        what = "DEM" if layer.window is None else f"scene between {layer.window.start} and {layer.window.end}"
+        return Record(tile=task.tile, key=task.key, state="empty", reason=f"no {what} touches this tile")
+    log = ReadLog()
+    if layer.window is None:
+        lazy = terrain(scenes, tile.geobox, block_px=plan.grid.block_px, log=log)
+        names: Sequence[str] = TERRAIN_VARIABLES
+    else:
+        cube = plan.config.cube
+        mask = MaskRule(scl_classes=cube.mask.scl_classes, dilation_px=cube.mask.dilation_px)
+        dataset = optical_layer(
+            scenes, tile.geobox, cube.bands, method=cube.composite, mask=mask, block_px=plan.grid.block_px, log=log
+        )
+        lazy, names = {name: dataset[name].data for name in dataset.data_vars}, plan.optical_variables()
+    data = dict(zip(names, _compute([lazy[name] for name in names], context.threads), strict=True))
+    _within_budget(plan, log, scenes)
+    seen = ~np.isnan(data["elevation"]) if layer.window is None else data["clear_count"] > 0
+    checksums, size = _store(plan, plan.workspace.layer(plan.grid, task.layer), data, tile, context)
+    common: dict[str, Any] = {
+        "scenes": tuple(s.id for s in scenes),
+        "scene_reads": len(log.read),
+        "lost": tuple(sorted(log.lost)),
+    }
+    numbers = {"px": int(seen.size), "seen_px": int(seen.sum())}
+    if not seen.any():
+        reason = "the DEM has no height here" if layer.window is None else f"no clear observation in {len(scenes)} scenes"
+        return Record(
+            tile=task.tile, key=task.key, state="empty", reason=reason, numbers=numbers, checksums=checksums, **common
+        )
+    return Record(
+        tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size, **common
+    )
+
+
+def _detect(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
+    tile, epoch = plan.by_tile[task.tile], plan.by_epoch[task.epoch]
+    for name in (epoch.pre, epoch.post, epoch.terrain):
+        if not _layer_ledger(plan, name).complete(tile.key, plan.tasks[name][tile.key][0]):
+            raise PipelineError(f"Layer {name} is not done on tile {tile.key}; the tile is detected when it is")
+    card = plan.model.card
+    minimum_px = minimum_size_px(card.min_area_m2, plan.grid.resolution_m)
+    halo = max(minimum_px - 1, 0) + card.window_px // 2
+    if halo > plan.grid.tile_px:
+        raise PipelineError(
+            f"min_area_m2={card.min_area_m2:g} needs a halo of {halo} px, wider than a tile of {plan.grid.tile_px} px; "
+            "lower it or raise tile_px"
+        )
+    window = tile.geobox.pad(halo) if halo else tile.geobox
+    layers = _read_layers(plan, epoch.name, tile, halo)
+    inside = _aoi_mask(plan, window)
+    probability = _quantised(_probability(plan, layers, tile, halo, context.threads))
+    seen, reason = _observable(layers, probability)
+    probability[~(seen & inside)] = PROBABILITY_NODATA
+    hit = (probability != PROBABILITY_NODATA) & (
+        probability >= math.ceil(card.threshold / PROBABILITY_SCALE - 1e-9)
+    )
+    kept = without_small(hit, minimum_px)
+    core = np.s_[halo : halo + tile.geobox.shape[0], halo : halo + tile.geobox.shape[1]]
+    seen, inside, reason = seen[core], inside[core], reason[core]
+    observability = np.where(inside, np.where(seen, OBSERVED, NOT_OBSERVABLE), OUTSIDE_AOI).astype(np.uint8)
+    data = {
+        "probability": np.ascontiguousarray(probability[core]),
+        "spread": np.full(tile.geobox.shape, PROBABILITY_NODATA, np.uint16),  # one member has none
+        "landslide": np.where(observability == OBSERVED, kept[core], LANDSLIDE_NODATA).astype(np.uint8),
+        "observability": observability,
+        "reason": np.where(observability == NOT_OBSERVABLE, reason, 0).astype(np.uint8),
+    }
+    path = plan.workspace.inventory(plan.inventory)
+    checksums, size = _store(plan, path, data, tile, context, leading=([e.name for e in plan.epochs].index(epoch.name),))
+    numbers = {name: int((observability == value).sum()) for value, name in enumerate(OBSERVABILITY)}
+    numbers |= {f"reason {i}": int((data["reason"] == i).sum()) for i in range(1, len(REASONS))}
+    numbers["landslide_px"] = int((data["landslide"] == 1).sum())
+    return Record(tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size)
+
+
+_STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {"cube": _cube, "detect": _detect}
+
+
+def detect_task_key(plan: RunPlan, epoch: str, tile: Tile) -> str:
+    """Key of one tile's detection: what is detected, and the records of the 3 x 3 tiles that it reads."""
+    made = plan.by_epoch[epoch]
+    read = []
+    for neighbour in plan.neighbours(tile):
+        for name in (made.pre, made.post, made.terrain):
+            key = plan.tasks[name][neighbour.key][0]
+            read.append([name, neighbour.key, key, _layer_ledger(plan, name).complete(neighbour.key, key)])
+    return content_key(made.detect_key, plan.inventory, tile.key, read)
+
+
+def minimum_size_px(min_area_m2: float, resolution_m: float) -> int:
+    """Fewest pixels of an object of at least so many square metres."""
+    return max(1, math.ceil(min_area_m2 / resolution_m**2 - 1e-9))
+
+
+def without_small(hit_yx: np.ndarray, minimum_px: int) -> np.ndarray:
+    """Remove objects (8-connected) of fewer pixels.
+
+    Exact for every pixel at least `minimum_px - 1` pixels from the edge of the window: a pixel of a large enough
+    object reaches that many pixels of it within that distance, whatever lies beyond.
+    """
+    if minimum_px <= 1:
+        return hit_yx
+    labels, n = scipy.ndimage.label(hit_yx, structure=np.ones((3, 3), int))
+    keep = np.bincount(labels.ravel(), minlength=n + 1) >= minimum_px
+    keep[0] = False
+    kept: np.ndarray = keep[labels]
+    return kept
+
+
+def peak_rss_gb() -> float:
+    """Highest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6) * (1 if sys.platform == "darwin" else 1.024)
+
+
+@lru_cache(maxsize=2)
+def _plan(workspace: Path, run: str) -> RunPlan:
+    return read_plan(Workspace(root=workspace), run)
+
+
+def _layer_ledger(plan: RunPlan, name: str) -> Ledger:
+    return Ledger.of(plan.workspace.layer(plan.grid, name))
+
+
+def _compute(lazy: list[Any], threads: int) -> tuple[np.ndarray, ...]:
+    if threads == 1:
+        return dask.compute(*lazy, scheduler="synchronous")  # type: ignore[no-any-return]
+    return dask.compute(*lazy, scheduler="threads", num_workers=threads)  # type: ignore[no-any-return]
+
+
+def _within_budget(plan: RunPlan, log: ReadLog, scenes: Sequence[Scene]) -> None:
+    lost = sorted({(scene, asset) for scene, asset, _ in log.lost})
+    scenes_lost = {scene for scene, _ in lost}
+    budget = plan.config.cube.max_lost_scenes
+    if len(scenes_lost) > budget or (scenes_lost and scenes_lost == {s.id for s in scenes}):
+        first = min(log.lost)
+        raise PipelineError(
+            f"{len(scenes_lost)} of {len(scenes)} scenes cannot be read, more than max_lost_scenes={budget}; "
+            f"first: asset {first[1]!r} of item {first[0]!r}: {first[2]}"
+        )
+
+
+def _store(
+    plan: RunPlan,
+    path: Path,
+    data: dict[str, np.ndarray],
+    tile: Tile,
+    context: TileContext,
+    *,
+    leading: tuple[int, ...] = (),
+) -> tuple[dict[str, str], int]:
+    """Write a tile where it belongs in a group, if this driver still may."""
+    if not holds(plan.workspace.locks / "driver.json", context.token):
+        raise PipelineError("fenced: another driver holds the workspace now")
+    corner, first = geobox_of(path).affine, tile.geobox.affine
+    at = (round((first.f - corner.f) / corner.e), round((first.c - corner.c) / corner.a))
+    checksums = write_tile(path, data, at_px=at, leading=leading)
+    return checksums, stored_bytes(path, list(data), at_px=at, shard=plan.grid.tile_px, leading=leading)
+
+
+def _read_layers(plan: RunPlan, epoch: str, tile: Tile, halo: int) -> Layers:
+    """Read what the model needs on the tile and its halo; a neighbour counts only if its record does."""
+    made = plan.by_epoch[epoch]
+    needed = required_variables(plan.model.card.inputs)
+    sides = {
+        "pre": (made.pre, ["clear_count", *needed["pre"]]),
+        "post": (made.post, ["clear_count", *needed["post"]]),
+        "terrain": (made.terrain, sorted({"elevation", *needed["terrain"]})),
+    }
+    read = {side: _read_around(plan, name, names, tile, halo) for side, (name, names) in sides.items()}
+    return Layers(**read)
+
+
+def _read_around(plan: RunPlan, layer: str, names: list[str], tile: Tile, halo: int) -> xr.Dataset:
+    path, ledger = plan.workspace.layer(plan.grid, layer), _layer_ledger(plan, layer)
+    px = plan.grid.tile_px
+    row0, col0 = tile.row * px - halo, tile.col * px - halo
+    n = px + 2 * halo
+    out: dict[str, np.ndarray] = {}
+    for neighbour in plan.neighbours(tile):
+        record = ledger.read(neighbour.key)
+        if record is None or record.key != plan.tasks[layer][neighbour.key][0] or record.state != "done":
+            continue
+        rows = slice(max(row0, neighbour.row * px), min(row0 + n, (neighbour.row + 1) * px))
+        cols = slice(max(col0, neighbour.col * px), min(col0 + n, (neighbour.col + 1) * px))
+        if rows.start >= rows.stop or cols.start >= cols.stop:
+            continue
+        part = read_window(path, names, window=(rows, cols))
+        at = np.s_[rows.start - row0 : rows.stop - row0, cols.start - col0 : cols.stop - col0]
+        for name, values in part.items():
+            if name not in out:
+                out[name] = np.full((n, n), _FILL[name] if name in _FILL else 0, values.dtype)
+            out[name][at] = values
+    for name in names:  # nothing done here nor beside
+        if name not in out:
+            fill = _FILL.get(name, 0)
+            out[name] = np.full((n, n), fill, np.float32 if name == "elevation" else np.uint16)
+    return xr.Dataset({name: (("y", "x"), out[name]) for name in names})
+
+
+_FILL: dict[str, float] = {"elevation": np.nan, "slope_deg": 65535, "aspect_deg": 65535}
+
+
+def _probability(plan: RunPlan, layers: Layers, tile: Tile, halo: int, threads: int) -> np.ndarray:
+    """Probability on the tile and its halo, block by block on the lattice."""
+    px, block = plan.grid.tile_px, plan.grid.block_px
+    chunks = {
+        dim: tuple(c.stop - c.start for c in cuts(px + 2 * halo, first * px - halo, block))
+        for dim, first in (("y", tile.row), ("x", tile.col))
+    }
+    lazy = Layers(pre=layers.pre.chunk(chunks), post=layers.post.chunk(chunks), terrain=layers.terrain.chunk(chunks))
+    found = predict(plan.model, build_features(plan.model.card.inputs, lazy))["probability"].data
+    return _compute([found], threads)[0]
+
+
+def _quantised(probability: np.ndarray) -> np.ndarray:
+    """Scale to what is stored; the threshold is applied to this, so that the cube agrees with its own landslides."""
+    known = ~np.isnan(probability)
+    out = np.full(probability.shape, PROBABILITY_NODATA, np.uint16)
+    out[known] = np.rint(probability[known] / PROBABILITY_SCALE).astype(np.uint16)
+    return out
+
+
+def _observable(layers: Layers, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels could be judged, and why the others could not: bool and codes of `REASONS`."""
+    pre, post = layers.pre["clear_count"].values > 0, layers.post["clear_count"].values > 0
+    reason = np.zeros(probability.shape, np.uint8)
+    reason[probability == PROBABILITY_NODATA] = 5
+    reason[np.isnan(layers.terrain["elevation"].values)] = 4
+    reason[pre & ~post] = 2
+    reason[~pre & post] = 1
+    reason[~pre & ~post] = 3
+    return reason == 0, reason
+
+
+def _aoi_mask(plan: RunPlan, window: GeoBox) -> np.ndarray:
+    """Pixels whose centre lies in the area of interest."""
+    inside: np.ndarray = rasterio.features.geometry_mask(
+        [plan.aoi_shape], out_shape=tuple(window.shape), transform=window.affine, invert=True
+    )
+    return inside
+
+
+def _failed(task: TileTask, reason: str, trace: str) -> Record:
+    return Record(tile=task.tile, key=task.key, state="failed", reason=" ".join(reason.split())[:1000], traceback=trace)
+
+
+def _os_reason(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"

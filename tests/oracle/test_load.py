@@ -1,0 +1,143 @@
+"""`load` against rasterio's WarpedVRT on the same block, and its promises about windows and failures."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import shapely
+from odc.geo.geobox import GeoBox
+from rasterio.enums import Resampling
+from rasterio.transform import from_origin
+from rasterio.vrt import WarpedVRT
+
+from slidecube.catalog.errors import AssetReadError, CatalogError
+from slidecube.catalog.load import ReadLog, load
+from slidecube.catalog.scenes import Offset, Scene
+
+WEST, NORTH, SIDE_M = 399_960.0, 5_300_040.0, 30_720
+LAEA = "+proj=laea +lat_0=48 +lon_0=14 +x_0=0 +y_0=0 +datum=WGS84 +units=m +no_defs"
+
+
+def _write(path, resolution_m, seed, dtype="uint16"):
+    n = SIDE_M // resolution_m
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(500, 6000, (n // 8 + 2, n // 8 + 2))
+    data = np.kron(coarse, np.ones((8, 8), int))[:n, :n] + rng.integers(0, 300, (n, n))
+    data[: n // 5, : n // 7] = 0  # nodata in a corner
+    profile = {
+        "driver": "GTiff", "width": n, "height": n, "count": 1, "dtype": dtype, "crs": "EPSG:32633", "nodata": 0,
+        "transform": from_origin(WEST, NORTH, resolution_m, resolution_m), "tiled": True, "blockxsize": 256,
+        "blockysize": 256, "compress": "deflate",
+    }  # fmt: skip
+    with rasterio.open(path, "w", **profile) as out:
+        out.write(data.astype(dtype) if dtype == "uint16" else (data % 12).astype(dtype), 1)
+    return profile
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scene")
+    assets = {}
+    for band, resolution, dtype in (
+        ("B04", 10, "uint16"),
+        ("B11", 20, "uint16"),
+        ("B09", 60, "uint16"),
+        ("SCL", 20, "uint8"),
+    ):
+        _write(folder / f"{band}.tif", resolution, seed=resolution, dtype=dtype)
+        assets[band] = {"href": str(folder / f"{band}.tif"), "type": "image/tiff; application=geotiff"}
+    box = shapely.box(WEST, NORTH - SIDE_M, WEST + SIDE_M, NORTH)
+    lonlat = GeoBox.from_bbox(box.bounds, crs="EPSG:32633", resolution=1000).extent.to_crs("EPSG:4326").geom
+    item = {
+        "type": "Feature", "stac_version": "1.0.0", "stac_extensions": [], "id": "S2A_TEST", "collection": "x",
+        "geometry": shapely.geometry.mapping(lonlat.buffer(0.01)), "bbox": list(lonlat.bounds), "links": [],
+        "properties": {"datetime": "2021-07-01T10:00:00Z", "proj:code": "EPSG:32633", "proj:epsg": 32633},
+        "assets": assets,
+    }  # fmt: skip
+    return Scene(
+        id="S2A_TEST", role="optical", source="local", datetime=dt.datetime(2021, 7, 1, 10, tzinfo=dt.UTC),
+        identity="S2A_TEST", datatake="D", version="03.01", offset=Offset(value=0.0, applied=False, reason="test"),
+        bands={b: b for b in assets}, item=item,
+    )  # fmt: skip
+
+
+def _block(crs, resolution_m=10):
+    """A block of the lattice that lies on the scene."""
+    centre = shapely.Point(WEST + SIDE_M / 2, NORTH - SIDE_M / 2)
+    from pyproj import Transformer
+
+    x, y = Transformer.from_crs("EPSG:32633", crs, always_xy=True).transform(centre.x, centre.y)
+    step = 512 * resolution_m
+    left, top = x // step * step, -(-y // step) * step
+    return GeoBox((512, 512), from_origin(left, top, resolution_m, resolution_m), crs)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32633", "EPSG:32632", LAEA])
+@pytest.mark.parametrize("band", ["B04", "B11", "B09", "SCL"])
+@pytest.mark.parametrize("kernel", ["nearest", "bilinear"])
+def test_equals_warped_vrt_on_the_same_block(scene, crs, band, kernel):
+    box = _block(crs)
+    got = load([scene], box, [band], resampling={band: kernel})[band].isel(time=0).values
+    with (
+        rasterio.open(scene.item["assets"][band]["href"]) as src,
+        WarpedVRT(
+            src,
+            crs=str(box.crs),
+            transform=box.affine,
+            width=512,
+            height=512,
+            resampling=Resampling[kernel],
+            nodata=0,
+        ) as vrt,
+    ):
+        want = vrt.read(1)
+    assert (want != 0).mean() > 0.5
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32633", LAEA])
+def test_any_window_sees_the_pixels_of_the_lattice(scene, crs):
+    """A window that starts anywhere, and cuts blocks, equals the same part of whole blocks."""
+    box = _block(crs)
+    big = box.pad(512)
+    whole = load([scene], big, ["B04", "B11"])
+    odd = big[300:1100, 77:900]
+    part = load([scene], odd, ["B04", "B11"])
+    for band in ("B04", "B11"):
+        np.testing.assert_array_equal(part[band].values[0], whole[band].values[0, 300:1100, 77:900])
+
+
+def test_a_truncated_asset_is_named_and_with_a_log_only_its_blocks_are_lost(scene, tmp_path):
+    bad = tmp_path / "B04.tif"
+    data = Path(scene.item["assets"]["B04"]["href"]).read_bytes()
+    bad.write_bytes(data[: len(data) // 2])
+    item = {**scene.item, "assets": {**scene.item["assets"], "B04": {"href": str(bad)}}}
+    broken = Scene(**{f: getattr(scene, f) for f in Scene.__slots__} | {"item": item, "id": "S2A_TEST"})
+    box = _block("EPSG:32633").pad(1024)
+    with pytest.raises(AssetReadError, match="asset 'B04' of item 'S2A_TEST'"):
+        load([broken], box, ["B04"]).compute(scheduler="synchronous")
+    log = ReadLog()
+    got = load([broken], box, ["B04"], log=log)["B04"].values[0]
+    assert {(i, a) for i, a, _ in log.lost} == {("S2A_TEST", "B04")}
+    good = load([scene], box, ["B04"])["B04"].values[0]
+    kept = got != 0
+    assert 0 < kept.mean() < (good != 0).mean()
+    np.testing.assert_array_equal(got[kept], good[kept])
+    missing = Scene(
+        **{f: getattr(scene, f) for f in Scene.__slots__}
+        | {"item": {**item, "assets": {**item["assets"], "B04": {"href": str(tmp_path / "nothing.tif")}}}}
+    )
+    with pytest.raises(AssetReadError, match="item 'S2A_TEST'.*nothing.tif"):
+        load([missing], box, ["B04"]).compute(scheduler="synchronous")
+
+
+def test_unknown_band_and_no_scenes_are_one_line(scene):
+    box = _block("EPSG:32633")
+    with pytest.raises(CatalogError, match="no band B13; it has: B04, B09, B11, SCL"):
+        load([scene], box, ["B13"])
+    with pytest.raises(CatalogError, match="No scenes"):
+        load([], box, ["B04"])
