@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -17,9 +16,12 @@ from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from slidecube.catalog.aoi import Aoi
 
 COMPLETE, USER_ERROR, INCOMPLETE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
 
@@ -167,17 +169,20 @@ def plan(file: Path, *, refresh: bool) -> None:
     """Search and freeze the scenes; print the estimate."""
     from slidecube.pipeline.config import load_config
     from slidecube.pipeline.plan import plan as make_plan
+    from slidecube.pipeline.summaries import plan_summary
 
-    click.echo(make_plan(load_config(file), refresh=refresh).summary())
+    config = load_config(file)
+    made = make_plan(config, refresh=refresh)
+    click.echo(plan_summary(made, newest=_newest(config.source(config.sources.optical), made.aoi)))
 
 
 @cli.command()
 @click.argument("file", type=TomlFile)
 @click.option("--refresh", is_flag=True, help="Search again, and process what is new.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def run(file: Path, *, refresh: bool, quiet: bool) -> int:
+def run(file: Path, *, refresh: bool, quiet: bool) -> None:
     """Make the whole inventory; run again to resume."""
-    return _run(file, STAGES, refresh=refresh, quiet=quiet)
+    _run(file, STAGES, refresh=refresh, quiet=quiet)
 
 
 @cli.command()
@@ -186,33 +191,34 @@ def run(file: Path, *, refresh: bool, quiet: bool) -> int:
 def status(workspace: Path, *, as_json: bool) -> None:
     """Tell what is done, due and failed in a workspace."""
     from slidecube.pipeline.run import status as read_status
+    from slidecube.pipeline.summaries import status_summary
 
     state = read_status(workspace)
-    click.echo(json.dumps(state, indent=2) if as_json else _status_table(state))
+    click.echo(json.dumps(state, indent=2) if as_json else status_summary(state))
 
 
 @cli.command()
 @click.argument("file", type=TomlFile)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def cube(file: Path, *, quiet: bool) -> int:
+def cube(file: Path, *, quiet: bool) -> None:
     """Build the layers only: composites and terrain."""
-    return _run(file, ("cube",), quiet=quiet)
+    _run(file, ("cube",), quiet=quiet)
 
 
 @cli.command()
 @click.argument("file", type=TomlFile)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def detect(file: Path, *, quiet: bool) -> int:
+def detect(file: Path, *, quiet: bool) -> None:
     """Run the model over the layers that are there."""
-    return _run(file, ("detect",), quiet=quiet)
+    _run(file, ("detect",), quiet=quiet)
 
 
 @cli.command()
 @click.argument("file", type=TomlFile)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def mosaic(file: Path, *, quiet: bool) -> int:
+def mosaic(file: Path, *, quiet: bool) -> None:
     """Join the tiles into landslides across their edges."""
-    return _run(file, ("mosaic",), quiet=quiet)
+    _run(file, ("mosaic",), quiet=quiet)
 
 
 @cli.command()
@@ -231,9 +237,8 @@ def evaluate(workspace: Path, truth: Path, *, as_json: bool) -> None:
 @click.argument("file", type=TomlFile)
 def publish(file: Path) -> None:
     """Write the products: tables, GeoPackage, COGs, STAC."""
-    from slidecube.pipeline.publish import publish as write_products
-
     from slidecube.pipeline.config import load_config
+    from slidecube.pipeline.publish import publish as write_products
 
     for path in write_products(load_config(file)):
         click.echo(path)
@@ -262,11 +267,11 @@ def simulate(out: Path, *, seed: int, into: Path | None) -> None:
 @cli.command()
 @click.option("--out", type=Folder, required=True, help="Folder of the demonstration.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulated archive.")
-def demo(out: Path, *, seed: int) -> int:
+def demo(out: Path, *, seed: int) -> None:
     """Map a simulated archive from end to end."""
     from slidecube.pipeline.demo import demo as run_demo
 
-    return _code(run_demo(out, seed=seed))
+    click.echo(run_demo(out, seed=seed))
 
 
 @cli.command()
@@ -282,40 +287,36 @@ def doctor() -> int:
 
 @cli.command()
 @click.argument("workspace", type=Folder)
-def clean(workspace: Path) -> None:
+@click.option("--dry-run", is_flag=True, help="Only list what would go.")
+def clean(workspace: Path, *, dry_run: bool) -> None:
     """Remove what no plan needs any more."""
     from slidecube.pipeline.run import clean as remove_superseded
+    from slidecube.pipeline.summaries import clean_summary
 
-    click.echo(remove_superseded(workspace))
+    click.echo(clean_summary(remove_superseded(workspace, dry_run=dry_run), dry_run=dry_run))
 
 
-def _run(file: Path, stages: tuple[str, ...], *, refresh: bool = False, quiet: bool = False) -> int:
-    from slidecube.pipeline.run import run as run_plan
+def _newest(source: str, aoi: Aoi) -> str:
+    """Ask the provider for its newest scene; the plan stands without an answer."""
+    from slidecube.catalog.errors import CatalogError
+    from slidecube.catalog.search import newest_scene
+    from slidecube.pipeline.summaries import newest_line
 
+    try:
+        return newest_line(newest_scene(source, aoi))
+    except CatalogError as error:
+        return f"not known ({_one_line(str(error))})"
+
+
+def _run(file: Path, stages: tuple[str, ...], *, refresh: bool = False, quiet: bool = False) -> None:
     from slidecube.pipeline.config import load_config
+    from slidecube.pipeline.errors import IncompleteError
     from slidecube.pipeline.plan import plan as make_plan
+    from slidecube.pipeline.run import run as run_plan
+    from slidecube.pipeline.summaries import failure_line, run_summary
 
-    return _code(run_plan(make_plan(load_config(file), refresh=refresh), stages=stages, progress=not quiet))
-
-
-def _code(report: Any) -> int:
-    """Exit code of a run's report."""
-    return int(report.exit_code)
-
-
-def _status_table(state: dict[str, Any]) -> str:
-    """Render `status` for people: a line a stage, then what was read and what could be seen."""
-    columns = ("done", "due", "running", "failed")
-    lines = [f"{'stage':<10}" + "".join(f"{name:>9}" for name in columns)]
-    lines += [
-        f"{stage:<10}" + "".join(f"{counts.get(name, 0):>9}" for name in columns)
-        for stage, counts in state["tiles"].items()
-    ]
-    lines.append(f"scene reads: {state['scene_reads']}")
-    lines += [f"{name}: {_plain(value)}" for name, value in state.get("observability", {}).items()]
-    lines += [f"failed: {item}" for item in state.get("failures", [])]
-    return os.linesep.join(lines)
-
-
-def _plain(value: object) -> str:
-    return f"{value:.1%}" if isinstance(value, float) else str(value)
+    config = load_config(file)
+    report = run_plan(make_plan(config, refresh=refresh), stages=stages, progress=not quiet)
+    click.echo(run_summary(report))
+    if not report.complete:
+        raise IncompleteError(failure_line(report, config.workspace))

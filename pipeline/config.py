@@ -106,7 +106,7 @@ class Area(_Section):
     aoi: str | None = Field(
         None,
         min_length=1,
-        description="the path of a GeoJSON, GeoPackage or shapefile, from the TOML's folder, or a WKT polygon",
+        description="the path of a GeoJSON, GeoPackage or shapefile, from the TOML's folder, or WKT or GeoJSON text",
     )
     bbox: Annotated[tuple[float, float, float, float], BeforeValidator(_bbox)] | None = Field(
         None, description="[west, south, east, north] in degrees of WGS84, south below north"
@@ -270,13 +270,18 @@ class Config(_Section):
         """Return a path of the TOML as an absolute path."""
         return (self.base / Path(text).expanduser()).resolve()
 
+    def source(self, name: str) -> str:
+        """Return a source as the catalogue takes it: a local catalogue's path made absolute, a name as it is."""
+        path = self.resolve(name)
+        return str(path) if path.exists() else name
+
     @property
     def aoi(self) -> str | Path | tuple[float, float, float, float]:
         """The area as it is to be read: WKT text, a file's absolute path, or a bbox in degrees of WGS84."""
         if self.area.bbox is not None:
             return self.area.bbox
         text = self.area.aoi or ""
-        return text if _is_wkt(text) else self.resolve(text)
+        return text if _is_geometry(text) else self.resolve(text)
 
     def search_terms(self) -> dict[str, Any]:
         """Return what decides the scene search, as canonical JSON types: area, windows, sources, cloud limit."""
@@ -479,8 +484,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _is_wkt(text: str) -> bool:
-    return re.match(r"\s*(MULTI)?POLYGON\s*(Z\s*)?(\(|EMPTY)", text, re.IGNORECASE) is not None
+def _is_geometry(text: str) -> bool:
+    """Tell WKT (or EWKT) and GeoJSON text from a file's name."""
+    return re.match(r"\s*(\{|(SRID=\d+;\s*)?[A-Z]+\s*(Z\s*)?(\(|EMPTY))", text, re.IGNORECASE) is not None
 
 
 def _file_digest(path: Path, config: Config) -> str:
@@ -491,8 +497,9 @@ def _file_digest(path: Path, config: Config) -> str:
         if path.suffix.lower() == ".shp" and path.with_suffix(".prj").is_file():
             digest.update(path.with_suffix(".prj").read_bytes())
     except OSError as error:
+        near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         raise PipelineError(
-            f"{config.path}: area.aoi: got {config.area.aoi!r}, which cannot be read "
-            f"({error.strerror or error}); allowed: {Area.model_fields['aoi'].description}"
+            f"{config.path}: area.aoi: got {config.area.aoi!r}, which cannot be read ({error.strerror or error})"
+            f"{_did_you_mean(path.name, near)}; allowed: {Area.model_fields['aoi'].description}"
         ) from None
     return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,128 @@
+"""What the command line prints: a plan, a run, a workspace and a cleaning, each as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from slidecube.catalog.search import Newest, scenes_by_tile
+from slidecube.pipeline.plan import RunPlan
+from slidecube.pipeline.run import RunReport
+
+_SHOWN = 10
+"""Failures that are listed one by one; `status --json` has all."""
+
+
+def plan_summary(made: RunPlan, *, newest: str) -> str:
+    """Describe a plan: its scenes by tile and window, how fresh the provider is, and what a run would cost.
+
+    newest : one line on the provider's newest scene
+    """
+    grid, cost = made.grid, made.estimate
+    tiles = f"{_count(len(made.tiles), 'tile')} of {grid.tile_px} px at {grid.resolution_m:g} m"
+    lines = [
+        f"plan        {made.run}"
+        + (" (scene list of an earlier plan, nothing searched)" * made.reused_scenes),
+        f"area        {made.aoi.name}: {tiles} in {grid.crs}",
+        f"inventory   {made.inventory}",
+        f"scenes      {len(made.scenes)}, newest of the provider: {newest}",
+        *_table(("  window", "tile", "scenes", "first", "last", "cloud"), _scene_rows(made)),
+        f"reads       {_count(cost.scene_reads, 'scene')} times tile, {cost.read_gb:.1f} GB of pixels",
+        f"writes      {cost.stored_gb:.1f} GB in {_count(cost.files, 'file')}",
+        f"needs       {cost.peak_mem_gb:.1f} GB of memory a worker, {cost.cpu_hours:.1f} hours of one core",
+    ]
+    return "\n".join(lines)
+
+
+def newest_line(newest: Newest | None) -> str:
+    """Describe the provider's newest scene and its age."""
+    if newest is None:
+        return "none over this area"
+    return f"{newest.id}, {newest.datetime.date().isoformat()}, {newest.age_days:.0f} days old"
+
+
+def run_summary(report: RunReport) -> str:
+    """Describe what a run did."""
+    done = ", ".join(f"{stage} {n}" for stage, n in report.done.items()) or "nothing was due"
+    lines = [f"run         {report.run}", f"done        {done}", f"scene reads {report.scene_reads}"]
+    if report.products is not None:
+        lines.append(f"products    {report.products}")
+        page = report.products / "report" / "index.html"
+        if page.exists():
+            lines.append(f"report      {page}")
+    return "\n".join(lines)
+
+
+def failure_line(report: RunReport, workspace: Path) -> str:
+    """Describe in one line why a run is incomplete."""
+    failed = _count(sum(report.failed.values()), "tile")
+    first = f", first {': '.join(report.reasons[0])}" if report.reasons else ""
+    return f"incomplete: {failed} failed{first}; `slidecube status {workspace}` lists them, the same command tries again"
+
+
+def status_summary(state: dict[str, Any]) -> str:
+    """Describe what `status` found: a line a stage, what was read, what could be seen, what failed and why."""
+    columns = ("done", "due", "running", "failed")
+    rows = [(stage, *(str(counts[name]) for name in columns)) for stage, counts in state["tiles"].items()]
+    lines = [f"run         {state['run']}", *_table(("stage", *columns), rows)]
+    lines.append(f"scene reads {state['scene_reads']}")
+    lines += _shares("pixels", state["observability"])
+    lines += _shares("not observable", state["not_observable"])
+    lines += _listed("failed", (f"{f['stage']} {f['tile']}: {f['reason']}" for f in state["failures"]))
+    lines += _listed("unreadable", (f"{f['scene']} {f['asset']}: {f['reason']}" for f in state["lost"]))
+    lines.append("complete" if state["complete"] else "incomplete: run the same command to go on")
+    return "\n".join(lines)
+
+
+def clean_summary(removed: Sequence[tuple[Path, int]], *, dry_run: bool) -> str:
+    """Describe what was removed, or would be."""
+    if not removed:
+        return "nothing is superseded"
+    verb = "would remove" if dry_run else "removed"
+    total_gb = sum(size for _, size in removed) / 1e9
+    return "\n".join([*(f"{verb} {path}" for path, _ in removed), f"{verb} {total_gb:.3f} GB"])
+
+
+def _scene_rows(made: RunPlan) -> list[tuple[str, ...]]:
+    windows = {
+        w: f"{e.name} {side}" for e in made.config.epochs for side, w in (("pre", e.pre), ("post", e.post))
+    }
+    return [
+        (
+            f"  {windows[group.window]}",
+            group.mgrs_tile,
+            str(group.count),
+            group.first.isoformat(),
+            group.last.isoformat(),
+            "unknown" if group.cloud_pct is None else f"{group.cloud_pct:.0f} %",
+        )
+        for group in scenes_by_tile(made.scenes.scenes, tuple(windows))
+    ]
+
+
+def _shares(title: str, counts: dict[str, int]) -> list[str]:
+    total = sum(counts.values())
+    named = [f"{name} {100 * n / total:.1f} %" for name, n in counts.items() if n]
+    return [f"{title}: {', '.join(named)}"] if named else []
+
+
+def _listed(title: str, items: Iterable[str]) -> list[str]:
+    found = list(items)
+    more = [f"{title}: and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return [f"{title}: {item}" for item in found[:_SHOWN]] + more
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lay out rows under a head; the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in (head, *rows)
+    ]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
