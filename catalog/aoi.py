@@ -55,6 +55,7 @@ class Aoi:
         """Return the geometry in another CRS, its long edges densified so that they stay true.
 
         Into longitudes and latitudes an area across the antimeridian comes back split at it.
+        Raises CatalogError where one of the two CRSs may not be used.
         """
         source, target = pyproj.CRS.from_user_input(self.crs), pyproj.CRS.from_user_input(crs)
         if source == target:
@@ -68,6 +69,11 @@ class Aoi:
             return np.column_stack(to.transform(xy[:, 0], xy[:, 1]))
 
         projected = shapely.transform(dense, project)
+        if not np.all(np.isfinite(shapely.get_coordinates(projected))):
+            raise CatalogError(
+                f"AOI {self.name!r} cannot be brought from {_crs_name(self.crs)} to {_crs_name(crs)}: it lies outside "
+                "the area in which one of them may be used; name another crs"
+            )
         if target.is_geographic and not source.is_geographic:
             projected = split_at_antimeridian(_unwrap(projected))
         return _polygons_of(projected)
@@ -166,7 +172,8 @@ def _read_bbox(
             f"west > east: {[east, south, west, north]}; otherwise give a smaller area"
         )
     turn = 360.0 if west > east else 0.0  # RFC 7946, 5.2: west > east crosses the antimeridian
-    shape = split_at_antimeridian(shapely.box(west, south, east + turn, north))
+    box_shape = shapely.box(west, south, east + turn, north)
+    shape = split_at_antimeridian(box_shape) if lonlat else box_shape
     return label, [("", shape)], crs or _LONLAT
 
 
@@ -286,6 +293,8 @@ def _closed(geometry: dict[str, Any]) -> dict[str, Any]:
 
     def ring(points: list[list[float]]) -> list[list[float]]:
         flat = [[float(p[0]), float(p[1])] for p in points]
+        if not np.all(np.isfinite(flat)):
+            raise ValueError("a coordinate is not a finite number")
         return flat if not flat or flat[0] == flat[-1] else [*flat, flat[0]]
 
     polygons = geometry["coordinates"] if kind == "MultiPolygon" else [geometry["coordinates"]]
@@ -378,9 +387,11 @@ def _in_own_or_lonlat(union: BaseGeometry, crs: pyproj.CRS, label: str) -> tuple
     text = crs.to_string()
     if crs == pyproj.CRS.from_user_input(_LONLAT):
         return union, _LONLAT
-    lonlat = Aoi(name="", geometry=union, crs=text).to_crs(_LONLAT)
-    xy = shapely.get_coordinates(lonlat)
-    if not xy.size or not np.all(np.isfinite(xy)) or lonlat.area == 0:
+    try:
+        lonlat = Aoi(name=label, geometry=union, crs=text).to_crs(_LONLAT)
+    except CatalogError:
+        lonlat = shapely.Polygon()
+    if lonlat.is_empty or lonlat.area == 0:
         raise CatalogError(
             f"AOI {label} lies outside the area in which {_crs_name(text)} may be used; is crs right, or is it "
             "in longitudes and latitudes?"
