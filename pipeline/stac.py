@@ -35,6 +35,8 @@ EXTENSIONS = (
     "https://stac-extensions.github.io/raster/v2.0.0/schema.json",
 )
 
+OUTLINE_STEP_M = 20_000.0
+
 MEDIA_TYPES = {
     ".parquet": "application/vnd.apache.parquet",
     ".gpkg": "application/geopackage+sqlite3",
@@ -119,8 +121,7 @@ def item_text(item: pystac.Item) -> str:
 
 def outline_lonlat(geobox: GeoBox) -> BaseGeometry:
     """Outline of a GeoBox in longitude and latitude, split where it crosses the antimeridian."""
-    box = shapely.box(*geobox.boundingbox.bbox)
-    dense = shapely.segmentize(box, max(box.bounds[2] - box.bounds[0], box.bounds[3] - box.bounds[1]) / 16)
+    dense = shapely.segmentize(shapely.box(*geobox.boundingbox.bbox), OUTLINE_STEP_M)
     to = pyproj.Transformer.from_crs(str(geobox.crs), "EPSG:4326", always_xy=True)
     lon, lat = to.transform(*shapely.get_coordinates(dense).T)
     turned = np.column_stack((np.rad2deg(np.unwrap(np.deg2rad(lon))), lat)).round(7)
