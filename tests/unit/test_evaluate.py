@@ -124,8 +124,8 @@ def test_a_case_by_hand():
     # areas are geodesic: 100 pixels of 100 m2 are a little less than 10,000 m2 here
     assert got.truth["area_m2"][0] < 10_000
     assert sizes == {
-        (0.0, 0, 0, 0),
-        (1_000.0, 0, 1, 1),
+        (0.0, 0, 1, 1),
+        (1_000.0, 0, 0, 0),
         (3_000.0, 2, 1, 0),
         (10_000.0, 0, 0, 0),
         (30_000.0, 0, 0, 1),
