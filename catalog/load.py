@@ -262,7 +262,7 @@ class _NamingReader:
             src = self._src.patch(uri=sign_href(self._src.uri, self._name.source))
             try:
                 with rasterio.open(src.uri, sharing=False) as asset:
-                    if asset.crs != CRS.from_user_input(str(geobox.crs)):
+                    if not _same_pixels(asset, geobox):
                         return _warp(asset, src.band, cfg, geobox)
                 return self._opener(src, self._ctx).read(cfg, geobox, dst=dst, selection=selection)
             except (rasterio.errors.RasterioError, OSError):
@@ -275,10 +275,19 @@ class _NamingReader:
         raise AssertionError
 
 
+def _same_pixels(asset: rasterio.DatasetReader, geobox: GeoBox) -> bool:
+    """Tell whether an asset has the grid's CRS and pixels, so that reading is copying."""
+    a, b = asset.transform, geobox.affine
+    if (a.a, a.b, a.d, a.e) != (b.a, b.b, b.d, b.e) or asset.crs != CRS.from_user_input(str(geobox.crs)):
+        return False
+    shifts = ((b.c - a.c) / a.a, (b.f - a.f) / a.e)
+    return all(abs(shift - round(shift)) < 1e-6 for shift in shifts)
+
+
 def _warp(
     asset: rasterio.DatasetReader, band: int, cfg: RasterLoadParams, geobox: GeoBox
 ) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Warp an asset of another CRS onto a block, as gdalwarp would.
+    """Warp an asset of other pixels onto a block, as gdalwarp would.
 
     odc-loader hands GDAL a source window cut to the block; GDAL's automatic kernel then gets another width than over
     the whole source, and the pixels of a neighbouring zone differ from every other tool's.

@@ -42,7 +42,6 @@ REASONS: dict[int, str] = {
     3: "no clear observation before nor after the event",
     4: "no terrain",
     5: "vegetation index undefined (water, rock, snow)",
-    6: "source missing or tile failed",
 }
 """Why a pixel is not observable, by the value of the `reason` byte."""
 
@@ -77,8 +76,7 @@ CF: dict[str, dict[str, Any]] = {
     "reason": {
         "long_name": "why the pixel is not observable",
         "flag_values": list(REASONS),
-        "flag_meanings": "none no_clear_pre no_clear_post no_clear_pre_nor_post no_terrain index_undefined "
-        "source_missing",
+        "flag_meanings": "none no_clear_pre no_clear_post no_clear_pre_nor_post no_terrain index_undefined",
     },
 }
 """CF attributes of the variables. Source: CF conventions 1.11, sections 2.5, 3.5 and 8.1."""

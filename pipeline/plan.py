@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,7 @@ class RunPlan:
     tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
     inventory: str
     estimate: Estimate = field(repr=False)
+    reused_scenes: bool = False
 
     @cached_property
     def by_tile(self) -> dict[str, Tile]:
@@ -156,7 +157,7 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     if known and not refresh and (workspace.plan(known) / "plan.json").exists():
         found = read_plan(workspace, known, config=config)
         index.remember(workspace, found)
-        return found
+        return replace(found, reused_scenes=True)
     model = model_of(config)
     aoi = read_aoi(config.aoi)
     crs = config.area.crs or choose_crs(aoi)
@@ -166,13 +167,13 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
         raise PipelineError(f"The AOI {aoi.name!r} covers no pixel of the grid {grid.key}; check its coordinates")
     earlier = index.searches.get(content_key(config.search_terms()))
     if earlier and not refresh and (workspace.plan(earlier) / "scenes.parquet").exists():
-        scenes = SceneTable.read_parquet(workspace.plan(earlier) / "scenes.parquet")
+        scenes, reused = SceneTable.read_parquet(workspace.plan(earlier) / "scenes.parquet"), True
     else:
-        scenes = _search(config, aoi)
+        scenes, reused = _search(config, aoi), False
     made = _assemble(config, workspace, aoi, grid, tiles, scenes, model)
     _write(made)
     index.remember(workspace, made)
-    return made
+    return replace(made, reused_scenes=reused)
 
 
 def read_plan(workspace: Workspace, run: str, *, config: Config | None = None) -> RunPlan:
@@ -258,6 +259,8 @@ def _search(config: Config, aoi: Aoi) -> SceneTable:
         max_cloud_pct=config.cube.max_cloud_pct,
         role="optical",
     )
+    optical = [scene for scene in optical if any(band.startswith("B") for band in scene.bands)]
+    _require_bands(config, optical)
     for epoch in config.epochs:
         for side, window in (("pre", epoch.pre), ("post", epoch.post)):
             if not any(scene.datetime in window for scene in optical):
@@ -267,9 +270,26 @@ def _search(config: Config, aoi: Aoi) -> SceneTable:
                     "widen the window or raise max_cloud_pct"
                 )
     dem = search(_source(config, config.sources.dem), aoi, None, role="dem")
+    dem = [scene for scene in dem if "elevation" in scene.bands]  # a catalogue may hold both
     if not dem:
         raise PipelineError(f"Source {config.sources.dem!r} has no DEM over {aoi.name!r}; name another one in [sources]")
     return SceneTable(scenes=(*optical, *dem))
+
+
+def _require_bands(config: Config, optical: list[Scene]) -> None:
+    """Refuse now what would fail on every tile later."""
+    for scene in optical:
+        missing = [band for band in config.cube.bands if band not in scene.bands]
+        if missing:
+            raise PipelineError(
+                f"Scene {scene.id!r} of {config.sources.optical!r} has no band {', '.join(missing)}; "
+                f"it has {', '.join(scene.bands)}; name only such bands in [cube] bands"
+            )
+        if "SCL" not in scene.bands:
+            raise PipelineError(
+                f"Scene {scene.id!r} of {config.sources.optical!r} has no scene classification (SCL), by which clouds "
+                "are masked; use a Level-2A source"
+            )
 
 
 def _source(config: Config, name: str) -> str:
@@ -376,11 +396,10 @@ def _tasks(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     pool = scenes.role("dem") if layer.window is None else scenes.role("optical").within(layer.window)
     position = {id(scene): i for i, scene in enumerate(scenes.scenes)}
-    touching = pool.touching_many([tile.geobox for tile in tiles])
     out = {}
-    for tile, found in zip(tiles, touching, strict=True):
-        read = [pool.scenes[i] for i in found]
-        out[tile.key] = (task_key(layer.key, tile.key, read), tuple(position[id(scene)] for scene in read))
+    for tile, read in zip(tiles, pool.touching_each([tile.geobox for tile in tiles]), strict=True):
+        key = task_key(layer.key, tile.key, read)
+        out[tile.key] = (key, tuple(position[id(scene)] for scene in read))
     return out
 
 

@@ -21,21 +21,20 @@ from slidecube.cluster.resources import Profile, load_profile
 from slidecube.cluster.runner import Runner, TaskResult, TileTask, open_runner
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
+from slidecube.pipeline.inventory import (
+    CF,
+    LANDSLIDE_NODATA,
+    PROBABILITY_NODATA,
+    REASONS,
+    Observability,
+    finish_inventory,
+)
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import Lock, alive, read_lock
-from slidecube.pipeline.mosaic_stage import mosaic_due, mosaic_run
+from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import RunPlan, current_run, known_runs, plan, read_plan
 from slidecube.pipeline.store import Variable, Workspace, create_arrays, remove_partials
-from slidecube.pipeline.tile import (
-    LANDSLIDE_NODATA,
-    OBSERVABILITY,
-    PROBABILITY_NODATA,
-    PROBABILITY_SCALE,
-    REASONS,
-    TileContext,
-    detect_task_key,
-    run_task,
-)
+from slidecube.pipeline.tile import TileContext, detect_task_key, run_task
 
 STAGES = ("cube", "detect", "mosaic")
 _ENOSPC = os.strerror(errno.ENOSPC)
@@ -61,7 +60,11 @@ class RunReport:
 
 
 def run(
-    what: Config | RunPlan, *, stages: Sequence[str] = STAGES, progress: bool = True, say: TextIO | None = None
+    what: Config | RunPlan,
+    *,
+    stages: Sequence[str] = STAGES,
+    progress: bool = True,
+    say: TextIO | None = None,
 ) -> RunReport:
     """Do what is due of a plan, stage by stage, and leave a record of every tile.
 
@@ -81,7 +84,9 @@ def run(
     with Lock(made.workspace.locks, run=made.run) as lock:
         remove_partials(made.workspace.root)
         _create(made)
-        return _Driver(plan=made, profile=profile, lock=lock, progress=progress, say=say or sys.stderr).drive(stages)
+        return _Driver(plan=made, profile=profile, lock=lock, progress=progress, say=say or sys.stderr).drive(
+            stages
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -185,6 +190,8 @@ class _Driver:
     def _mosaic(self) -> Path | None:
         if not mosaic_due(self.plan):
             return self.plan.workspace.products(self.plan.inventory)
+        if self.failed.total() and not any_detected(self.plan):
+            return None  # the reasons of the failures say more than a missing product
         self._event("stage_started", stage="mosaic", due=1)
         folder = mosaic_run(self.plan, say=self.say if self.progress else None)
         self.done["mosaic"] += 1
@@ -241,22 +248,34 @@ def status(where: str | Path) -> dict[str, Any]:
     workspace = Workspace.at(where)
     name = current_run(workspace)
     if name is None:
-        raise PipelineError(f"{where} is not a workspace with a plan; make one with `slidecube plan FILE.toml`")
+        raise PipelineError(
+            f"{where} is not a workspace with a plan; make one with `slidecube plan FILE.toml`"
+        )
     made = read_plan(workspace, name)
     running = read_lock(workspace.locks / "driver.json")
     tiles, failures, lost = {}, [], set()
     layers = [(la.name, Ledger.of(workspace.layer(made.grid, la.name))) for la in made.layers]
-    pieces = [("cube", layer, ledger, {t: k for t, (k, _) in made.tasks[layer].items()}) for layer, ledger in layers]
+    pieces = [
+        ("cube", layer, ledger, {t: k for t, (k, _) in made.tasks[layer].items()}) for layer, ledger in layers
+    ]
     observed: Counter[str] = Counter()
     unseen: Counter[str] = Counter()
     for epoch in made.epochs:
         keys = {tile.key: detect_task_key(made, epoch.name, tile) for tile in made.tiles}
-        pieces.append(("detect", epoch.name, Ledger.of(workspace.inventory(made.inventory), epoch.name), keys))
+        pieces.append(
+            ("detect", epoch.name, Ledger.of(workspace.inventory(made.inventory), epoch.name), keys)
+        )
     counts: dict[str, Counter[str]] = {"cube": Counter(), "detect": Counter()}
     for stage, what, ledger, keys in pieces:
         for tile, key in keys.items():
             record = ledger.read(tile)
-            state = "due" if record is None or record.key != key else "failed" if record.state == "failed" else "done"
+            state = (
+                "due"
+                if record is None or record.key != key
+                else "failed"
+                if record.state == "failed"
+                else "done"
+            )
             counts[stage][state] += 1
             if record is None or state == "due":
                 continue
@@ -264,7 +283,7 @@ def status(where: str | Path) -> dict[str, Any]:
             if state == "failed":
                 failures.append({"stage": stage, "what": what, "tile": tile, "reason": record.reason})
             for name_, n in record.numbers.items() if stage == "detect" else ():
-                if name_ in OBSERVABILITY:
+                if name_.upper() in Observability.__members__:
                     observed[name_] += n
                 elif name_.startswith("reason "):
                     unseen[REASONS[int(name_.split()[1])]] += n
@@ -283,8 +302,8 @@ def status(where: str | Path) -> dict[str, Any]:
         "tiles": tiles,
         "scene_reads": total,
         "scene_reads_last_run": last,
-        "observability": {name_: observed[name_] for name_ in OBSERVABILITY},
-        "not_observable": {reason: unseen[reason] for reason in REASONS[1:]},
+        "observability": {value.name.lower(): observed[value.name.lower()] for value in Observability},
+        "not_observable": {reason: unseen[reason] for i, reason in REASONS.items() if i},
         "failures": failures,
         "lost": [{"scene": s, "asset": a, "reason": r} for s, a, r in sorted(lost)],
         "complete": all(not t["due"] and not t["failed"] and not t["running"] for t in tiles.values()),
@@ -341,70 +360,47 @@ def _create(made: RunPlan) -> None:
     for layer in made.layers:
         variables = TERRAIN if layer.kind == "terrain" else _optical_variables(made)
         attrs = {"slidecube:layer_key": layer.key, "slidecube:window": str(layer.window or "")}
-        create_arrays(made.workspace.layer(made.grid, layer.name), variables, geobox=frame, attrs=attrs, **common)
+        create_arrays(
+            made.workspace.layer(made.grid, layer.name), variables, geobox=frame, attrs=attrs, **common
+        )
     rows, cols = [t.row for t in made.tiles], [t.col for t in made.tiles]
     px = made.grid.tile_px
     extent = frame[min(rows) * px : (max(rows) + 1) * px, min(cols) * px : (max(cols) + 1) * px]
+    inventory = made.workspace.inventory(made.inventory)
     create_arrays(
-        made.workspace.inventory(made.inventory),
+        inventory,
         INVENTORY,
         geobox=extent,
         leading={"epoch": len(made.epochs)},
         attrs={"slidecube:run": made.run, "slidecube:epochs": [e.name for e in made.epochs]},
         **common,
     )
+    finish_inventory(inventory, geobox=extent, epochs=[e.name for e in made.epochs])
 
 
 _DAYS = {"units": "days since 1970-01-01", "long_name": "date", "comment": "0 = none"}
 
 TERRAIN = {
-    "elevation": Variable(dtype="float32", fill=float("nan"), attrs={"units": "m", "standard_name": "surface_altitude"}),
-    "slope_deg": Variable(dtype="uint16", fill=65535, attrs={"units": "degree", "scale_factor": 0.01, "long_name": "slope"}),
+    "elevation": Variable(
+        dtype="float32", fill=float("nan"), attrs={"units": "m", "standard_name": "surface_altitude"}
+    ),
+    "slope_deg": Variable(
+        dtype="uint16", fill=65535, attrs={"units": "degree", "scale_factor": 0.01, "long_name": "slope"}
+    ),
     "aspect_deg": Variable(
-        dtype="uint16", fill=65535, attrs={"units": "degree", "scale_factor": 0.01, "long_name": "aspect from grid north"}
+        dtype="uint16",
+        fill=65535,
+        attrs={"units": "degree", "scale_factor": 0.01, "long_name": "aspect from grid north"},
     ),
 }
 """Stored variables of the terrain layer."""
 
 INVENTORY = {
-    "probability": Variable(
-        dtype="uint16",
-        fill=PROBABILITY_NODATA,
-        attrs={"units": "1", "scale_factor": PROBABILITY_SCALE, "long_name": "landslide probability"},
-    ),
-    "spread": Variable(
-        dtype="uint16",
-        fill=PROBABILITY_NODATA,
-        attrs={
-            "units": "1",
-            "scale_factor": PROBABILITY_SCALE,
-            "long_name": "standard deviation of the members' probabilities",
-            "comment": "nodata where there is one member",
-        },
-    ),
-    "landslide": Variable(
-        dtype="uint8",
-        fill=LANDSLIDE_NODATA,
-        attrs={"long_name": "landslide", "flag_values": [0, 1], "flag_meanings": "no_landslide landslide"},
-    ),
-    "observability": Variable(
-        dtype="uint8",
-        fill=0,
-        attrs={
-            "long_name": "observability",
-            "flag_values": [0, 1, 2, 3],
-            "flag_meanings": " ".join(n.replace(" ", "_") for n in OBSERVABILITY),
-        },
-    ),
-    "reason": Variable(
-        dtype="uint8",
-        fill=0,
-        attrs={
-            "long_name": "why a pixel is not observable",
-            "flag_values": list(range(len(REASONS))),
-            "flag_meanings": " ".join(r.replace(" ", "_").replace(",", "") for r in REASONS),
-        },
-    ),
+    "probability": Variable(dtype="uint16", fill=PROBABILITY_NODATA, attrs=CF["probability"]),
+    "spread": Variable(dtype="uint16", fill=PROBABILITY_NODATA, attrs=CF["spread"]),
+    "landslide": Variable(dtype="uint8", fill=LANDSLIDE_NODATA, attrs=CF["landslide"]),
+    "observability": Variable(dtype="uint8", fill=Observability.NOT_PROCESSED, attrs=CF["observability"]),
+    "reason": Variable(dtype="uint8", fill=0, attrs=CF["reason"]),
 }
 """Stored variables of an inventory, each (epoch, y, x)."""
 
@@ -412,8 +408,12 @@ INVENTORY = {
 def _optical_variables(made: RunPlan) -> dict[str, Variable]:
     band = {"units": "1", "scale_factor": 1e-4, "add_offset": -0.1, "long_name": "surface reflectance"}
     bands = {name: Variable(dtype="uint16", fill=0, attrs=band) for name in made.config.cube.bands}
-    count = Variable(dtype="uint16", fill=0, attrs={"units": "1", "long_name": "number of clear observations"})
-    dates = {name: Variable(dtype="uint16", fill=0, attrs=_DAYS) for name in ("date_first", "date_last", "date")}
+    count = Variable(
+        dtype="uint16", fill=0, attrs={"units": "1", "long_name": "number of clear observations"}
+    )
+    dates = {
+        name: Variable(dtype="uint16", fill=0, attrs=_DAYS) for name in ("date_first", "date_last", "date")
+    }
     return {**bands, "clear_count": count, **dates}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from zarr.codecs import ZstdCodec
 
 from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.inventory import geozarr_attrs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ def create_arrays(
     """
     lead = dict(leading or {})
     group = zarr.open_group(path, mode="a", zarr_format=3)
-    group.attrs.update({**attrs, **spatial_attrs(geobox)})
+    group.attrs.update({**attrs, **geozarr_attrs(geobox)})
     for name, variable in variables.items():
         if name in group:
             continue
@@ -111,22 +113,6 @@ def create_arrays(
             dimension_names=(*lead, "y", "x"),
             attributes={**variable.attrs, "grid_mapping": "spatial_ref"},
         )
-
-
-def spatial_attrs(geobox: GeoBox) -> dict[str, Any]:
-    """GeoZarr `spatial:` and `proj:` attributes of a GeoBox."""
-    a, crs = geobox.affine, geobox.crs
-    assert crs is not None
-    attrs: dict[str, Any] = {
-        "spatial:dimensions": ["y", "x"],
-        "spatial:transform": [a.a, a.b, a.c, a.d, a.e, a.f],
-        "spatial:shape": list(geobox.shape),
-        "spatial:bbox": list(geobox.boundingbox.bbox),
-        "proj:wkt2": crs.to_wkt(),
-    }
-    if crs.epsg is not None:
-        attrs["proj:code"] = f"EPSG:{crs.epsg}"
-    return attrs
 
 
 def geobox_of(path: Path) -> GeoBox:
@@ -254,12 +240,16 @@ def open_layer(path: Path, *, tiles: list[Tile] | None = None) -> xr.Dataset:
 
 
 def remove_partials(root: Path) -> int:
-    """Remove the temporary files that a killed writer left; returns how many."""
+    """Remove the temporary files and folders that a killed writer left; returns how many."""
     removed = 0
-    for folder, _, files in os.walk(root):
-        for file in files:
-            if file.endswith(".partial"):
-                (Path(folder) / file).unlink(missing_ok=True)
+    for folder, folders, files in os.walk(root):
+        for name in [f for f in folders if f.endswith(".partial")]:
+            shutil.rmtree(Path(folder) / name, ignore_errors=True)
+            folders.remove(name)
+            removed += 1
+        for name in files:
+            if name.endswith(".partial"):
+                (Path(folder) / name).unlink(missing_ok=True)
                 removed += 1
     return removed
 

@@ -11,6 +11,7 @@ import dask.array as da
 import numpy as np
 import pyproj
 import rasterio.warp
+import rioxarray  # noqa: F401  gives arrays their .rio
 import xarray as xr
 from affine import Affine
 from odc.geo.geobox import GeoBox

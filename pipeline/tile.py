@@ -35,31 +35,19 @@ from slidecube.models.predict import predict
 from slidecube.pipeline.composite import MaskRule, Method, clear_mask, composite
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import Layers, build_features, required_variables
+from slidecube.pipeline.inventory import (
+    LANDSLIDE_NODATA,
+    PROBABILITY_NODATA,
+    PROBABILITY_SCALE,
+    REASONS,
+    Observability,
+)
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
 from slidecube.pipeline.plan import TERRAIN_VARIABLES, RunPlan, read_plan
 from slidecube.pipeline.store import Workspace, geobox_of, read_window, stored_bytes, write_tile
 from slidecube.pipeline.terrain import terrain
-
-PROBABILITY_SCALE = 0.0001
-PROBABILITY_NODATA = 65535
-LANDSLIDE_NODATA = 255
-
-NOT_PROCESSED, OUTSIDE_AOI, NOT_OBSERVABLE, OBSERVED = 0, 1, 2, 3
-"""Values of `observability`. "No landslide" is `landslide == 0` where observed, and nowhere else."""
-
-OBSERVABILITY = ("not processed", "outside the AOI", "not observable", "observed")
-
-REASONS = (
-    "none",
-    "no clear observation before the event",
-    "no clear observation after the event",
-    "no clear observation before or after the event",
-    "no terrain",
-    "vegetation index undefined (water, rock, snow)",
-)
-"""Values of `reason`: why a pixel is not observable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +151,13 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         cube = plan.config.cube
         mask = MaskRule(scl_classes=cube.mask.scl_classes, dilation_px=cube.mask.dilation_px)
         dataset = optical_layer(
-            scenes, tile.geobox, cube.bands, method=cube.composite, mask=mask, block_px=plan.grid.block_px, log=log
+            scenes,
+            tile.geobox,
+            cube.bands,
+            method=cube.composite,
+            mask=mask,
+            block_px=plan.grid.block_px,
+            log=log,
         )
         lazy, names = {name: dataset[name].data for name in dataset.data_vars}, plan.optical_variables()
     data = dict(zip(names, _compute([lazy[name] for name in names], context.threads), strict=True))
@@ -177,9 +171,19 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     }
     numbers = {"px": int(seen.size), "seen_px": int(seen.sum())}
     if not seen.any():
-        reason = "the DEM has no height here" if layer.window is None else f"no clear observation in {len(scenes)} scenes"
+        reason = (
+            "the DEM has no height here"
+            if layer.window is None
+            else f"no clear observation in {len(scenes)} scenes"
+        )
         return Record(
-            tile=task.tile, key=task.key, state="empty", reason=reason, numbers=numbers, checksums=checksums, **common
+            tile=task.tile,
+            key=task.key,
+            state="empty",
+            reason=reason,
+            numbers=numbers,
+            checksums=checksums,
+            **common,
         )
     return Record(
         tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size, **common
@@ -190,7 +194,9 @@ def _detect(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     tile, epoch = plan.by_tile[task.tile], plan.by_epoch[task.epoch]
     for name in (epoch.pre, epoch.post, epoch.terrain):
         if not _layer_ledger(plan, name).complete(tile.key, plan.tasks[name][tile.key][0]):
-            raise PipelineError(f"Layer {name} is not done on tile {tile.key}; the tile is detected when it is")
+            raise PipelineError(
+                f"Layer {name} is not done on tile {tile.key}; the tile is detected when it is"
+            )
     card = plan.model.card
     minimum_px = minimum_size_px(card.min_area_m2, plan.grid.resolution_m)
     halo = max(minimum_px - 1, 0) + card.window_px // 2
@@ -211,20 +217,27 @@ def _detect(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     kept = without_small(hit, minimum_px)
     core = np.s_[halo : halo + tile.geobox.shape[0], halo : halo + tile.geobox.shape[1]]
     seen, inside, reason = seen[core], inside[core], reason[core]
-    observability = np.where(inside, np.where(seen, OBSERVED, NOT_OBSERVABLE), OUTSIDE_AOI).astype(np.uint8)
+    judged = np.where(seen, Observability.OBSERVED, Observability.NOT_OBSERVABLE)
+    observability = np.where(inside, judged, Observability.OUTSIDE_AOI).astype(np.uint8)
     data = {
         "probability": np.ascontiguousarray(probability[core]),
         "spread": np.full(tile.geobox.shape, PROBABILITY_NODATA, np.uint16),  # one member has none
-        "landslide": np.where(observability == OBSERVED, kept[core], LANDSLIDE_NODATA).astype(np.uint8),
+        "landslide": np.where(observability == Observability.OBSERVED, kept[core], LANDSLIDE_NODATA).astype(
+            np.uint8
+        ),
         "observability": observability,
-        "reason": np.where(observability == NOT_OBSERVABLE, reason, 0).astype(np.uint8),
+        "reason": np.where(observability == Observability.NOT_OBSERVABLE, reason, 0).astype(np.uint8),
     }
     path = plan.workspace.inventory(plan.inventory)
-    checksums, size = _store(plan, path, data, tile, context, leading=([e.name for e in plan.epochs].index(epoch.name),))
-    numbers = {name: int((observability == value).sum()) for value, name in enumerate(OBSERVABILITY)}
-    numbers |= {f"reason {i}": int((data["reason"] == i).sum()) for i in range(1, len(REASONS))}
+    checksums, size = _store(
+        plan, path, data, tile, context, leading=([e.name for e in plan.epochs].index(epoch.name),)
+    )
+    numbers = {value.name.lower(): int((observability == value).sum()) for value in Observability}
+    numbers |= {f"reason {i}": int((data["reason"] == i).sum()) for i in REASONS if i}
     numbers["landslide_px"] = int((data["landslide"] == 1).sum())
-    return Record(tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size)
+    return Record(
+        tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size
+    )
 
 
 _STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {"cube": _cube, "detect": _detect}
@@ -362,7 +375,9 @@ def _probability(plan: RunPlan, layers: Layers, tile: Tile, halo: int, threads: 
         dim: tuple(c.stop - c.start for c in cuts(px + 2 * halo, first * px - halo, block))
         for dim, first in (("y", tile.row), ("x", tile.col))
     }
-    lazy = Layers(pre=layers.pre.chunk(chunks), post=layers.post.chunk(chunks), terrain=layers.terrain.chunk(chunks))
+    lazy = Layers(
+        pre=layers.pre.chunk(chunks), post=layers.post.chunk(chunks), terrain=layers.terrain.chunk(chunks)
+    )
     found = predict(plan.model, build_features(plan.model.card.inputs, lazy))["probability"].data
     return _compute([found], threads)[0]
 
@@ -396,7 +411,9 @@ def _aoi_mask(plan: RunPlan, window: GeoBox) -> np.ndarray:
 
 
 def _failed(task: TileTask, reason: str, trace: str) -> Record:
-    return Record(tile=task.tile, key=task.key, state="failed", reason=" ".join(reason.split())[:1000], traceback=trace)
+    return Record(
+        tile=task.tile, key=task.key, state="failed", reason=" ".join(reason.split())[:1000], traceback=trace
+    )
 
 
 def _os_reason(error: OSError) -> str:
