@@ -10,7 +10,12 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slidecube.pipeline.config import load_config as load_config
+    from slidecube.pipeline.plan import plan as plan
+    from slidecube.pipeline.run import run as run
 
 _FACE = {
     "load_config": "slidecube.pipeline.config",
@@ -34,6 +39,7 @@ class _Face(ModuleType):
     """The package's module, in which `plan` and `run` are the functions, not the submodules of the same name.
 
     Importing a submodule binds it on its package, which would hide the function, or not, by the order of imports.
+    The modules themselves are reached by `from slidecube.pipeline.run import ...` or `importlib.import_module`.
     """
 
     def __setattr__(self, name: str, value: object) -> None:

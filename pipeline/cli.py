@@ -299,11 +299,11 @@ def clean(workspace: Path, *, dry_run: bool) -> None:
 def _newest(source: str, aoi: Aoi) -> str:
     """Ask the provider for its newest scene; the plan stands without an answer."""
     from slidecube.catalog.errors import CatalogError
-    from slidecube.catalog.search import newest_scene
+    from slidecube.catalog.search import Retries, newest_scene
     from slidecube.pipeline.summaries import newest_line
 
     try:
-        return newest_line(newest_scene(source, aoi))
+        return newest_line(newest_scene(source, aoi, retries=Retries(attempts=1)))
     except CatalogError as error:
         return f"not known ({_one_line(str(error))})"
 

@@ -58,7 +58,7 @@ def failure_line(report: RunReport, workspace: Path) -> str:
     """Describe in one line why a run is incomplete."""
     failed = _count(sum(report.failed.values()), "tile")
     first = f", first {': '.join(report.reasons[0])}" if report.reasons else ""
-    return f"incomplete: {failed} failed{first}; `slidecube status {workspace}` lists them, the same command tries again"
+    return f"incomplete: {failed} failed{first}; `slidecube status {workspace}` lists all, the same command tries again"
 
 
 def status_summary(state: dict[str, Any]) -> str:

@@ -1,0 +1,328 @@
+"""The command line as a user meets it: verbs, one line an error, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import re
+import signal
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from slidecube.catalog.errors import AssetReadError, CatalogError, OffsetError
+from slidecube.cluster.errors import ClusterError
+from slidecube.models.errors import ModelError
+from slidecube.pipeline import cli, doctor, summaries
+from slidecube.pipeline.config import load_config
+from slidecube.pipeline.errors import IncompleteError, PipelineError
+
+VERBS = (
+    "init plan run status cube detect mosaic evaluate publish report simulate demo doctor clean".split()  # noqa: SIM905
+)
+
+
+@pytest.fixture
+def slidecube(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command line here: exit code, output, errors."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's process keeps its own
+
+    def _run(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return left.value.code, out, err
+
+    return _run
+
+
+def refused(outcome: tuple[int, str, str], code: int) -> str:
+    """The one line of a refusal."""
+    assert outcome[0] == code, outcome
+    lines = outcome[2].lstrip("\n").splitlines()  # after Ctrl-C a new line ends the terminal's "^C"
+    assert len(lines) == 1, outcome[2]
+    assert lines[0].startswith("slidecube: ")
+    return lines[0].removeprefix("slidecube: ")
+
+
+def test_help_lists_the_verbs_in_the_order_of_the_work(slidecube):
+    code, out, _ = slidecube("--help")
+
+    assert code == 0
+    assert re.findall(r"^  ([a-z]+)  ", out.split("Commands:")[1], flags=re.MULTILINE) == VERBS
+    assert "..." not in out.split("Commands:")[1], "a verb's line is cut off"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_explains_itself(slidecube, verb):
+    code, out, err = slidecube(verb, "--help")
+
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: slidecube {verb}")
+
+
+def test_version_is_the_distributions(slidecube):
+    assert slidecube("--version") == (0, f"slidecube {metadata.version('slidecube')}\n", "")
+
+
+def test_version_waits_for_no_library():
+    probe = "import sys, slidecube.pipeline.cli; print(*sorted(m for m in sys.modules if '.' not in m))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+    assert {"click", "slidecube"} <= set(loaded)
+    assert not {"dask", "numpy", "odc", "pandas", "pydantic", "rasterio", "torch", "xarray", "zarr"} & set(
+        loaded
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["rnu"], "No such command 'rnu'"),
+        (["run"], "Missing argument 'FILE' (see `slidecube run --help`)"),
+        (["run", "x.toml", "--fast"], "No such option '--fast'"),
+        (["demo", "--out", "d", "--seed", "one"], "'one' is not a valid integer"),
+        (["plan", "missing.toml"], "missing.toml: no such file"),
+        (["status", "no-workspace"], "not a workspace"),
+        (["clean", "no-workspace"], "not a workspace"),
+    ],
+)
+def test_user_errors_are_one_line_and_code_1(slidecube, tmp_path, monkeypatch, args, expected):
+    monkeypatch.chdir(tmp_path)
+
+    assert expected in refused(slidecube(*args), 1)
+    assert list(tmp_path.iterdir()) == [], "a refusal leaves nothing behind"
+
+
+def wrapped(cause: Exception) -> Exception:
+    error = RuntimeError("the library's own words")
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/data/x")
+QUOTA = OSError(errno.EDQUOT, "Disk quota exceeded")
+READ_ONLY = OSError(errno.EROFS, "Read-only file system", "/w")
+FORBIDDEN = PermissionError(errno.EACCES, "Permission denied", "/w")
+MAKE_ROOM = "free some space and run the same command to resume"
+
+ENDINGS = {
+    "catalog": (CatalogError("no scene"), 1, "no scene"),
+    "asset": (
+        AssetReadError("S2A_X", "red", "truncated"),
+        1,
+        "Cannot read asset 'red' of item 'S2A_X': truncated",
+    ),
+    "offset": (OffsetError("which offset?"), 1, "which offset?"),
+    "model": (ModelError("no model"), 1, "no model"),
+    "cluster": (ClusterError("no profile"), 1, "no profile"),
+    "pipeline": (PipelineError("over\n  two lines."), 1, "over two lines"),
+    "incomplete": (IncompleteError("3 tiles failed"), 2, "3 tiles failed"),
+    "full disk": (FULL, 2, f"/data/x: No space left on device; {MAKE_ROOM}"),
+    "full disk, wrapped": (wrapped(FULL), 2, f"/data/x: No space left on device; {MAKE_ROOM}"),
+    "quota": (QUOTA, 2, f"Disk quota exceeded; {MAKE_ROOM}"),
+    "read-only": (READ_ONLY, 1, "/w: Read-only file system; name a folder that you may write to"),
+    "forbidden": (FORBIDDEN, 1, "/w: Permission denied; name a folder that you may write to"),
+    "memory": (
+        MemoryError(),
+        2,
+        "out of memory; lower workers in [cluster] or tile_px in [cube] and run again",
+    ),
+    "interrupt": (KeyboardInterrupt(), 130, "stopped; run the same command to resume"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_errors_end_in_one_place(slidecube, monkeypatch, ending):
+    error, code, line = ENDINGS[ending]
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(doctor, "checks", fail)
+
+    assert refused(slidecube("doctor"), code) == line
+
+
+def test_a_bug_is_70_and_leaves_its_traceback(slidecube, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(doctor, "checks", lambda: {}["tile"])
+
+    line = refused(slidecube("doctor"), 70)
+
+    where = Path(line.split("traceback in ")[1])
+    assert "KeyError: 'tile'" in line
+    assert where.parent == tmp_path
+    assert where.read_text().rstrip().endswith("KeyError: 'tile'")
+
+
+@pytest.mark.parametrize("args", [("--debug", "doctor"), ("doctor", "--debug")])
+def test_debug_shows_the_traceback(slidecube, monkeypatch, args):
+    def fail():
+        raise PipelineError("no plan")
+
+    monkeypatch.setattr(doctor, "checks", fail)
+    code, _, err = slidecube(*args)
+
+    assert code == 1
+    assert err.startswith("slidecube: no plan\nTraceback (most recent call last):")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_without_a_traceback(number):
+    script = (
+        "import time\n"
+        "from slidecube.pipeline import cli, doctor\n"
+        "def checks():\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+        "doctor.checks = checks\n"
+        "cli.main(['doctor'])\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert err.strip() == "slidecube: stopped; run the same command to resume"
+
+
+def test_init_writes_a_toml_that_loads_and_never_overwrites(slidecube, tmp_path):
+    file = tmp_path / "hokkaido.toml"
+
+    code, out, _ = slidecube("init", file)
+    assert code == 0
+    assert f"slidecube plan {file}" in out
+    assert load_config(file).epochs[0].name == "iburi-2018"
+
+    file.write_text("mine")
+    assert "is there already" in refused(slidecube("init", file), 1)
+    assert file.read_text() == "mine"
+    assert "is not a folder" in refused(slidecube("init", tmp_path / "no" / "x.toml"), 1)
+
+
+def test_doctor_has_a_line_for_each_check(slidecube):
+    code, out, err = slidecube("doctor")
+
+    assert (code, err) == (0, "")
+    found = dict(re.findall(r"^(?:ok|warn)\s+(\S+(?: \S+)*)\s{2,}(\S.*)$", out, flags=re.MULTILINE))
+    assert len(found) == len(out.splitlines())
+    assert {"python", "GDAL rasters", "GDAL vectors", "disk", "memory", "cores", "extra nets"} <= set(found)
+    assert found["zarr"] == metadata.version("zarr")
+
+
+def test_doctor_fails_when_something_essential_is_missing(slidecube, monkeypatch):
+    monkeypatch.setattr(doctor, "LIBRARIES", ("no-such-distribution",))
+    monkeypatch.setattr(doctor, "RASTER_DRIVERS", {"GTiff": "fail", "NoSuchDriver": "fail"})
+
+    code, out, _ = slidecube("doctor")
+
+    assert code == 1
+    assert re.search(r"^fail  no-such-distribution", out, flags=re.MULTILINE)
+    assert re.search(r"^fail  GDAL rasters .* lacks NoSuchDriver$", out, flags=re.MULTILINE)
+
+
+STATE = {
+    "run": "hokkaido-1a2b3c4d",
+    "inventory": "hokkaido-rdndvi-1a2b3c4d",
+    "tiles": {
+        "cube": {"done": 11, "due": 0, "failed": 1, "running": 0},
+        "detect": {"done": 3, "due": 6, "failed": 0, "running": 2},
+    },
+    "scene_reads": 48,
+    "observability": {"not processed": 0, "outside the AOI": 25, "not observable": 25, "observed": 50},
+    "not_observable": {"no clear pre-event observation": 25, "no terrain": 0},
+    "failures": [{"stage": "cube", "what": "w", "tile": "r001c002", "reason": "disk on fire"}] * 12,
+    "lost": [{"scene": "S2A_X", "asset": "red", "reason": "truncated"}],
+    "complete": False,
+}
+
+
+def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.import_module("slidecube.pipeline.run"), "status", lambda where: STATE)
+
+    assert json.loads(slidecube("status", tmp_path, "--json")[1]) == STATE
+    out = slidecube("status", tmp_path)[1]
+    assert re.search(r"^cube +11 +0 +0 +1$", out, flags=re.MULTILINE)
+    assert re.search(r"^detect +3 +6 +2 +0$", out, flags=re.MULTILINE)
+    assert "pixels: outside the AOI 25.0 %, not observable 25.0 %, observed 50.0 %" in out
+    assert out.count("failed: cube r001c002: disk on fire") == 10
+    assert "failed: and 2 more" in out
+    assert "unreadable: S2A_X red: truncated" in out
+    assert out.endswith("incomplete: run the same command to go on\n")
+
+
+def test_an_incomplete_run_is_2_and_says_what_failed(slidecube, monkeypatch, tmp_path):
+    run_module = importlib.import_module("slidecube.pipeline.run")
+    report = run_module.RunReport(
+        run="a-1",
+        complete=False,
+        done={"cube": 3},
+        failed={"cube": 1},
+        reasons=(("cube r001c002", "disk on fire"),),
+    )
+    monkeypatch.setattr(run_module, "run", lambda plan, **_: report)
+    monkeypatch.setattr(importlib.import_module("slidecube.pipeline.plan"), "plan", lambda config, **_: None)
+    slidecube("init", tmp_path / "a.toml")
+
+    outcome = slidecube("run", tmp_path / "a.toml")
+
+    line = refused(outcome, 2)
+    assert line.startswith("incomplete: 1 tile failed, first cube r001c002: disk on fire; `slidecube status ")
+    assert "done        cube 3" in outcome[1]
+
+
+def test_a_complete_run_is_0_and_names_the_report(slidecube, monkeypatch, tmp_path):
+    run_module = importlib.import_module("slidecube.pipeline.run")
+    page = tmp_path / "report" / "index.html"
+    page.parent.mkdir()
+    page.touch()
+    asked = {}
+    report = run_module.RunReport(run="a-1", complete=True, done={}, failed={}, products=tmp_path)
+    monkeypatch.setattr(run_module, "run", lambda plan, **kw: asked.update(kw) or report)
+    monkeypatch.setattr(importlib.import_module("slidecube.pipeline.plan"), "plan", lambda config, **_: None)
+    slidecube("init", tmp_path / "a.toml")
+
+    code, out, err = slidecube("detect", tmp_path / "a.toml", "--quiet")
+
+    assert (code, err) == (0, "")
+    assert f"report      {page}" in out
+    assert asked == {"stages": ("detect",), "progress": False}
+
+
+def test_clean_says_what_it_would_remove(slidecube, monkeypatch, tmp_path):
+    removed = [(tmp_path / "layers" / "old.zarr", 2_000_000_000)]
+    monkeypatch.setattr(
+        importlib.import_module("slidecube.pipeline.run"),
+        "clean",
+        lambda where, *, dry_run: removed if dry_run else [],
+    )
+
+    assert slidecube("clean", tmp_path, "--dry-run")[1].splitlines() == [
+        f"would remove {removed[0][0]}",
+        "would remove 2.000 GB",
+    ]
+    assert slidecube("clean", tmp_path)[1] == "nothing is superseded\n"
+
+
+def test_the_package_offers_the_four_functions(repo_root):
+    """Whatever was imported before: `plan` and `run` are the functions, not the modules of the same name."""
+    probe = (
+        "import slidecube.pipeline.run, slidecube.pipeline.plan\n"
+        "from slidecube.pipeline import load_config, plan, run\n"
+        "print(load_config.__module__, plan.__module__, run.__module__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == [f"slidecube.pipeline.{name}" for name in ("config", "plan", "run")]
+    assert summaries.RunReport.__module__ == "slidecube.pipeline.run"
