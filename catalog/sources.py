@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -84,6 +86,7 @@ _DEM_ATTRIBUTION = (
 )
 _EARTH_SEARCH = "https://earth-search.aws.element84.com/v1"
 _PLANETARY = "https://planetarycomputer.microsoft.com/api/stac/v1"
+_PLANETARY_ACCOUNTS = ("sentinel2l2a01", "sentinel1euwest", "sentinel1euwestrtc", "elevationeuwest")
 _CDSE = "https://stac.dataspace.copernicus.eu/v1"
 
 
@@ -458,6 +461,8 @@ def _names(item: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(properties.get(key), str):
             yield properties[key]
     yield str(item.get("id", ""))
+    for asset in (item.get("assets") or {}).values():
+        yield urlsplit(str(asset.get("href", ""))).path
 
 
 def _text(baseline: tuple[int, int]) -> str:
@@ -557,22 +562,33 @@ def _raster_offset(item: Mapping[str, Any]) -> float | None:
 def sign_href(href: str, source: Source | str) -> str:
     """Return an href that can be read now; only Planetary Computer's are changed, and nothing is stored.
 
-    source : a Source, or the name a Scene carries
+    source : a Source, or the name a Scene carries; of a local catalogue that a user saved from Planetary Computer, the
+        storage account says it
     """
-    known = SOURCES.get(source) if isinstance(source, str) else source
-    if known is None or known.signing != "planetary-computer" or not _is_azure(href):
+    name = source if isinstance(source, str) else source.name
+    known = SOURCES.get(name)
+    signs = known.signing == "planetary-computer" if known else _account(href) in _PLANETARY_ACCOUNTS
+    if not signs or not _account(href):
         return href
-    import planetary_computer  # noqa: PLC0415  # needed by one source only
-
     try:
-        return str(planetary_computer.sign_url(href))
+        return str(_planetary_computer().sign_url(href))
     except (OSError, ValueError) as error:  # those of requests, urllib3 and pydantic
         message = " ".join(str(error).split())[:160]
         raise CatalogError(f"Planetary Computer gave no access token for {href!r}: {message}") from None
 
 
-def _is_azure(href: str) -> bool:
-    return (urlsplit(href).hostname or "").endswith(".blob.core.windows.net")
+@lru_cache(maxsize=1)
+def _planetary_computer() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its models' configuration, on import
+        import planetary_computer  # noqa: PLC0415  # needed by one provider only
+    return planetary_computer
+
+
+def _account(href: str) -> str:
+    """Return the storage account of an Azure href, "" of any other."""
+    host = urlsplit(href).hostname or ""
+    return host.split(".")[0] if host.endswith(".blob.core.windows.net") else ""
 
 
 def signed_item(item: Mapping[str, Any], source: Source | str) -> dict[str, Any]:
