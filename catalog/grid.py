@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import pyproj
@@ -98,7 +99,9 @@ class TileGrid:
         frame = self.frame
         rows, cols = (n // self.tile_px for n in frame.shape)
         if not (0 <= row < rows and 0 <= col < cols):
-            raise CatalogError(f"Tile row {row}, column {col} lies outside the frame of {rows} x {cols} tiles")
+            raise CatalogError(
+                f"Tile row {row}, column {col} lies outside the frame of {rows} x {cols} tiles"
+            )
         px = self.tile_px
         geobox = frame[row * px : (row + 1) * px, col * px : (col + 1) * px]
         return Tile(key=f"r{row:03d}c{col:03d}", row=row, col=col, geobox=geobox)
@@ -149,10 +152,10 @@ def choose_crs(aoi: Aoi) -> str:
     lonlat = aoi.to_crs("EPSG:4326")
     lon_min, lat_min, lon_max, lat_max = lonlat.bounds
     if lon_max - lon_min > 180:  # split at the antimeridian: the centre lies on the far side
-        wrapped = shapely.transform(lonlat, lambda xy: np.where(xy[:, :1] < 0, xy + [360.0, 0.0], xy))
+        wrapped = shapely.transform(lonlat, lambda xy: xy + (xy[:, :1] < 0) * np.array([360.0, 0.0]))
         lon_min, _, lon_max, _ = wrapped.bounds
     zone = math.floor((lon_min + 180) / 6)
-    if lon_max <= (zone + 1) * 6 - 180 and -80 <= lat_min and lat_max <= 84:
+    if lon_max <= (zone + 1) * 6 - 180 and lat_min >= -80 and lat_max <= 84:
         south = (lat_min + lat_max) / 2 < 0
         return f"EPSG:{(32700 if south else 32600) + zone % 60 + 1}"
     lon0 = (round((lon_min + lon_max) / 2) + 180) % 360 - 180
@@ -160,7 +163,9 @@ def choose_crs(aoi: Aoi) -> str:
     return f"+proj=laea +lat_0={lat0} +lon_0={lon0} +x_0=0 +y_0=0 +datum=WGS84 +units=m +no_defs"
 
 
-def lattice(shape: tuple[int, int], offset_px: tuple[int, int], block_px: int) -> Iterator[tuple[slice, slice]]:
+def lattice(
+    shape: tuple[int, int], offset_px: tuple[int, int], block_px: int
+) -> Iterator[tuple[slice, slice]]:
     """Cut a window of the frame along the lattice.
 
     shape : rows and columns of the window; offset_px : frame row and column of its first pixel.
@@ -174,7 +179,7 @@ def lattice(shape: tuple[int, int], offset_px: tuple[int, int], block_px: int) -
 def cuts(size: int, offset: int, block: int) -> list[slice]:
     """Cut one side of a window, `offset` pixels from the lattice's origin, along the lattice."""
     edges = [0, *range(block - offset % block, size, block), size]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def _crs_slug(crs: str) -> str:

@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import xarray as xr
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from odc.loader import RioDriver
+from odc.loader._rio import RioReader
 from odc.loader.types import RasterLoadParams, RasterSource, ReaderSubsetSelection
 from odc.stac import load as odc_load
 from rasterio.crs import CRS
@@ -205,8 +206,8 @@ def _on_lattice(geobox: GeoBox, block_px: int) -> tuple[GeoBox, tuple[slice, sli
     row, col = -a.f / abs(a.e), a.c / a.a
     aligned = a.b == a.d == 0 and a.a > 0 > a.e and all(abs(v - round(v)) < 1e-6 for v in (row, col))
     before = (round(row) % block_px, round(col) % block_px) if aligned else (0, 0)
-    shape = tuple(-(-(n + b) // block_px) * block_px for n, b in zip(geobox.shape, before, strict=True))
-    grown = GeoBox(shape, a @ Affine.translation(-before[1], -before[0]), geobox.crs)
+    rows, cols = (-(-(n + b) // block_px) * block_px for n, b in zip(geobox.shape, before, strict=True))
+    grown = GeoBox((rows, cols), a @ Affine.translation(-before[1], -before[0]), geobox.crs)
     crop = tuple(slice(b, b + n) for n, b in zip(geobox.shape, before, strict=True))
     return grown, (crop[0], crop[1])
 
@@ -220,16 +221,15 @@ class _NamingDriver(RioDriver):
         self._log = log
 
     def open(self, src: RasterSource, ctx: Any) -> _NamingReader:
-        return _NamingReader(super().open, src, ctx, self._names[src.uri], self._log)
+        return _NamingReader(src, ctx, self._names[src.uri], self._log)
 
 
-class _NamingReader:
+class _NamingReader(RioReader):
     """Reader of one asset; see `_NamingDriver`."""
 
-    def __init__(
-        self, opener: Callable[..., Any], src: RasterSource, ctx: Any, name: _AssetName, log: ReadLog | None
-    ) -> None:
-        self._opener, self._src, self._ctx, self._name, self._log = opener, src, ctx, name, log
+    def __init__(self, src: RasterSource, ctx: Any, name: _AssetName, log: ReadLog | None) -> None:
+        super().__init__(src, ctx)
+        self._name, self._log = name, log
 
     def read(
         self,
@@ -264,7 +264,7 @@ class _NamingReader:
                 with rasterio.open(src.uri, sharing=False) as asset:
                     if not _same_pixels(asset, geobox):
                         return _warp(asset, src.band, cfg, geobox)
-                return self._opener(src, self._ctx).read(cfg, geobox, dst=dst, selection=selection)
+                return RioReader(src, self._ctx).read(cfg, geobox, dst=dst, selection=selection)
             except (rasterio.errors.RasterioError, OSError):
                 # a local file that is broken stays broken; a remote one may only be busy
                 if attempt == _READ_ATTEMPTS or not self._src.uri.startswith(

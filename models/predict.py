@@ -54,28 +54,11 @@ def predict(detector: Detector, features: xr.Dataset) -> xr.Dataset:
             f"Model {detector.card.address} needs context of {detector.card.window_px} px; "
             "predict applies it with its halo only through the tile program"
         )
-    stack = (
-        xr.concat(
-            [features[name].astype(np.float32) for name in names],
-            dim="feature",
-            coords="minimal",
-            compat="override",
-        ).chunk(feature=-1)
-        if features.chunks
-        else xr.concat(
-            [features[name].astype(np.float32) for name in names],
-            dim="feature",
-            coords="minimal",
-            compat="override",
-        )
-    )
-    probability = xr.apply_ufunc(
-        lambda block: detector.predict_block(np.moveaxis(block, -1, 0)),
-        stack,
-        input_core_dims=[["feature"]],
+    probability: xr.DataArray = xr.apply_ufunc(
+        lambda *planes: detector.predict_block(np.stack(planes)),
+        *(features[name].astype(np.float32) for name in names),
         dask="parallelized",
         output_dtypes=[np.float32],
     )
-    return probability.assign_attrs(long_name="landslide probability", units="1").to_dataset(
-        name="probability"
-    )
+    probability.attrs.update(long_name="landslide probability", units="1")
+    return xr.Dataset({"probability": probability})

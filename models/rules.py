@@ -13,7 +13,7 @@ from slidecube.models.card import FeatureSpec, ModelCard
 from slidecube.models.errors import ModelError
 
 RDNDVI_DEFAULTS: Mapping[str, float] = {
-    # Loss that halves the odds: half of a dense canopy's index is about -50 %, a strip of one third of a pixel -25 %
+    # A canopy (NDVI .8) that falls to .55 loses 22 %, one that falls to .5 loses 26 %: a third of the pixel is bare
     "loss_pct": 25.0,
     # Width of the transition, per cent of relative change: the spread of rdNDVI between two undisturbed seasons
     "loss_width_pct": 5.0,
@@ -48,7 +48,8 @@ class RdNdvi:
         p = self.card.parameters
         loss = _logistic((-change_pct - p["loss_pct"]) / p["loss_width_pct"])
         steep = _logistic((slope_deg - p["slope_deg"]) / p["slope_width_deg"])
-        return np.minimum(loss, steep).astype(np.float32)
+        probability: np.ndarray = np.minimum(loss, steep).astype(np.float32)
+        return probability
 
 
 def rdndvi(*, threshold: float | None, min_area_m2: float | None, parameters: Mapping[str, float]) -> RdNdvi:
@@ -86,4 +87,5 @@ def rdndvi(*, threshold: float | None, min_area_m2: float | None, parameters: Ma
 
 def _logistic(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return 1.0 / (1.0 + np.exp(-x))
+        p: np.ndarray = 1.0 / (1.0 + np.exp(-x))
+    return p

@@ -190,7 +190,7 @@ def run(file: Path, *, refresh: bool, quiet: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(workspace: Path, *, as_json: bool) -> None:
     """Tell what is done, due and failed in a workspace."""
-    from slidecube.pipeline.run import status as read_status
+    from slidecube.pipeline.status import status as read_status
     from slidecube.pipeline.summaries import status_summary
 
     state = read_status(workspace)
@@ -290,7 +290,7 @@ def doctor() -> int:
 @click.option("--dry-run", is_flag=True, help="Only list what would go.")
 def clean(workspace: Path, *, dry_run: bool) -> None:
     """Remove what no plan needs any more."""
-    from slidecube.pipeline.run import clean as remove_superseded
+    from slidecube.pipeline.status import clean as remove_superseded
     from slidecube.pipeline.summaries import clean_summary
 
     click.echo(clean_summary(remove_superseded(workspace, dry_run=dry_run), dry_run=dry_run))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import dask.array as da
@@ -29,7 +28,7 @@ DATE_VARIABLES = ("clear_count", "date_first", "date_last", "date")
 """What a composite says of itself beside the bands; see `composite`."""
 
 SCL_MASKED = (0, 1, 3, 8, 9, 10, 11)
-"""Scene classes never used: no data, saturated, cloud shadow, cloud (medium, high), thin cirrus, snow (Sen2Cor)."""
+"""Scene classes of Sen2Cor never used: no data, saturated, cloud shadow, cloud, thin cirrus, snow."""
 
 SCL_DILATED = (3, 8, 9, 10)
 """Scene classes whose edges are uncertain, and are widened."""
@@ -72,18 +71,19 @@ def clear_mask(scl_tyx: da.Array, rule: MaskRule, *, halo_px: int) -> da.Array:
     widened[[c for c in rule.scl_classes if c in SCL_DILATED]] = True
 
     def block(scl: np.ndarray) -> np.ndarray:
-        return ~(masked[scl] | _dilate(widened[scl], rule.dilation_px))
+        cloudy: np.ndarray = masked[scl] | _dilate(widened[scl], rule.dilation_px)
+        return ~cloudy
 
     d = rule.dilation_px
-    clear = (
-        da.map_overlap(
-            block, scl_tyx, depth={0: 0, 1: d, 2: d}, boundary=255, dtype=bool, meta=np.empty((0, 0, 0), bool)
+    clear: da.Array = (
+        scl_tyx.map_overlap(
+            block, depth={0: 0, 1: d, 2: d}, boundary=255, dtype=bool, meta=np.empty((0, 0, 0), bool)
         )
         if d
         else scl_tyx.map_blocks(block, dtype=bool)
     )
-    inner = slice(halo_px, -halo_px or None)
-    return clear[:, inner, inner]
+    inner: da.Array = clear[:, slice(halo_px, -halo_px or None), slice(halo_px, -halo_px or None)]
+    return inner
 
 
 def composite(
@@ -188,7 +188,8 @@ def median_of_positive(values_oyx: np.ndarray) -> np.ndarray:
     median = pair >> 1
     median += (pair & 1) & (median & 1)  # halves to even
     median[zeros == o] = 0
-    return median.astype(np.uint16).reshape(values_oyx.shape[1:])
+    image: np.ndarray = median.astype(np.uint16).reshape(values_oyx.shape[1:])
+    return image
 
 
 def reflectance(stored: xr.DataArray) -> xr.DataArray:
@@ -279,6 +280,3 @@ def _dilate(mask_tyx: np.ndarray, d: int) -> np.ndarray:
             wide[tuple(hi)] |= out[tuple(lo)]
         out = wide
     return out
-
-
-assert not any(a == b for a, b in pairwise(SCL_MASKED))

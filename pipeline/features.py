@@ -117,7 +117,7 @@ def build_features(spec: FeatureSpec, layers: Layers) -> xr.Dataset:
         missing = [v for v in made.reads if v not in held]
         if missing:
             raise PipelineError(
-                f"Feature {name!r} needs {', '.join(missing)}, which the layers do not hold; add the band to [cube] bands"
+                f"Feature {name!r} needs {', '.join(missing)}, which the layers do not hold; add it to [cube] bands"
             )
         out[name] = made.build(layers).astype(np.float32)
     return xr.Dataset(out)

@@ -30,25 +30,28 @@ def dndvi(pre: A, post: A) -> A:
 def rdndvi(pre: A, post: A) -> A:
     """Relative change of NDVI in per cent, 100 (post - pre) / sqrt(pre + post).
 
-    pre, post : NDVI. Returns float; negative is a loss; NaN where pre + post <= 0 (water, rock, snow), where the index is undefined.
+    pre, post : NDVI. Returns float; negative is a loss; NaN where pre + post <= 0 (water, rock, snow), where the
+    index is undefined.
     Source: Scheip & Wegmann 2021 (HazMapper), eq. 1.
     """
     return _where(pre + post > 0, 100.0 * (post - pre) / np.sqrt(_nonzero(pre + post)))
 
 
 def _float(a: A) -> A:
-    return (
-        a.astype(np.result_type(a.dtype, np.float32)) if hasattr(a, "astype") else np.asarray(a, np.float64)
-    )
+    wide: A = a.astype(np.result_type(a.dtype, np.float32))
+    return wide
 
 
 def _nonzero(a: A) -> A:
-    return xr.where(a > 0, a, 1.0) if isinstance(a, xr.DataArray) else np.where(a > 0, a, 1.0)
+    return _where(a > 0, a, 1.0)
 
 
 def _clip(a: A) -> A:
-    return a.clip(-1.0, 1.0)
+    clipped: A = a.clip(-1.0, 1.0)
+    return clipped
 
 
-def _where(condition: Any, a: A) -> A:
-    return a.where(condition) if isinstance(a, xr.DataArray) else np.where(condition, a, np.nan)
+def _where(condition: Any, a: A, other: float = np.nan) -> A:
+    chosen: Any = a.where(condition, other) if isinstance(a, xr.DataArray) else np.where(condition, a, other)
+    found: A = chosen
+    return found

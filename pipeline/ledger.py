@@ -27,7 +27,8 @@ VOLATILE = ("seconds", "peak_mem_gb", "attempts", "host", "written_at")
 class Record:
     """What is known of one tile of one layer.
 
-    key : content key of the work; state : "done", "empty" (done, and there was nothing to see, with a reason) or "failed"
+    key : content key of the work
+    state : "done", "empty" (done, and there was nothing to see, with a reason) or "failed"
     reason : one line, for "empty" and "failed"; traceback : for "failed"
     scene_reads : scenes of which pixels were read; lost : assets that could not be read, [scene, asset, reason]
     checksums : variable -> checksum of the stored bytes; numbers : counts of pixels, by name

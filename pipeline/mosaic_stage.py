@@ -143,7 +143,7 @@ def lineage(plan: RunPlan) -> Lineage:
             "inputs": ", ".join(card.inputs.names),
             "threshold": card.threshold,
             "min_area_m2": card.min_area_m2,
-            **{k: v for k, v in card.parameters.items()},
+            **card.parameters,
             "training": card.training,
             "metrics": card.metrics,
             "source": card.source,

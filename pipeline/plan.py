@@ -118,7 +118,10 @@ class RunPlan:
     def neighbours(self, tile: Tile) -> list[Tile]:
         """Tiles of the plan among the 3 x 3 around a tile, itself included."""
         keys = (
-            f"r{tile.row + r:03d}c{tile.col + c:03d}" for r in (-1, 0, 1) for c in (-1, 0, 1) if tile.row + r >= 0
+            f"r{tile.row + r:03d}c{tile.col + c:03d}"
+            for r in (-1, 0, 1)
+            for c in (-1, 0, 1)
+            if tile.row + r >= 0
         )
         return [self.by_tile[key] for key in keys if key in self.by_tile]
 
@@ -164,13 +167,15 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     grid = TileGrid(crs=crs, resolution_m=config.area.resolution_m, tile_px=config.cube.tile_px)
     tiles = grid.tiles(aoi)
     if not tiles:
-        raise PipelineError(f"The AOI {aoi.name!r} covers no pixel of the grid {grid.key}; check its coordinates")
+        raise PipelineError(
+            f"The AOI {aoi.name!r} covers no pixel of the grid {grid.key}; check its coordinates"
+        )
     earlier = index.searches.get(content_key(config.search_terms()))
     if earlier and not refresh and (workspace.plan(earlier) / "scenes.parquet").exists():
         scenes, reused = SceneTable.read_parquet(workspace.plan(earlier) / "scenes.parquet"), True
     else:
         scenes, reused = _search(config, aoi), False
-    made = _assemble(config, workspace, aoi, grid, tiles, scenes, model)
+    made = _assemble(config, workspace=workspace, aoi=aoi, grid=grid, tiles=tiles, scenes=scenes, model=model)
     _write(made)
     index.remember(workspace, made)
     return replace(made, reused_scenes=reused)
@@ -201,7 +206,8 @@ def read_plan(workspace: Workspace, run: str, *, config: Config | None = None) -
         epochs=tuple(EpochPlan(**entry) for entry in raw["epochs"]),
         tasks={
             entry["name"]: {
-                row["tile"]: (row[f"{entry['name']}.key"], tuple(row[f"{entry['name']}.scenes"])) for row in table
+                row["tile"]: (row[f"{entry['name']}.key"], tuple(row[f"{entry['name']}.scenes"]))
+                for row in table
             }
             for entry in raw["layers"]
         },
@@ -247,7 +253,9 @@ class _Index:
         self.newest[stem] = made.run
         self.latest = made.run
         if asdict(self) != before:
-            write_atomic(workspace.root / "plans" / "index.json", json.dumps(asdict(self), indent=1, sort_keys=True))
+            write_atomic(
+                workspace.root / "plans" / "index.json", json.dumps(asdict(self), indent=1, sort_keys=True)
+            )
 
 
 def _search(config: Config, aoi: Aoi) -> SceneTable:
@@ -266,13 +274,15 @@ def _search(config: Config, aoi: Aoi) -> SceneTable:
             if not any(scene.datetime in window for scene in optical):
                 raise PipelineError(
                     f"Epoch {epoch.name!r} has no {side}-event scene between {window.start} and {window.end} "
-                    f"in {config.sources.optical!r} over {aoi.name!r} with at most {config.cube.max_cloud_pct:g} % cloud; "
-                    "widen the window or raise max_cloud_pct"
+                    f"in {config.sources.optical!r} over {aoi.name!r} with at most "
+                    f"{config.cube.max_cloud_pct:g} % cloud; widen the window or raise max_cloud_pct"
                 )
     dem = search(_source(config, config.sources.dem), aoi, None, role="dem")
     dem = [scene for scene in dem if "elevation" in scene.bands]  # a catalogue may hold both
     if not dem:
-        raise PipelineError(f"Source {config.sources.dem!r} has no DEM over {aoi.name!r}; name another one in [sources]")
+        raise PipelineError(
+            f"Source {config.sources.dem!r} has no DEM over {aoi.name!r}; name another one in [sources]"
+        )
     return SceneTable(scenes=(*optical, *dem))
 
 
@@ -300,6 +310,7 @@ def _source(config: Config, name: str) -> str:
 
 def _assemble(
     config: Config,
+    *,
     workspace: Workspace,
     aoi: Aoi,
     grid: TileGrid,
@@ -324,7 +335,12 @@ def _assemble(
             )
         )
     tasks = {layer.name: _tasks(layer, tiles, scenes) for layer in layers.values()}
-    extent = [min(t.row for t in tiles), min(t.col for t in tiles), max(t.row for t in tiles), max(t.col for t in tiles)]
+    extent = [
+        min(t.row for t in tiles),
+        min(t.col for t in tiles),
+        max(t.row for t in tiles),
+        max(t.col for t in tiles),
+    ]
     inventory_key = content_key("inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent)
     digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, [t.key for t in tiles])
     return RunPlan(
@@ -344,7 +360,9 @@ def _assemble(
             grid,
             tiles=len(tiles),
             scenes=len(scenes),
-            dates={n: {t: len(s) for t, (_, s) in by.items()} for n, by in tasks.items() if n != terrain.name},
+            dates={
+                n: {t: len(s) for t, (_, s) in by.items()} for n, by in tasks.items() if n != terrain.name
+            },
         ),
     )
 
@@ -414,9 +432,9 @@ def _write(made: RunPlan) -> None:
     try:
         (partial / "run.toml").write_text(made.config.text, encoding="utf-8")
         made.scenes.to_parquet(partial / "scenes.parquet")
-        gpd.GeoDataFrame({"name": [made.aoi.name]}, geometry=[made.aoi.to_crs("EPSG:4326")], crs="EPSG:4326").to_file(
-            partial / "aoi.geojson", driver="GeoJSON", COORDINATE_PRECISION=15, RFC7946="NO"
-        )
+        gpd.GeoDataFrame(
+            {"name": [made.aoi.name]}, geometry=[made.aoi.to_crs("EPSG:4326")], crs="EPSG:4326"
+        ).to_file(partial / "aoi.geojson", driver="GeoJSON", COORDINATE_PRECISION=15, RFC7946="NO")
         rows = [
             {
                 "tile": tile.key,
@@ -444,10 +462,20 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
         "base": str(made.config.base),
         "epochs": [asdict(epoch) for epoch in made.epochs],
         "estimate": asdict(made.estimate),
-        "grid": {"crs": grid.crs, "resolution_m": grid.resolution_m, "tile_px": grid.tile_px, "block_px": grid.block_px},
+        "grid": {
+            "crs": grid.crs,
+            "resolution_m": grid.resolution_m,
+            "tile_px": grid.tile_px,
+            "block_px": grid.block_px,
+        },
         "inventory": made.inventory,
         "layers": [
-            {"name": la.name, "kind": la.kind, "key": la.key, "window": None if la.window is None else str(la.window)}
+            {
+                "name": la.name,
+                "kind": la.kind,
+                "key": la.key,
+                "window": None if la.window is None else str(la.window),
+            }
             for la in made.layers
         ],
         "model": asdict(made.model.card) | {"parameters": dict(made.model.card.parameters)},

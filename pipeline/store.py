@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
@@ -52,7 +52,7 @@ class Workspace:
         """Open a workspace by its address."""
         if "://" in str(where):
             raise PipelineError(
-                f"Workspace {str(where)!r} is not a folder; object stores are not supported yet, give a local or shared path"
+                f"Workspace {str(where)!r} is no folder; object stores are not supported yet, give a local path"
             )
         return cls(root=Path(where).absolute())
 
@@ -124,7 +124,8 @@ def geobox_of(path: Path) -> GeoBox:
         transform, shape, wkt = attrs["spatial:transform"], attrs["spatial:shape"], attrs["proj:wkt2"]
     except KeyError as missing:
         raise PipelineError(f"{path} has no attribute {missing}; it is not a slidecube layer") from None
-    return GeoBox(tuple(shape), Affine(*transform), wkt)  # type: ignore[arg-type]
+    rows, cols = (int(n) for n in cast("list[int]", shape))
+    return GeoBox((rows, cols), Affine(*cast("list[float]", transform)), str(wkt))
 
 
 def write_tile(
@@ -142,7 +143,7 @@ def write_tile(
         array = group[name]
         assert isinstance(array, zarr.Array)
         _require_shard(path, name, array, values, at_px)
-        region = (
+        region: tuple[int | slice, ...] = (
             *leading,
             slice(at_px[0], at_px[0] + values.shape[0]),
             slice(at_px[1], at_px[1] + values.shape[1]),
@@ -214,7 +215,8 @@ def read_window(
         )
         if inner[0].start < inner[0].stop and inner[1].start < inner[1].stop:
             at = tuple(slice(i.start - w.start, i.stop - w.start) for i, w in zip(inner, window, strict=True))
-            out[at] = array[(*leading, *inner)]
+            region: tuple[int | slice, ...] = (*leading, *inner)
+            out[at] = array[region]
         found[name] = out
     return found
 

@@ -68,7 +68,8 @@ def terrain(
 
     def block(r: slice, c: slice) -> da.Array:
         part = geobox[r, c]
-        return da.from_delayed(read(scenes, part, log), (3, *part.shape), np.float32)
+        lazy: da.Array = da.from_delayed(read(scenes, part, log), (3, *part.shape), np.float32)
+        return lazy
 
     stack = da.block([[block(r, c) for c in cols] for r in rows])
     return {
@@ -94,7 +95,8 @@ def terrain_block(scenes: list[Scene], geobox: GeoBox, log: ReadLog | None = Non
 
 def slope_from(dz_dx: np.ndarray, dz_dy: np.ndarray) -> np.ndarray:
     """Slope in degrees from the two gradients (metres per metre)."""
-    return np.degrees(np.arctan(np.hypot(dz_dx, dz_dy))).astype(np.float32)
+    slope: np.ndarray = np.degrees(np.arctan(np.hypot(dz_dx, dz_dy))).astype(np.float32)
+    return slope
 
 
 def aspect_from(dz_dx: np.ndarray, dz_dy: np.ndarray) -> np.ndarray:
@@ -209,7 +211,7 @@ def _native_window(scene: Scene, geobox: GeoBox) -> GeoBox | None:
 
 
 def _first_height(steps_tyx: np.ndarray) -> np.ndarray:
-    dem = steps_tyx[0].copy()
+    dem: np.ndarray = steps_tyx[0].copy()
     for step in steps_tyx[1:]:
         np.copyto(dem, step, where=np.isnan(dem))
     return dem

@@ -159,7 +159,8 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
             block_px=plan.grid.block_px,
             log=log,
         )
-        lazy, names = {name: dataset[name].data for name in dataset.data_vars}, plan.optical_variables()
+        names = plan.optical_variables()
+        lazy = {name: dataset[name].data for name in names}
     data = dict(zip(names, _compute([lazy[name] for name in names], context.threads), strict=True))
     _within_budget(plan, log, scenes)
     seen = ~np.isnan(data["elevation"]) if layer.window is None else data["clear_count"] > 0
@@ -343,7 +344,10 @@ def _read_around(plan: RunPlan, layer: str, names: list[str], tile: Tile, halo: 
     px = plan.grid.tile_px
     row0, col0 = tile.row * px - halo, tile.col * px - halo
     n = px + 2 * halo
-    out: dict[str, np.ndarray] = {}
+    out = {
+        name: np.full((n, n), _FILL.get(name, 0), np.float32 if name == "elevation" else np.uint16)
+        for name in names
+    }
     for neighbour in plan.neighbours(tile):
         record = ledger.read(neighbour.key)
         if record is None or record.key != plan.tasks[layer][neighbour.key][0] or record.state != "done":
@@ -355,13 +359,7 @@ def _read_around(plan: RunPlan, layer: str, names: list[str], tile: Tile, halo: 
         part = read_window(path, names, window=(rows, cols))
         at = np.s_[rows.start - row0 : rows.stop - row0, cols.start - col0 : cols.stop - col0]
         for name, values in part.items():
-            if name not in out:
-                out[name] = np.full((n, n), _FILL[name] if name in _FILL else 0, values.dtype)
             out[name][at] = values
-    for name in names:  # nothing done here nor beside
-        if name not in out:
-            fill = _FILL.get(name, 0)
-            out[name] = np.full((n, n), fill, np.float32 if name == "elevation" else np.uint16)
     return xr.Dataset({name: (("y", "x"), out[name]) for name in names})
 
 

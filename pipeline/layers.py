@@ -1,0 +1,77 @@
+"""What is stored: the variables of every layer and of the inventory, and the arrays that a plan needs."""
+
+from __future__ import annotations
+
+from slidecube.pipeline.inventory import (
+    CF,
+    LANDSLIDE_NODATA,
+    PROBABILITY_NODATA,
+    Observability,
+    finish_inventory,
+)
+from slidecube.pipeline.plan import RunPlan
+from slidecube.pipeline.store import Variable, create_arrays
+
+_DAYS = {"units": "days since 1970-01-01", "long_name": "date", "comment": "0 = none"}
+
+TERRAIN = {
+    "elevation": Variable(
+        dtype="float32", fill=float("nan"), attrs={"units": "m", "standard_name": "surface_altitude"}
+    ),
+    "slope_deg": Variable(
+        dtype="uint16", fill=65535, attrs={"units": "degree", "scale_factor": 0.01, "long_name": "slope"}
+    ),
+    "aspect_deg": Variable(
+        dtype="uint16",
+        fill=65535,
+        attrs={"units": "degree", "scale_factor": 0.01, "long_name": "aspect from grid north"},
+    ),
+}
+"""Stored variables of the terrain layer."""
+
+INVENTORY = {
+    "probability": Variable(dtype="uint16", fill=PROBABILITY_NODATA, attrs=CF["probability"]),
+    "spread": Variable(dtype="uint16", fill=PROBABILITY_NODATA, attrs=CF["spread"]),
+    "landslide": Variable(dtype="uint8", fill=LANDSLIDE_NODATA, attrs=CF["landslide"]),
+    "observability": Variable(dtype="uint8", fill=Observability.NOT_PROCESSED, attrs=CF["observability"]),
+    "reason": Variable(dtype="uint8", fill=0, attrs=CF["reason"]),
+}
+"""Stored variables of an inventory, each (epoch, y, x)."""
+
+
+def _optical_variables(made: RunPlan) -> dict[str, Variable]:
+    band = {"units": "1", "scale_factor": 1e-4, "add_offset": -0.1, "long_name": "surface reflectance"}
+    bands = {str(name): Variable(dtype="uint16", fill=0, attrs=band) for name in made.config.cube.bands}
+    count = Variable(
+        dtype="uint16", fill=0, attrs={"units": "1", "long_name": "number of clear observations"}
+    )
+    dates = {
+        name: Variable(dtype="uint16", fill=0, attrs=_DAYS) for name in ("date_first", "date_last", "date")
+    }
+    return {**bands, "clear_count": count, **dates}
+
+
+def create_stores(made: RunPlan) -> None:
+    """Make the arrays that are missing; what is there stays."""
+    frame = made.grid.frame
+    tile_px, block_px = made.grid.tile_px, made.grid.block_px
+    for layer in made.layers:
+        variables = TERRAIN if layer.kind == "terrain" else _optical_variables(made)
+        attrs = {"slidecube:layer_key": layer.key, "slidecube:window": str(layer.window or "")}
+        path = made.workspace.layer(made.grid, layer.name)
+        create_arrays(path, variables, geobox=frame, tile_px=tile_px, block_px=block_px, attrs=attrs)
+    rows, cols = [t.row for t in made.tiles], [t.col for t in made.tiles]
+    extent = frame[
+        min(rows) * tile_px : (max(rows) + 1) * tile_px, min(cols) * tile_px : (max(cols) + 1) * tile_px
+    ]
+    inventory = made.workspace.inventory(made.inventory)
+    create_arrays(
+        inventory,
+        INVENTORY,
+        geobox=extent,
+        tile_px=tile_px,
+        block_px=block_px,
+        leading={"epoch": len(made.epochs)},
+        attrs={"slidecube:run": made.run, "slidecube:epochs": [e.name for e in made.epochs]},
+    )
+    finish_inventory(inventory, geobox=extent, epochs=[e.name for e in made.epochs])

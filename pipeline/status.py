@@ -1,0 +1,154 @@
+"""Where a workspace stands, and what of it nobody needs any more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.inventory import REASONS, Observability
+from slidecube.pipeline.ledger import Ledger, Record
+from slidecube.pipeline.lock import Lock, alive, read_lock
+from slidecube.pipeline.mosaic_stage import mosaic_due
+from slidecube.pipeline.plan import RunPlan, current_run, known_runs, read_plan
+from slidecube.pipeline.store import Workspace
+from slidecube.pipeline.tile import detect_task_key
+
+STATES = ("done", "due", "failed", "running")
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over the records of a plan."""
+
+    tiles: dict[str, Counter[str]] = field(default_factory=lambda: {"cube": Counter(), "detect": Counter()})
+    observed: Counter[str] = field(default_factory=Counter)
+    unseen: Counter[str] = field(default_factory=Counter)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    lost: set[tuple[str, str, str]] = field(default_factory=set)
+
+    def add(self, stage: str, what: str, tile: str, key: str, record: Record | None) -> None:
+        if record is None or record.key != key:
+            self.tiles[stage]["due"] += 1
+            return
+        self.tiles[stage]["done" if record.complete else "failed"] += 1
+        self.lost |= set(record.lost)
+        if not record.complete:
+            self.failures.append({"stage": stage, "what": what, "tile": tile, "reason": record.reason})
+        for name, n in record.numbers.items() if stage == "detect" else ():
+            if name.upper() in Observability.__members__:
+                self.observed[name] += n
+            elif name.startswith("reason "):
+                self.unseen[REASONS[int(name.split()[1])]] += n
+
+
+def status(where: str | Path) -> dict[str, Any]:
+    """Say where the current plan of a workspace stands.
+
+    Returns {"run", "inventory", "tiles": {stage: {"done", "due", "failed", "running"}}, "scene_reads",
+    "scene_reads_last_run", "observability": {name: pixels}, "not_observable": {reason: pixels},
+    "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}], "complete", "running"}.
+    `scene_reads` counts over the life of the workspace.
+    """
+    workspace = Workspace.at(where)
+    name = current_run(workspace)
+    if name is None:
+        raise PipelineError(
+            f"{where} is not a workspace with a plan; make one with `slidecube plan FILE.toml`"
+        )
+    made = read_plan(workspace, name)
+    tally = _Tally()
+    for stage, what, ledger, keys in _pieces(made):
+        for tile, key in keys.items():
+            tally.add(stage, what, tile, key, ledger.read(tile))
+    tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
+    lock = read_lock(workspace.locks / "driver.json")
+    running = lock if alive(lock) else None
+    if running is not None and running["run"] == made.run:
+        stage = "cube" if tiles["cube"]["due"] else "detect"
+        tiles[stage]["running"] = min(running["running"], tiles[stage]["due"])
+        tiles[stage]["due"] -= tiles[stage]["running"]
+    due = mosaic_due(made)
+    tiles["mosaic"] = {"done": int(not due), "due": int(due), "failed": 0, "running": 0}
+    total, last = _scene_reads(workspace, made.run)
+    return {
+        "run": made.run,
+        "inventory": made.inventory,
+        "tiles": tiles,
+        "scene_reads": total,
+        "scene_reads_last_run": last,
+        "observability": {v.name.lower(): tally.observed[v.name.lower()] for v in Observability},
+        "not_observable": {reason: tally.unseen[reason] for i, reason in REASONS.items() if i},
+        "failures": tally.failures,
+        "lost": [{"scene": s, "asset": a, "reason": r} for s, a, r in sorted(tally.lost)],
+        "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
+        "running": None if running is None else running["run"],
+    }
+
+
+def _pieces(made: RunPlan) -> Iterator[tuple[str, str, Ledger, dict[str, str]]]:
+    """Stage, what, ledger, and the key of every tile, of everything that a plan makes."""
+    for layer in made.layers:
+        keys = {tile: key for tile, (key, _) in made.tasks[layer.name].items()}
+        yield "cube", layer.name, Ledger.of(made.workspace.layer(made.grid, layer.name)), keys
+    for epoch in made.epochs:
+        keys = {tile.key: detect_task_key(made, epoch.name, tile) for tile in made.tiles}
+        yield "detect", epoch.name, Ledger.of(made.workspace.inventory(made.inventory), epoch.name), keys
+
+
+def clean(where: str | Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
+    """Remove what no current plan uses: superseded plans, layers, inventories and products.
+
+    A plan is current while it is the newest of its TOML. Events stay. Returns what was (or would be) removed, with
+    its size in bytes.
+    """
+    workspace = Workspace.at(where)
+    current = known_runs(workspace)
+    if not current:
+        raise PipelineError(f"{where} is not a workspace with a plan; there is nothing to clean")
+    with Lock(workspace.locks, run="clean"):
+        keep: set[Path] = set()
+        for name in current.values():
+            made = read_plan(workspace, name)
+            stores = [workspace.layer(made.grid, la.name) for la in made.layers]
+            stores.append(workspace.inventory(made.inventory))
+            keep |= {workspace.plan(name), workspace.products(made.inventory), *stores}
+            keep |= {store.with_suffix(".ledger") for store in stores}
+        candidates = [
+            *(p for p in (workspace.root / "plans").glob("*") if p.is_dir()),
+            *(workspace.root / "layers").glob("*/*"),
+            *(workspace.root / "inventories").glob("*"),
+            *(workspace.root / "products").glob("*"),
+        ]
+        removed = [(path, _size(path)) for path in sorted(candidates) if path not in keep]
+        if not dry_run:
+            for path, _ in removed:
+                # in order of name, ".ledger" before ".zarr": data without its records counts for nothing
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return removed
+
+
+def _scene_reads(workspace: Workspace, run_name: str) -> tuple[int, int]:
+    """Scenes read over the life of the workspace, and in the last run of a plan."""
+    total = last = 0
+    for path in sorted((workspace.root / "events").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:  # the last line of a killed driver
+                continue
+            total += event.get("scene_reads", 0)
+            if path.stem == run_name:
+                last = 0 if event["event"] == "run_started" else last + event.get("scene_reads", 0)
+    return total, last
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
