@@ -7,13 +7,13 @@ field's own description, so the message, the documentation and the check cannot 
 from __future__ import annotations
 
 import datetime as dt
-import difflib
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
@@ -24,17 +24,18 @@ from slidecube.catalog.scenes import Window
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.refusals import did_you_mean, refusal
 
-Band = Literal["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"]
-BANDS: tuple[Band, ...] = get_args(Band)
+BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
 """Canonical names of Sentinel-2's bands."""
 
-DEFAULT_BANDS: tuple[Band, ...] = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+DEFAULT_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 """The ten bands of 10 m and 20 m: what a Level-2A product holds without the atmosphere's own bands."""
 
-Format = Literal["parquet", "gpkg", "cog", "stac", "report"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+FORMATS = ("parquet", "gpkg", "cog", "stac", "report")
 """What `publish` can write."""
+
+T = TypeVar("T")
 
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
@@ -90,10 +91,19 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _tile_size(value: int) -> int:
-    if value not in TILE_SIZES_PX:
-        raise ValueError("")
-    return value
+def _one_of(known: Sequence[T]) -> AfterValidator:
+    """Refuse what is not in a list; the type stays the plain one, which dictionaries of callers want."""
+
+    def check(value: T) -> T:
+        if value not in known:
+            raise ValueError("")
+        return value
+
+    return AfterValidator(check)
+
+
+Band = Annotated[str, _one_of(BANDS)]
+Format = Annotated[str, _one_of(FORMATS)]
 
 
 class _Section(BaseModel):
@@ -180,7 +190,7 @@ class Cube(_Section):
         DEFAULT_BANDS, min_length=1, description=f"a list of bands, none twice, out of {', '.join(BANDS)}"
     )
     mask: Mask = Field(default_factory=Mask, description="a table with scl_classes and dilation_px")
-    tile_px: Annotated[int, AfterValidator(_tile_size)] = Field(
+    tile_px: Annotated[int, _one_of(TILE_SIZES_PX)] = Field(
         2048, description=f"one of {', '.join(map(str, TILE_SIZES_PX))}"
     )
     max_lost_scenes: int = Field(
@@ -237,7 +247,24 @@ class Cluster(_Section):
     )
 
 
-class Config(_Section):
+class Sections(_Section):
+    """What a TOML holds."""
+
+    area: Area = Field(description="a table with aoi or bbox")
+    epochs: Annotated[tuple[Epoch, ...], BeforeValidator(_tuple)] = Field(
+        validation_alias="epoch",
+        min_length=1,
+        description="at least one [[epoch]] table with name, pre and post",
+    )
+    sources: Sources = Field(default_factory=Sources, description="a table")
+    cube: Cube = Field(default_factory=Cube, description="a table")
+    detect: Detect = Field(default_factory=Detect, description="a table")
+    output: Output = Field(default_factory=Output, description="a table")
+    cluster: Cluster = Field(default_factory=Cluster, description="a table")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
     """A checked configuration, and where it was read.
 
     path : the TOML, absolute; text : as it was written; base : the folder that relative paths start from
@@ -246,15 +273,13 @@ class Config(_Section):
     path: Path
     text: str
     base: Path
-    area: Area = Field(description="a table with aoi or bbox")
-    epochs: Annotated[tuple[Epoch, ...], BeforeValidator(_tuple)] = Field(
-        alias="epoch", min_length=1, description="at least one [[epoch]] table with name, pre and post"
-    )
-    sources: Sources = Field(default_factory=Sources, description="a table")
-    cube: Cube = Field(default_factory=Cube, description="a table")
-    detect: Detect = Field(default_factory=Detect, description="a table")
-    output: Output = Field(default_factory=Output, description="a table")
-    cluster: Cluster = Field(default_factory=Cluster, description="a table")
+    area: Area
+    epochs: tuple[Epoch, ...]
+    sources: Sources
+    cube: Cube
+    detect: Detect
+    output: Output
+    cluster: Cluster
 
     @property
     def stem(self) -> str:
@@ -310,7 +335,9 @@ class Config(_Section):
         return {
             "area": self._area_terms(),
             "epochs": epochs,
-            **self.model_dump(mode="json", include={"sources", "cube", "detect"}),
+            "sources": self.sources.model_dump(mode="json"),
+            "cube": self.cube.model_dump(mode="json"),
+            "detect": self.detect.model_dump(mode="json"),
         }
 
     def _area_terms(self) -> dict[str, Any]:
@@ -337,12 +364,12 @@ def load_config(path: str | Path, *, base: Path | None = None) -> Config:
     except tomllib.TOMLDecodeError as error:
         where = str(error).replace("(at end of document)", f"(at line {text.count(chr(10)) + 1}, the end)")
         raise PipelineError(f"{path}: not valid TOML: {where[:1].lower()}{where[1:]}") from None
-    _refuse_reserved(path, tables)
     folder = (path.parent if base is None else base).resolve()
     try:
-        config = Config.model_validate({**tables, "path": path.resolve(), "text": text, "base": folder})
+        sections = Sections.model_validate(tables)
     except pydantic.ValidationError as error:
-        raise PipelineError(f"{path}: {_one_line(error, tables)}") from None
+        raise PipelineError(f"{path}: {refusal(error, tables, Sections)}") from None
+    config = Config(**dict(sections), path=path.resolve(), text=text, base=folder)
     _check_across(path, config)
     return config
 
@@ -355,17 +382,10 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         near = [p.name for p in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
         raise PipelineError(
-            f"{path}: no such file{_did_you_mean(path.name, near)}; `slidecube init {path}` writes one"
+            f"{path}: no such file{did_you_mean(path.name, near)}; `slidecube init {path}` writes one"
         ) from None
     except OSError as error:
         raise PipelineError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _refuse_reserved(path: Path, tables: dict[str, Any]) -> None:
-    """Refuse names that only the loader may set, as unknown as any other."""
-    for name in ("path", "text", "base", "epochs"):
-        if name in tables:
-            raise PipelineError(f"{path}: {_unknown((name,), Config)}")
 
 
 def _check_across(path: Path, config: Config) -> None:
@@ -391,99 +411,6 @@ def _check_across(path: Path, config: Config) -> None:
         raise PipelineError(f"{path}: cluster.profile: {error}") from None
 
 
-def _one_line(error: pydantic.ValidationError, tables: dict[str, Any]) -> str:
-    """Render the first problem; the count of the others follows."""
-    problems = error.errors(include_url=False)
-    if len(problems) > 1:  # pydantic calls a list too short when its only item was refused
-        problems = [problem for problem in problems if problem["type"] != "too_short"]
-    # a misspelt key is the cause of a missing one, so it is named first
-    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-    line = _problem(problems[0], tables)
-    others = len(problems) - 1
-    return line if others == 0 else f"{line} (and {others} more problem{'s' * (others > 1)})"
-
-
-def _problem(problem: Any, tables: dict[str, Any]) -> str:
-    loc, model, allowed = _locate(problem["loc"])
-    where = f"{'.'.join(loc)}{_which_epoch(problem['loc'], tables)}"
-    if problem["type"] == "extra_forbidden":
-        return _unknown(loc, model, where)
-    if problem["type"] == "missing":
-        return f"{where}: missing; allowed: {allowed}"
-    if problem["type"] == "value_error" and str(problem["ctx"]["error"]):
-        return f"{where}: {problem['ctx']['error']}"
-    return f"{where}: got {_short(_value_at(tables, problem['loc']))}; allowed: {allowed}"
-
-
-def _locate(loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[BaseModel], str]:
-    """Follow pydantic's location to the key: its dotted name, the section that holds it, what it allows."""
-    model: type[BaseModel] = Config
-    names: list[str] = []
-    allowed = "a table"
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        names.append(part)
-        fields = {field.alias or name: field for name, field in model.model_fields.items()}
-        if part not in fields:
-            break
-        allowed = fields[part].description or allowed
-        if part not in _SECTIONS:
-            break
-        model = _SECTIONS[part]
-    return tuple(names), model, allowed
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "area": Area,
-    "epoch": Epoch,
-    "sources": Sources,
-    "cube": Cube,
-    "mask": Mask,
-    "detect": Detect,
-    "output": Output,
-    "cluster": Cluster,
-}
-
-
-def _which_epoch(loc: tuple[int | str, ...], tables: dict[str, Any]) -> str:
-    if loc[:1] != ("epoch",) or len(loc) < 2 or not isinstance(loc[1], int):
-        return ""
-    epoch = tables["epoch"][loc[1]]
-    name = epoch.get("name") if isinstance(epoch, dict) else None
-    return f" (epoch {loc[1] + 1}{f', {name!r}' if isinstance(name, str) else ''})"
-
-
-def _unknown(loc: tuple[str, ...], model: type[BaseModel], where: str | None = None) -> str:
-    hidden = ("path", "text", "base") if model is Config else ()
-    known = [field.alias or name for name, field in model.model_fields.items() if name not in hidden]
-    kind = "section" if model is Config else "key"
-    guess = _did_you_mean(loc[-1], known)
-    return f"{where or '.'.join(loc)}: unknown {kind}{guess}; allowed: {', '.join(known)}"
-
-
-def _value_at(tables: dict[str, Any], loc: tuple[int | str, ...]) -> object:
-    """Return what the user wrote for a key: a list whole, not the item that pydantic stumbled over."""
-    value: Any = tables
-    for part in loc:
-        if isinstance(part, int) and not isinstance(value[part], dict):
-            break
-        if isinstance(value, dict) and part not in value:
-            break
-        value = value[part]
-    return value
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _short(value: object) -> str:
-    text = str(value) if isinstance(value, dt.date) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _is_geometry(text: str) -> bool:
     """Tell WKT (or EWKT) and GeoJSON text from a file's name."""
     return re.match(r"\s*(\{|(SRID=\d+;\s*)?[A-Z]+\s*(Z\s*)?(\(|EMPTY))", text, re.IGNORECASE) is not None
@@ -500,6 +427,6 @@ def _file_digest(path: Path, config: Config) -> str:
         near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         raise PipelineError(
             f"{config.path}: area.aoi: got {config.area.aoi!r}, which cannot be read ({error.strerror or error})"
-            f"{_did_you_mean(path.name, near)}; allowed: {Area.model_fields['aoi'].description}"
+            f"{did_you_mean(path.name, near)}; allowed: {Area.model_fields['aoi'].description}"
         ) from None
     return f"sha256:{digest.hexdigest()}"
