@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import json
 import re
 from pathlib import Path
 
@@ -308,3 +309,37 @@ def test_the_template_loads_and_its_comments_are_the_defaults(write, repo_root):
     template, uncommented = load_config(write(text)), load_config(write(shown, "shown.toml"))
 
     assert dataclasses.replace(uncommented, path=template.path, text=template.text) == template
+
+
+def documented(title: str, section: type[pydantic.BaseModel]) -> str:
+    """A section of docs/configuration.md, as the code has it."""
+    rows = []
+    for name, field in section.model_fields.items():
+        if not isinstance(default := field.get_default(call_default_factory=True), pydantic.BaseModel):
+            shown = "" if field.is_required() else "left out" if default is None else json.dumps(default)
+            rows.append(
+                f"| `{name}` | {f'`{shown}`' if shown not in {'', 'left out'} else shown or 'required'} | {field.description} |"
+            )
+    return (
+        f"## {title}\n\n{section.__doc__}\n\n| key | default | allowed |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def test_the_documented_keys_are_those_of_the_code(repo_root):
+    text = (repo_root / "docs" / "configuration.md").read_text(encoding="utf-8")
+    sections = {
+        "[area]": Area,
+        "[[epoch]]": Epoch,
+        "[sources]": Sources,
+        "[cube]": Cube,
+        "[cube.mask]": Mask,
+        "[detect]": Detect,
+        "[output]": Output,
+        "[cluster]": Cluster,
+    }
+
+    assert text.split("\n## ", 1)[1] == "\n".join(documented(*s) for s in sections.items()).removeprefix(
+        "## "
+    )
