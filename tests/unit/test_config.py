@@ -316,10 +316,9 @@ def documented(title: str, section: type[pydantic.BaseModel]) -> str:
     rows = []
     for name, field in section.model_fields.items():
         if not isinstance(default := field.get_default(call_default_factory=True), pydantic.BaseModel):
-            shown = "" if field.is_required() else "left out" if default is None else json.dumps(default)
-            rows.append(
-                f"| `{name}` | {f'`{shown}`' if shown not in {'', 'left out'} else shown or 'required'} | {field.description} |"
-            )
+            optional = "left out" if default is None else f"`{json.dumps(default)}`"
+            shown = "required" if field.is_required() else optional
+            rows.append(f"| `{name}` | {shown} | {field.description} |")
     return (
         f"## {title}\n\n{section.__doc__}\n\n| key | default | allowed |\n|---|---|---|\n"
         + "\n".join(rows)
