@@ -316,8 +316,9 @@ def documented(title: str, section: type[pydantic.BaseModel]) -> str:
     rows = []
     for name, field in section.model_fields.items():
         if not isinstance(default := field.get_default(call_default_factory=True), pydantic.BaseModel):
-            optional = "left out" if default is None else f"`{json.dumps(default)}`"
-            shown = "required" if field.is_required() else optional
+            shown = "required" if field.is_required() else "left out"
+            if not field.is_required() and default is not None:
+                shown = f"`{json.dumps(default)}`"
             rows.append(f"| `{name}` | {shown} | {field.description} |")
     return (
         f"## {title}\n\n{section.__doc__}\n\n| key | default | allowed |\n|---|---|---|\n"
