@@ -256,12 +256,12 @@ def report(workspace: Path) -> None:
 @cli.command()
 @click.option("--out", type=Folder, required=True, help="Folder of the simulated archive.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulation.")
-@click.option("--into", type=click.Path(path_type=Path), help="Implant the scars into this real catalogue.")
-def simulate(out: Path, *, seed: int, into: Path | None) -> None:
+@click.option("--size", default="default", show_default=True, help="Its extent: default, small or island.")
+def simulate(out: Path, *, seed: int, size: str) -> None:
     """Simulate an archive of scenes with known landslides."""
     from slidecube.pipeline.simulate import simulate_archive
 
-    click.echo(simulate_archive(out, seed=seed, into=into))
+    click.echo(simulate_archive(out, seed=seed, size=size))
 
 
 @cli.command()

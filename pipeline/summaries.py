@@ -103,7 +103,7 @@ def _scene_rows(made: RunPlan) -> list[tuple[str, ...]]:
 
 def _shares(title: str, counts: dict[str, int]) -> list[str]:
     total = sum(counts.values())
-    named = [f"{name} {100 * n / total:.1f} %" for name, n in counts.items() if n]
+    named = [f"{name.replace('_', ' ')} {100 * n / total:.1f} %" for name, n in counts.items() if n]
     return [f"{title}: {', '.join(named)}"] if named else []
 
 

@@ -240,7 +240,7 @@ STATE = {
         "detect": {"done": 3, "due": 6, "failed": 0, "running": 2},
     },
     "scene_reads": 48,
-    "observability": {"not processed": 0, "outside the AOI": 25, "not observable": 25, "observed": 50},
+    "observability": {"not_processed": 0, "outside_aoi": 25, "not_observable": 25, "observed": 50},
     "not_observable": {"no clear pre-event observation": 25, "no terrain": 0},
     "failures": [{"stage": "cube", "what": "w", "tile": "r001c002", "reason": "disk on fire"}] * 12,
     "lost": [{"scene": "S2A_X", "asset": "red", "reason": "truncated"}],
@@ -249,13 +249,13 @@ STATE = {
 
 
 def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.import_module("slidecube.pipeline.run"), "status", lambda where: STATE)
+    monkeypatch.setattr(importlib.import_module("slidecube.pipeline.status"), "status", lambda where: STATE)
 
     assert json.loads(slidecube("status", tmp_path, "--json")[1]) == STATE
     out = slidecube("status", tmp_path)[1]
     assert re.search(r"^cube +11 +0 +0 +1$", out, flags=re.MULTILINE)
     assert re.search(r"^detect +3 +6 +2 +0$", out, flags=re.MULTILINE)
-    assert "pixels: outside the AOI 25.0 %, not observable 25.0 %, observed 50.0 %" in out
+    assert "pixels: outside aoi 25.0 %, not observable 25.0 %, observed 50.0 %" in out
     assert out.count("failed: cube r001c002: disk on fire") == 10
     assert "failed: and 2 more" in out
     assert "unreadable: S2A_X red: truncated" in out
