@@ -303,7 +303,7 @@ def test_a_complete_run_is_0_and_names_the_report(slidecube, monkeypatch, tmp_pa
 def test_clean_says_what_it_would_remove(slidecube, monkeypatch, tmp_path):
     removed = [(tmp_path / "layers" / "old.zarr", 2_000_000_000)]
     monkeypatch.setattr(
-        importlib.import_module("slidecube.pipeline.run"),
+        importlib.import_module("slidecube.pipeline.status"),
         "clean",
         lambda where, *, dry_run: removed if dry_run else [],
     )
