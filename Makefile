@@ -59,7 +59,8 @@ clean: ## Remove the environment and what the tools left
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/bin/uv: constraints.txt
-	@if [ -z "$(PYTHON)" ]; then echo "slidecube needs Python 3.11 or newer: make PYTHON=/path/to/python3 ..." >&2; exit 1; fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "slidecube needs Python 3.11 or newer, not '$(PYTHON)': make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "$(PYTHON) cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@start=$$SECONDS; "$(PYTHON)" -m venv "$(VENV)"; \
@@ -69,7 +70,8 @@ $(VENV)/bin/uv: constraints.txt
 # $(1) stamp, $(2) extras
 define install
 $(VENV)/.$(1): pyproject.toml constraints.txt $(VENV)/bin/uv
-	@start=$$$$SECONDS; "$(BIN)/uv" pip install --python "$(BIN)/python" --constraint constraints.txt --editable ".$(2)"; \
+	@start=$$$$SECONDS; quiet=; [ -t 2 ] || quiet=--quiet; echo "set-up: downloading and installing packages"; \
+	"$(BIN)/uv" pip install $$$$quiet --python "$(BIN)/python" --constraint constraints.txt --editable ".$(2)"; \
 	touch "$$@"; echo "set-up: packages downloaded and installed in $$$$((SECONDS - start)) s"
 endef
 $(eval $(call install,core,))
