@@ -116,7 +116,8 @@ def load(
             driver=_NamingDriver(names, log),
             stac_cfg={_COLLECTION: {"assets": _band_types(bands)}},
         )
-    cube = cube.isel(y=crop[0], x=crop[1])
+    y, x = blocks.dimensions  # latitude and longitude in a geographic CRS
+    cube = cube.isel({y: crop[0], x: crop[1]})
     return cube.assign_coords(scene=("time", [record.id for record in records]))
 
 
