@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -209,6 +210,46 @@ def test_every_dependency_is_pinned(repo_root):
     pinned = {line.split("==")[0] for line in (repo_root / "constraints.txt").read_text().splitlines()}
 
     assert sorted(names - pinned) == [], "run `make constraints`"
+
+
+def test_every_import_is_declared(repo_root):
+    """What is imported is in pyproject.toml: it would otherwise work only where something else happened to bring it."""
+    project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
+    core, dev = (
+        {re.split(r"[\[<>=~! ]", want)[0].lower().replace("_", "-") for want in wanted}
+        for wanted in (project["dependencies"], project["optional-dependencies"]["dev"])
+    )
+    homes = metadata.packages_distributions()
+    undeclared = set()
+    for package in (*PACKAGES, "tests"):
+        for path in (repo_root / package).rglob("*.py"):
+            for name in top_level_imports(path) - set(sys.stdlib_module_names) - {"slidecube"}:
+                found = {home.lower().replace("_", "-") for home in homes.get(name, [name])}
+                if not found & (core | dev if package == "tests" else core | OPTIONAL):
+                    undeclared.add(f"{path.relative_to(repo_root)} imports {name}")
+
+    assert sorted(undeclared) == []
+
+
+OPTIONAL = {
+    "segmentation-models-pytorch",
+    "timm",
+    "torchvision",
+    "dask-cuda",
+    "dask-jobqueue",
+    "dask-kubernetes",
+}
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """Names of the packages that a file imports at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
 
 
 def test_rasters_are_written_only_in_pipeline(repo_root):
