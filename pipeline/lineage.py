@@ -10,6 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from slidecube.catalog.scenes import Window
 
 
+def slidecube_version() -> str:
+    """Version of the installed program."""
+    try:
+        return version("slidecube")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineageScene:
     """One scene that was read.
@@ -57,17 +65,9 @@ class Lineage:
     licences: Mapping[str, str] = field(default_factory=dict)
     attributions: tuple[str, ...] = ()
     simulated: bool = False
-    version: str = field(default_factory=lambda: slidecube_version())  # defined below
+    version: str = field(default_factory=slidecube_version)
 
     @property
     def model_name(self) -> str:
         """Name and version of the model."""
         return f"{self.model.get('name', 'unknown')}@{self.model.get('version', '?')}"
-
-
-def slidecube_version() -> str:
-    """Version of the installed program."""
-    try:
-        return version("slidecube")
-    except PackageNotFoundError:
-        return "unknown"

@@ -135,7 +135,7 @@ def label_objects(
 
 
 def _add_tile(found: _Components, tile: TileRasters) -> None:
-    labels, n = ndimage.label(tile.landslide == LANDSLIDE, structure=np.ones((3, 3)))  # type: ignore[attr-defined]
+    labels, n = ndimage.label(tile.landslide == LANDSLIDE, structure=np.ones((3, 3)))
     if n == 0:
         return
     rows, cols = np.nonzero(labels)
@@ -195,7 +195,7 @@ def _join(found: _Components, frame: GeoBox) -> tuple[int, NDArray[np.int64]]:
         touch = np.flatnonzero(key[at] == key + step)
         pairs.append(np.stack((of[touch], of[at[touch]])))
     a, b = np.concatenate(pairs, axis=1)
-    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(found.n, found.n))  # type: ignore[no-untyped-call]
+    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(found.n, found.n))
     n, object_of = connected_components(graph, directed=False)
     return n, object_of.astype(np.int64)
 

@@ -1,7 +1,7 @@
 """Colours, said once for the report, the pictures, the GeoTIFFs and QGIS.
 
-The ramp is ordered in lightness and the categories differ for colour-blind eyes too (blue, orange, purple; Source:
-Okabe & Ito 2008). `*_qml` return the text of QGIS styles; nothing here writes a file.
+The ramp is ordered in lightness. The categories differ for colour-blind eyes too: blue, orange and pink after Okabe &
+Ito 2008, brighter, to stand on dark forest. `*_qml` return the text of QGIS styles; nothing here writes a file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ PROBABILITY_RAMP = (
 """Probability -> colour, light to dark."""
 
 FOUND = "#e8590c"
-TRUE_POSITIVE = "#0072b2"
-FALSE_NEGATIVE = "#cc2f91"
-FALSE_POSITIVE = "#e69f00"
+TRUE_POSITIVE = "#2b9af3"
+FALSE_NEGATIVE = "#e83fb8"
+FALSE_POSITIVE = "#ffa600"
 
 OBSERVABILITY = {0: "#9aa0a6", 1: "#eceff1", 2: "#6a51a3", 3: "#cfe8d5"}
 """By the value of the observability byte."""
