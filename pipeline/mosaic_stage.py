@@ -21,6 +21,7 @@ from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene, slid
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.plan import EpochPlan, RunPlan
 from slidecube.pipeline.publish import write_products
+from slidecube.pipeline.report_stage import write_plan_report
 from slidecube.pipeline.store import read_window
 
 RECORD = "products.json"
@@ -87,6 +88,8 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
         formats=formats,
         footprint=plan.aoi.to_crs("EPSG:4326"),
     )
+    if "report" in plan.config.output.formats:
+        paths["report"] = write_plan_report(plan, objects=objects)
     record = {
         "key": key,
         "inventory": plan.inventory,

@@ -1,0 +1,181 @@
+"""Reports and evaluations of a workspace: the pictures are read from its layers, the numbers from its products."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+
+from slidecube.pipeline.composite import SCALE, SHIFT
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.evaluate import Evaluation, evaluate
+from slidecube.pipeline.inventory import open_stored
+from slidecube.pipeline.ledger import Ledger
+from slidecube.pipeline.lineage import Lineage
+from slidecube.pipeline.plan import RunPlan, current_run, read_plan
+from slidecube.pipeline.report import EpochView, Picture, render_picture, write_report
+from slidecube.pipeline.store import Workspace, read_window
+
+MAX_PICTURE_PX = 2000
+RENDERINGS: Mapping[str, tuple[str, str, str]] = {
+    "True colour": ("B04", "B03", "B02"),
+    "False colour": ("B12", "B08", "B04"),
+}
+"""Name -> bands shown as red, green and blue."""
+
+_WHITE = {"B02": 0.18, "B03": 0.18, "B04": 0.18, "B08": 0.50, "B12": 0.35}  # reflectance shown at full brightness
+_GAMMA = 1.5
+
+
+def open_workspace(where: str | Path) -> RunPlan:
+    """Read the current plan of a workspace."""
+    workspace = Workspace.at(where)
+    run = current_run(workspace)
+    if run is None:
+        raise PipelineError(
+            f"{where} is not a workspace with a plan; make one with `slidecube plan FILE.toml`"
+        )
+    return read_plan(workspace, run)
+
+
+def evaluate_workspace(
+    where: str | Path, truth: str | Path, *, simulated: bool | None = None
+) -> dict[str, Evaluation]:
+    """Judge the inventory of a workspace against reference polygons, epoch by epoch.
+
+    truth : any vector file; a column `epoch` assigns its polygons, without one they count for every epoch
+    simulated : of the reference; left out, it is what the scenes say of themselves
+    """
+    plan = open_workspace(where)
+    objects = read_objects(plan)
+    reference = read_reference(truth)
+    inventory = open_stored(plan.workspace.inventory(plan.inventory))
+    flag = _lineage(plan).simulated if simulated is None else simulated
+    found = {}
+    for index, epoch in enumerate(plan.epochs):
+        own = reference[reference["epoch"] == epoch.name] if "epoch" in reference.columns else reference
+        found[epoch.name] = evaluate(
+            objects[objects["epoch"] == epoch.name], own, inventory=inventory, epoch=index, simulated=flag
+        )
+    return found
+
+
+def report_workspace(
+    where: str | Path, *, evaluations: Mapping[str, Evaluation] | None = None, picture: Path | None = None
+) -> Path:
+    """Write the report of a workspace's current inventory; returns its index.html.
+
+    evaluations : by epoch, to show what was missed and what was invented
+    picture : also draw the first epoch into this PNG
+    """
+    plan = open_workspace(where)
+    return write_plan_report(plan, evaluations=evaluations, picture=picture)
+
+
+def write_plan_report(
+    plan: RunPlan,
+    *,
+    objects: gpd.GeoDataFrame | None = None,
+    evaluations: Mapping[str, Evaluation] | None = None,
+    picture: Path | None = None,
+) -> Path:
+    """Write the report of a plan's inventory; see `report_workspace`."""
+    folder = plan.workspace.products(plan.inventory)
+    table = read_objects(plan) if objects is None else objects
+    inventory = open_stored(plan.workspace.inventory(plan.inventory))
+    lineage = _lineage(plan)
+    views = [
+        EpochView(
+            name=epoch.name,
+            index=index,
+            pre=_pictures(plan, epoch.pre),
+            post=_pictures(plan, epoch.post),
+            evaluation=(evaluations or {}).get(epoch.name),
+        )
+        for index, epoch in enumerate(plan.epochs)
+    ]
+    files = {path.name: path for path in sorted(folder.glob("landslides.*"))}
+    files |= {path.name: path for path in sorted(folder.glob("*/*.tif"))}
+    files |= {path.name: path for path in sorted(folder.glob("stac/*.json"))}
+    index = write_report(
+        folder / "report", inventory=inventory, objects=table, views=views, lineage=lineage, products=files
+    )
+    if picture is not None:
+        title = f"{plan.config.stem}: {plan.model.card.address}, unreviewed"
+        render_picture(
+            picture, inventory=inventory, objects=table, view=views[0], title=title, simulated=lineage.simulated
+        )
+    return index
+
+
+def read_objects(plan: RunPlan) -> gpd.GeoDataFrame:
+    """Read the objects of a plan's inventory."""
+    path = plan.workspace.products(plan.inventory) / "landslides.parquet"
+    if not path.exists():
+        raise PipelineError(f"There is no {path}; run `slidecube mosaic` first, with 'parquet' in [output] formats")
+    return gpd.read_parquet(path)
+
+
+def read_reference(path: str | Path) -> gpd.GeoDataFrame:
+    """Read reference polygons from any vector file."""
+    try:
+        if str(path).endswith((".parquet", ".geoparquet")):
+            return gpd.read_parquet(path)
+        return gpd.read_file(path)
+    except FileNotFoundError:
+        raise PipelineError(f"There is no file {str(path)!r} to compare with") from None
+    except Exception as error:
+        raise PipelineError(f"{str(path)!r} cannot be read as polygons: {' '.join(str(error).split())}") from None
+
+
+def _lineage(plan: RunPlan) -> Lineage:
+    from slidecube.pipeline.mosaic_stage import lineage  # noqa: PLC0415  the mosaic writes reports, too
+
+    return lineage(plan)
+
+
+def _pictures(plan: RunPlan, layer: str) -> dict[str, Picture]:
+    held = set(plan.config.cube.bands)
+    return {
+        name: _picture(plan, layer, bands) for name, bands in RENDERINGS.items() if set(bands) <= held
+    }
+
+
+def _picture(plan: RunPlan, layer: str, bands: tuple[str, str, str]) -> Picture:
+    """Draw a layer over the plan's tiles, thinned to at most `MAX_PICTURE_PX` a side, one tile in memory."""
+    px = plan.grid.tile_px
+    rows, cols = [t.row for t in plan.tiles], [t.col for t in plan.tiles]
+    row0, col0 = min(rows) * px, min(cols) * px
+    shape = ((max(rows) + 1) * px - row0, (max(cols) + 1) * px - col0)
+    extent = plan.grid.frame[row0 : row0 + shape[0], col0 : col0 + shape[1]]
+    step = max(1, -(-max(shape) // MAX_PICTURE_PX))
+    box = extent.zoom_out(step) if step > 1 else extent
+    pixels = np.zeros((*box.shape, 3), np.uint8)
+    path, ledger = plan.workspace.layer(plan.grid, layer), Ledger.of(plan.workspace.layer(plan.grid, layer))
+    for tile in plan.tiles:
+        if not ledger.complete(tile.key, plan.tasks[layer][tile.key][0]):
+            continue
+        top, left = tile.row * px, tile.col * px
+        data = read_window(path, list(bands), window=(slice(top, top + px), slice(left, left + px)))
+        # the first pixel of every step-th, counted from the picture's corner
+        r, c = (np.arange(-(-(a - b) // step), -(-(a - b + px) // step)) for a, b in ((top, row0), (left, col0)))
+        r, c = r[r < box.shape[0]], c[c < box.shape[1]]
+        part = np.ix_(r * step - (top - row0), c * step - (left - col0))
+        pixels[np.ix_(r, c)] = np.dstack([_brightness(data[band][part], _WHITE[band]) for band in bands])
+    return Picture(pixels=pixels, geobox=box)
+
+
+def _brightness(stored: np.ndarray, white: float) -> np.ndarray:
+    """Stretch stored reflectance to 1..255, 0 where nothing was seen."""
+    value = (stored.astype(np.float32) - SHIFT) / SCALE / white
+    bright = 1 + 254 * np.clip(value, 0, 1) ** (1 / _GAMMA)
+    shown: np.ndarray = np.where(stored == 0, 0, bright).astype(np.uint8)
+    return shown
+
+
+def evaluation_json(evaluations: Mapping[str, Evaluation]) -> str:
+    """All numbers of all epochs as JSON."""
+    return json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2)
