@@ -225,12 +225,17 @@ def mosaic(file: Path, *, quiet: bool) -> None:
 @click.argument("workspace", type=Folder)
 @click.argument("truth", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(workspace: Path, truth: Path, *, as_json: bool) -> None:
+@click.option("--report", "in_report", is_flag=True, help="Show it in the report, too.")
+def evaluate(workspace: Path, truth: Path, *, as_json: bool, in_report: bool) -> None:
     """Compare an inventory with known landslides."""
-    from slidecube.pipeline.evaluate import evaluate_workspace
+    from slidecube.pipeline.report_stage import evaluate_workspace, evaluation_json, report_workspace
 
-    result = evaluate_workspace(workspace, truth)
-    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.summary())
+    found = evaluate_workspace(workspace, truth)
+    click.echo(
+        evaluation_json(found) if as_json else "\n".join(f"{name}\n{e.table()}" for name, e in found.items())
+    )
+    if in_report:
+        click.echo(report_workspace(workspace, evaluations=found), err=as_json)
 
 
 @cli.command()
@@ -238,19 +243,22 @@ def evaluate(workspace: Path, truth: Path, *, as_json: bool) -> None:
 def publish(file: Path) -> None:
     """Write the products: tables, GeoPackage, COGs, STAC."""
     from slidecube.pipeline.config import load_config
-    from slidecube.pipeline.publish import publish as write_products
+    from slidecube.pipeline.lock import Lock
+    from slidecube.pipeline.mosaic_stage import mosaic_run
+    from slidecube.pipeline.plan import plan as make_plan
 
-    for path in write_products(load_config(file)):
-        click.echo(path)
+    made = make_plan(load_config(file))
+    with Lock(made.workspace.locks, run=made.run):
+        click.echo(mosaic_run(made, say=sys.stderr))
 
 
 @cli.command()
 @click.argument("workspace", type=Folder)
 def report(workspace: Path) -> None:
     """Write the report, an HTML page that opens offline."""
-    from slidecube.pipeline.report import write_report
+    from slidecube.pipeline.report_stage import report_workspace
 
-    click.echo(write_report(workspace))
+    click.echo(report_workspace(workspace))
 
 
 @cli.command()
@@ -267,11 +275,12 @@ def simulate(out: Path, *, seed: int, size: str) -> None:
 @cli.command()
 @click.option("--out", type=Folder, required=True, help="Folder of the demonstration.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulated archive.")
-def demo(out: Path, *, seed: int) -> None:
+@click.option("--size", default="default", show_default=True, help="Its extent: default, small or island.")
+def demo(out: Path, *, seed: int, size: str) -> None:
     """Map a simulated archive from end to end."""
     from slidecube.pipeline.demo import demo as run_demo
 
-    click.echo(run_demo(out, seed=seed))
+    click.echo(run_demo(out, seed=seed, size=size))
 
 
 @cli.command()
