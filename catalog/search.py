@@ -354,7 +354,10 @@ def _pages(
 def _open_search(
     source: Source, area: BaseGeometry, interval: str | None, retries: Retries
 ) -> Iterator[dict[str, Any]]:
-    client = pystac_client.Client.open(source.endpoint, stac_io=_PatientIO(retries))
+    # opening sets the timeout of the transport again, to none where none is named: a silent server would hang us
+    client = pystac_client.Client.open(
+        source.endpoint, stac_io=_PatientIO(retries), timeout=retries.timeout_s
+    )
     found: Iterator[dict[str, Any]] = client.search(
         collections=[source.collection],
         intersects=shapely.geometry.mapping(_sendable(area)),

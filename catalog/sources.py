@@ -396,19 +396,10 @@ def offset_of(item: Any) -> Offset:
 
 
 def baseline_of(item: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the processing baseline (major, minor), from the properties or the product's own name.
-
-    Raises OffsetError where property and product name lie on two sides of 04.00.
-    """
-    properties = item.get("properties") or {}
-    stated = next((p for p in map(_parsed, _stated(properties)) if p is not None), None)
-    named = next((p for p in map(_named, _names(item)) if p is not None), None)
-    if stated and named and (stated < _BASELINE_WITH_OFFSET) != (named < _BASELINE_WITH_OFFSET):
-        raise OffsetError(
-            f"Item {item.get('id')!r} contradicts itself: its properties say baseline {_text(stated)}, its product "
-            f"name {_text(named)}; correct the item or leave it out"
-        )
-    return stated or named
+    """Return the processing baseline (major, minor), from the properties, or else from the product's own name."""
+    stated = (_parsed(value) for value in _stated(item.get("properties") or {}))
+    named = (_named(name) for name in _names(item))
+    return next((b for b in (*stated, *named) if b is not None), None)
 
 
 def _as_dict(item: Any) -> dict[str, Any]:
