@@ -51,7 +51,7 @@ setup: $(VENV)/.dev ## Set up everything for work on slidecube
 .PHONY: constraints
 constraints: $(VENV)/.dev ## Compile constraints.txt anew, over all extras
 	@"$(BIN)/uv" pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
-		--no-emit-index-url --no-header --no-annotate --output-file constraints.txt > /dev/null
+		--no-header --no-annotate --output-file constraints.txt > /dev/null
 
 .PHONY: clean
 clean: ## Remove the environment and what the tools left
