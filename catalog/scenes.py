@@ -388,13 +388,11 @@ def _outline(geobox: GeoBox) -> BaseGeometry:
     rows, cols = geobox.shape
     t = np.linspace(0.0, 1.0, 33)
     zero, one = np.zeros_like(t), np.ones_like(t)
-    x_px = np.concatenate([t, one, 1 - t, zero]) * cols
-    y_px = np.concatenate([zero, t, one, 1 - t]) * rows
+    x_px = np.concatenate([t, one, 1 - t, zero, [0.5]]) * cols  # around, then the centre
+    y_px = np.concatenate([zero, t, one, 1 - t, [0.5]]) * rows
     a, b, c, d, e, f = geobox.affine[:6]
-    x, y = a * x_px + b * y_px + c, d * x_px + e * y_px + f
-    to = _to_lonlat(str(geobox.crs))
-    lon, lat = to.transform(x, y)
-    centre_lon, centre_lat = to.transform(*(geobox.affine * (cols / 2, rows / 2)))
+    lon, lat = _to_lonlat(str(geobox.crs)).transform(a * x_px + b * y_px + c, d * x_px + e * y_px + f)
+    (lon, centre_lon), (lat, centre_lat) = (lon[:-1], lon[-1]), (lat[:-1], lat[-1])
     if not (np.all(np.isfinite(lon)) and np.isfinite(centre_lon)):
         raise CatalogError(f"GeoBox {geobox.boundingbox} lies outside the area in which its CRS may be used")
     lon = centre_lon + (lon - centre_lon + 180) % 360 - 180
