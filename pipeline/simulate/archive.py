@@ -98,7 +98,7 @@ def simulate_archive(
 
     out : gets archive/ (STAC catalogue, COGs) and truth/; files of an earlier simulation are overwritten
     size : "default" (16 km), "small" (3.6 km, for tests) or "island"; extent_km : another side, same centre
-    overpasses : keep only so many, evenly before and after the event (for tests)
+    overpasses : keep only so many, the clearest, a third of them after the event; 0 = truth and DEM alone (for tests)
     Raises PipelineError if the size is unknown or the extent leaves the DEM.
     The same arguments give the same bytes on the same machine and versions.
     """
@@ -183,17 +183,18 @@ def _write_scenes(archive: SimulatedArchive, world: World, overpasses: tuple[Ove
         world.seed,
     )
     write.write_dem(archive.dem.parent, dem, transform)
-    bbox = _outline(archive.geobox).bounds
-    days = overpasses[0].day.isoformat(), overpasses[-1].day.isoformat()
-    write.write_collection(
-        folder,
-        write.OPTICAL,
-        title="SIMULATED Sentinel-2 level 2A",
-        items=items,
-        bbox=bbox,
-        days=days,
-    )
-    write.write_root(archive.catalog, [archive.optical, archive.dem])
+    children = [archive.dem]
+    if overpasses:
+        children.insert(0, archive.optical)
+        write.write_collection(
+            folder,
+            write.OPTICAL,
+            title="SIMULATED Sentinel-2 level 2A",
+            items=items,
+            bbox=_outline(archive.geobox).bounds,
+            days=(overpasses[0].day.isoformat(), overpasses[-1].day.isoformat()),
+        )
+    write.write_root(archive.catalog, children)
 
 
 def _scene(world: World, folder: Path, overpass: Overpass, baseline: str) -> Iterator[Path]:

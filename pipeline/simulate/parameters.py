@@ -255,6 +255,15 @@ class SlopeOnly(_Section):
     threshold_deg: float
 
 
+class Into(_Section):
+    """How scars are laid under the clouds and shadows of a real scene."""
+
+    opacity: dict[int, float]
+    shade: dict[int, float]
+    surface_ndvi: dict[str, float]
+    widest_km: float
+
+
 class Parameters(_Section):
     """Everything the simulation is made of; each value's source stands beside it in the TOML."""
 
@@ -275,6 +284,7 @@ class Parameters(_Section):
     scl: Scl
     items: Items
     slope_only: SlopeOnly
+    into: Into
 
 
 @lru_cache(maxsize=4)
