@@ -40,6 +40,7 @@ from slidecube.pipeline.report.static import render_picture
 N_GALLERY = 12
 N_TABLE = 20
 FOCUS_PX = 512
+COARSEST = 4
 
 
 def write_report(
@@ -159,7 +160,7 @@ def _epoch(of: _Page, prefix: str, view: EpochView) -> tuple[dict[str, Any], dic
         "renderings": list(dict.fromkeys([*view.pre, *view.post])),
         "evaluation": view.evaluation,
         "score": None if view.evaluation is None else view.evaluation.to_dict(),
-        "gallery": _gallery(folder, prefix, layers, view),
+        "gallery": _gallery(folder, prefix, layers, view, abs(geobox.affine.a)),
         "focus": _local(densest_box(own, bounds, FOCUS_PX * abs(geobox.affine.a)), bounds),
         "has_probability": bool(own["probability"].notna().any()),
     }
@@ -183,12 +184,14 @@ def _overlays(
 
 
 def _gallery(
-    folder: Path, prefix: str, layers: Mapping[str, gpd.GeoDataFrame], view: EpochView
+    folder: Path, prefix: str, layers: Mapping[str, gpd.GeoDataFrame], view: EpochView, resolution_m: float
 ) -> list[dict[str, Any]]:
     """The largest objects before and after, each a small picture; what was missed is among them."""
     if not view.pre or not view.post:
         return []
     pair = (next(iter(view.pre.values())), next(iter(view.post.values())))
+    if max(abs(p.geobox.affine.a) for p in pair) > COARSEST * resolution_m:
+        return []  # a nation's overview shows nothing of one slide
     shown = [k for k in ("found", "tp", "fn", "fp") if k in layers]
     each = N_GALLERY // max(len(shown), 1)
     cards: list[dict[str, Any]] = []
