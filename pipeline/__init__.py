@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slidecube.pipeline.config import load_config as load_config
+    from slidecube.pipeline.open import open_inventory as open_inventory
     from slidecube.pipeline.plan import plan as plan
     from slidecube.pipeline.run import run as run
 
 _FACE = {
     "load_config": "slidecube.pipeline.config",
-    "open_inventory": "slidecube.pipeline.store",
+    "open_inventory": "slidecube.pipeline.open",
     "plan": "slidecube.pipeline.plan",
     "run": "slidecube.pipeline.run",
 }

@@ -28,7 +28,7 @@ DATE_VARIABLES = ("clear_count", "date_first", "date_last", "date")
 """What a composite says of itself beside the bands; see `composite`."""
 
 SCL_MASKED = (0, 1, 3, 8, 9, 10, 11)
-"""Scene classes of Sen2Cor never used: no data, saturated, cloud shadow, cloud, thin cirrus, snow."""
+"""Classes of Sen2Cor never used: no data, saturated, cloud shadow, cloud, thin cirrus, snow."""
 
 SCL_DILATED = (3, 8, 9, 10)
 """Scene classes whose edges are uncertain, and are widened."""

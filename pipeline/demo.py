@@ -15,7 +15,7 @@ from slidecube.pipeline.report_stage import evaluate_workspace, evaluation_json,
 from slidecube.pipeline.run import run
 from slidecube.pipeline.simulate import SimulatedArchive, simulate_archive
 
-EPOCH = "simulated-event"
+EPOCH = "event"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,8 @@ class Demo:
         steps = ", ".join(f"{name} {s:.0f} s" for name, s in self.seconds.items())
         return (
             f"\n{self.table}\n\n"
-            "These numbers are against SIMULATED truth: they say how the program works, not how it does on the ground.\n"
+            "These numbers are against SIMULATED truth: they say how the program works, "
+            "not how it does on the ground.\n"
             f"Time: {steps}.\nReport: {self.report}\nPicture: {self.picture}"
         )
 

@@ -72,6 +72,12 @@ def create_stores(made: RunPlan) -> None:
         tile_px=tile_px,
         block_px=block_px,
         leading={"epoch": len(made.epochs)},
-        attrs={"slidecube:run": made.run, "slidecube:epochs": [e.name for e in made.epochs]},
+        attrs={
+            "slidecube:run": made.run,
+            "slidecube:grid": made.grid.key,
+            "slidecube:tile_px": tile_px,
+            "slidecube:first_tile": [min(rows), min(cols)],
+            "slidecube:model": made.model.card.address,
+        },
     )
     finish_inventory(inventory, geobox=extent, epochs=[e.name for e in made.epochs])

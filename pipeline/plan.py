@@ -261,7 +261,7 @@ class _Index:
 def _search(config: Config, aoi: Aoi) -> SceneTable:
     windows = sorted({w for e in config.epochs for w in (e.pre, e.post)}, key=str)
     optical = search(
-        _source(config, config.sources.optical),
+        config.source(config.sources.optical),
         aoi,
         windows,
         max_cloud_pct=config.cube.max_cloud_pct,
@@ -277,7 +277,7 @@ def _search(config: Config, aoi: Aoi) -> SceneTable:
                     f"in {config.sources.optical!r} over {aoi.name!r} with at most "
                     f"{config.cube.max_cloud_pct:g} % cloud; widen the window or raise max_cloud_pct"
                 )
-    dem = search(_source(config, config.sources.dem), aoi, None, role="dem")
+    dem = search(config.source(config.sources.dem), aoi, None, role="dem")
     dem = [scene for scene in dem if "elevation" in scene.bands]  # a catalogue may hold both
     if not dem:
         raise PipelineError(
@@ -300,12 +300,6 @@ def _require_bands(config: Config, optical: list[Scene]) -> None:
                 f"Scene {scene.id!r} of {config.sources.optical!r} has no scene classification (SCL), by which clouds "
                 "are masked; use a Level-2A source"
             )
-
-
-def _source(config: Config, name: str) -> str:
-    """Return a source's name, or a local catalogue's path made absolute."""
-    path = config.resolve(name)
-    return str(path) if path.exists() else name
 
 
 def _assemble(

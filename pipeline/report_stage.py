@@ -8,6 +8,7 @@ from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
+import pyogrio
 
 from slidecube.pipeline.composite import SCALE, SHIFT
 from slidecube.pipeline.errors import PipelineError
@@ -15,9 +16,10 @@ from slidecube.pipeline.evaluate import Evaluation, evaluate
 from slidecube.pipeline.inventory import open_stored
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lineage import Lineage
-from slidecube.pipeline.plan import RunPlan, current_run, read_plan
+from slidecube.pipeline.open import open_plan
+from slidecube.pipeline.plan import RunPlan
 from slidecube.pipeline.report import EpochView, Picture, render_picture, write_report
-from slidecube.pipeline.store import Workspace, read_window
+from slidecube.pipeline.store import read_window
 
 MAX_PICTURE_PX = 2000
 RENDERINGS: Mapping[str, tuple[str, str, str]] = {
@@ -26,19 +28,14 @@ RENDERINGS: Mapping[str, tuple[str, str, str]] = {
 }
 """Name -> bands shown as red, green and blue."""
 
-_WHITE = {"B02": 0.18, "B03": 0.18, "B04": 0.18, "B08": 0.50, "B12": 0.35}  # reflectance shown at full brightness
+_WHITE = {
+    "B02": 0.18,
+    "B03": 0.18,
+    "B04": 0.18,
+    "B08": 0.50,
+    "B12": 0.35,
+}  # reflectance shown at full brightness
 _GAMMA = 1.5
-
-
-def open_workspace(where: str | Path) -> RunPlan:
-    """Read the current plan of a workspace."""
-    workspace = Workspace.at(where)
-    run = current_run(workspace)
-    if run is None:
-        raise PipelineError(
-            f"{where} is not a workspace with a plan; make one with `slidecube plan FILE.toml`"
-        )
-    return read_plan(workspace, run)
 
 
 def evaluate_workspace(
@@ -49,11 +46,17 @@ def evaluate_workspace(
     truth : any vector file; a column `epoch` assigns its polygons, without one they count for every epoch
     simulated : of the reference; left out, it is what the scenes say of themselves
     """
-    plan = open_workspace(where)
+    plan = open_plan(where)
     objects = read_objects(plan)
     reference = read_reference(truth)
     inventory = open_stored(plan.workspace.inventory(plan.inventory))
     flag = _lineage(plan).simulated if simulated is None else simulated
+    if "epoch" in reference.columns and not set(reference["epoch"]) & set(plan.by_epoch):
+        named = ", ".join(sorted({str(name) for name in reference["epoch"]}))
+        raise PipelineError(
+            f"{str(truth)!r} holds the epochs {named}; this inventory has {', '.join(plan.by_epoch)}; "
+            "rename them, or leave the column out"
+        )
     found = {}
     for index, epoch in enumerate(plan.epochs):
         own = reference[reference["epoch"] == epoch.name] if "epoch" in reference.columns else reference
@@ -71,7 +74,7 @@ def report_workspace(
     evaluations : by epoch, to show what was missed and what was invented
     picture : also draw the first epoch into this PNG
     """
-    plan = open_workspace(where)
+    plan = open_plan(where)
     return write_plan_report(plan, evaluations=evaluations, picture=picture)
 
 
@@ -104,9 +107,14 @@ def write_plan_report(
         folder / "report", inventory=inventory, objects=table, views=views, lineage=lineage, products=files
     )
     if picture is not None:
-        title = f"{plan.config.stem}: {plan.model.card.address}, unreviewed"
+        title = f"{plan.inventory}: {plan.model.card.address}, unreviewed"
         render_picture(
-            picture, inventory=inventory, objects=table, view=views[0], title=title, simulated=lineage.simulated
+            picture,
+            inventory=inventory,
+            objects=table,
+            view=views[0],
+            title=title,
+            simulated=lineage.simulated,
         )
     return index
 
@@ -115,20 +123,26 @@ def read_objects(plan: RunPlan) -> gpd.GeoDataFrame:
     """Read the objects of a plan's inventory."""
     path = plan.workspace.products(plan.inventory) / "landslides.parquet"
     if not path.exists():
-        raise PipelineError(f"There is no {path}; run `slidecube mosaic` first, with 'parquet' in [output] formats")
-    return gpd.read_parquet(path)
+        raise PipelineError(
+            f"There is no {path}; run `slidecube mosaic` first, with 'parquet' in [output] formats"
+        )
+    table: gpd.GeoDataFrame = gpd.read_parquet(path)
+    return table
 
 
 def read_reference(path: str | Path) -> gpd.GeoDataFrame:
     """Read reference polygons from any vector file."""
     try:
-        if str(path).endswith((".parquet", ".geoparquet")):
-            return gpd.read_parquet(path)
-        return gpd.read_file(path)
+        table: gpd.GeoDataFrame = (
+            gpd.read_parquet(path) if str(path).endswith((".parquet", ".geoparquet")) else gpd.read_file(path)
+        )
     except FileNotFoundError:
         raise PipelineError(f"There is no file {str(path)!r} to compare with") from None
-    except Exception as error:
-        raise PipelineError(f"{str(path)!r} cannot be read as polygons: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, pyogrio.errors.DataSourceError) as error:
+        raise PipelineError(
+            f"{str(path)!r} cannot be read as polygons: {' '.join(str(error).split())}"
+        ) from None
+    return table
 
 
 def _lineage(plan: RunPlan) -> Lineage:
@@ -139,9 +153,7 @@ def _lineage(plan: RunPlan) -> Lineage:
 
 def _pictures(plan: RunPlan, layer: str) -> dict[str, Picture]:
     held = set(plan.config.cube.bands)
-    return {
-        name: _picture(plan, layer, bands) for name, bands in RENDERINGS.items() if set(bands) <= held
-    }
+    return {name: _picture(plan, layer, bands) for name, bands in RENDERINGS.items() if set(bands) <= held}
 
 
 def _picture(plan: RunPlan, layer: str, bands: tuple[str, str, str]) -> Picture:
@@ -161,7 +173,9 @@ def _picture(plan: RunPlan, layer: str, bands: tuple[str, str, str]) -> Picture:
         top, left = tile.row * px, tile.col * px
         data = read_window(path, list(bands), window=(slice(top, top + px), slice(left, left + px)))
         # the first pixel of every step-th, counted from the picture's corner
-        r, c = (np.arange(-(-(a - b) // step), -(-(a - b + px) // step)) for a, b in ((top, row0), (left, col0)))
+        r, c = (
+            np.arange(-(-(a - b) // step), -(-(a - b + px) // step)) for a, b in ((top, row0), (left, col0))
+        )
         r, c = r[r < box.shape[0]], c[c < box.shape[1]]
         part = np.ix_(r * step - (top - row0), c * step - (left - col0))
         pixels[np.ix_(r, c)] = np.dstack([_brightness(data[band][part], _WHITE[band]) for band in bands])
