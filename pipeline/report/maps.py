@@ -27,6 +27,7 @@ BK: Any = models  # Bokeh makes its constructors at run time, where no type chec
 FIGURE: Any = plotting.figure
 
 MOST_DRAWN = 5000
+FEW = 300
 PANELS = ("pre", "post", "observed")
 FONT = "system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -208,14 +209,15 @@ def _layer(fig: Any, name: str, source: Any, key: str, *, filled: bool) -> None:
         line_width=1.6,
         hover_line_color="white",
     )
+    few = len(source.data["x"]) <= FEW  # many dots would hide the ground
     dots = fig.scatter(
         "x",
         "y",
         source=source,
         name=f"{name}-dots",
-        size=5,
+        size=5 if few else 3,
         color=outline,
-        line_color="white",
+        line_color="white" if few else None,
         line_width=0.5,
     )
     tips = _TIPS["fn" if key == "fn" else "tp"]

@@ -35,11 +35,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What of the area of interest could be seen. parts : by observability; reasons : of what was not observable."""
+    """What of the area of interest could be seen. parts : by observability; reasons : of what was not observable.
+
+    bounds : left, bottom, right, top of the area of interest's pixels, on the map; of all pixels when there are none
+    """
 
     parts: tuple[Part, ...]
     reasons: tuple[Part, ...]
     aoi_km2: float
+    bounds: tuple[float, float, float, float]
 
     @property
     def share(self) -> float:
@@ -62,11 +66,16 @@ def observed_parts(inventory: xr.Dataset, geobox: GeoBox, *, epoch: int = 0) -> 
     """Count observability and reasons, window by window; areas are those of the map's pixels."""
     seen = np.zeros(256, np.int64)
     why = np.zeros(256, np.int64)
+    rows_in = np.zeros(inventory.sizes["y"], bool)
+    cols_in = np.zeros(inventory.sizes["x"], bool)
     observability = stored(inventory, "observability", epoch=epoch)
     reason = stored(inventory, "reason", epoch=epoch) if "reason" in inventory else None
     for rows, cols in windows(*observability.shape):
         values = np.asarray(observability[rows, cols].to_numpy())
         seen += np.bincount(values.ravel(), minlength=256)
+        inside = values != Observability.OUTSIDE_AOI
+        rows_in[rows] |= inside.any(axis=1)
+        cols_in[cols] |= inside.any(axis=0)
         if reason is not None:
             hidden = np.asarray(reason[rows, cols].to_numpy())[values == Observability.NOT_OBSERVABLE]
             why += np.bincount(hidden.ravel(), minlength=256)
@@ -85,7 +94,18 @@ def observed_parts(inventory: xr.Dataset, geobox: GeoBox, *, epoch: int = 0) -> 
         parts=tuple(part(int(o), label, int(seen[o])) for o, label in labels.items()),
         reasons=tuple(part(v, label, int(why[v])) for v, label in REASONS.items() if v and why[v]),
         aoi_km2=aoi * px_km2,
+        bounds=_bounds(geobox, rows_in, cols_in),
     )
+
+
+def _bounds(
+    geobox: GeoBox, rows_in: NDArray[np.bool_], cols_in: NDArray[np.bool_]
+) -> tuple[float, float, float, float]:
+    rows, cols = np.flatnonzero(rows_in), np.flatnonzero(cols_in)
+    r0, r1 = (rows[0], rows[-1] + 1) if len(rows) else (0, len(rows_in))
+    c0, c1 = (cols[0], cols[-1] + 1) if len(cols) else (0, len(cols_in))
+    a = geobox.affine
+    return float(a.c + c0 * a.a), float(a.f + r1 * a.e), float(a.c + c1 * a.a), float(a.f + r0 * a.e)
 
 
 def size_rows(

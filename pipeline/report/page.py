@@ -28,7 +28,9 @@ from slidecube.pipeline.report import maps
 from slidecube.pipeline.report.numbers import densest_box, largest, observed_parts, size_rows
 from slidecube.pipeline.report.pictures import (
     LAYER_COLOURS,
+    Bounds,
     EpochView,
+    focus_of,
     layer_label,
     save_crops,
     save_observability,
@@ -114,7 +116,8 @@ def _epoch(of: _Page, prefix: str, view: EpochView) -> tuple[dict[str, Any], dic
     """Everything of one epoch: its numbers for the template, and its figures."""
     folder, inventory, objects, lineage = of.folder, of.inventory, of.objects, of.lineage
     geobox = geobox_of(inventory)
-    bounds = geobox.boundingbox.bbox
+    observed = observed_parts(inventory, geobox, epoch=view.index)
+    bounds = observed.bounds
     own = objects[objects["epoch"] == view.name]
     layers = visible_layers(own, view.evaluation)
     panels = maps.linked_maps(
@@ -144,9 +147,9 @@ def _epoch(of: _Page, prefix: str, view: EpochView) -> tuple[dict[str, Any], dic
         "windows": next((e for e in lineage.epochs if e.name == view.name), None),
         "n": len(own),
         "area_m2": float(own["area_m2"].sum()),
-        "largest": _table(own, geobox),
+        "largest": _table(own, bounds),
         "sizes": size_rows(own["area_m2"].to_numpy(dtype=np.float64)),
-        "observed": observed_parts(inventory, geobox, epoch=view.index),
+        "observed": observed,
         "layers": [
             {
                 "key": key,
@@ -161,7 +164,7 @@ def _epoch(of: _Page, prefix: str, view: EpochView) -> tuple[dict[str, Any], dic
         "evaluation": view.evaluation,
         "score": None if view.evaluation is None else view.evaluation.to_dict(),
         "gallery": _gallery(folder, prefix, layers, view, abs(geobox.affine.a)),
-        "focus": _local(densest_box(own, bounds, FOCUS_PX * abs(geobox.affine.a)), bounds),
+        "focus": _local(densest_box(focus_of(own, view), bounds, FOCUS_PX * abs(geobox.affine.a)), bounds),
         "has_probability": bool(own["probability"].notna().any()),
     }
     figures = {f"{prefix}-{panel}": fig for panel, fig in panels.items()}
@@ -205,8 +208,8 @@ def _gallery(
     return cards
 
 
-def _table(own: gpd.GeoDataFrame, geobox: GeoBox) -> list[dict[str, Any]]:
-    left, _, _, top = geobox.boundingbox.bbox
+def _table(own: gpd.GeoDataFrame, bounds: Bounds) -> list[dict[str, Any]]:
+    left, _, _, top = bounds
     rows = []
     row: Any
     for row in largest(own, N_TABLE).itertuples():
@@ -313,7 +316,7 @@ def _size(path: Path) -> str:
     return f"{n:.1f} GB"
 
 
-def _local(box: tuple[float, float, float, float], bounds: tuple[float, float, float, float]) -> list[float]:
+def _local(box: Bounds, bounds: Bounds) -> list[float]:
     return [box[0] - bounds[0], box[1] - bounds[3], box[2] - bounds[0], box[3] - bounds[3]]
 
 

@@ -162,6 +162,13 @@ def visible_layers(objects: gpd.GeoDataFrame, evaluation: Evaluation | None) -> 
     return {key: layer for key, layer in layers.items() if key != "other" or len(layer)}
 
 
+def focus_of(objects: gpd.GeoDataFrame, view: EpochView) -> gpd.GeoDataFrame:
+    """The objects about which a close-up is drawn: the reference's, where there is one, lest it shows errors alone."""
+    if view.evaluation is not None and len(view.evaluation.truth):
+        return view.evaluation.truth
+    return objects
+
+
 LAYER_COLOURS = {
     "found": styles.FOUND,
     "tp": styles.TRUE_POSITIVE,
@@ -177,8 +184,8 @@ def layer_label(key: str, n: int, *, simulated: bool) -> str:
     words = {
         "found": "landslide",
         "tp": f"mapped, and in the {truth}",
-        "fp": f"mapped, but not in the {truth} (invented)",
-        "fn": f"in the {truth}, but not mapped (missed)",
+        "fp": "invented (mapped only)",
+        "fn": f"missed (in the {truth} only)",
         "other": "mapped, not judged",
     }
     return f"{words[key]}: {n:,}"

@@ -17,11 +17,12 @@ from matplotlib.path import Path as MplPath
 
 from slidecube.pipeline import styles
 from slidecube.pipeline.inventory import Observability, geobox_of, stored
-from slidecube.pipeline.report.numbers import densest_box
+from slidecube.pipeline.report.numbers import densest_box, observed_parts
 from slidecube.pipeline.report.pictures import (
     LAYER_COLOURS,
     Bounds,
     EpochView,
+    focus_of,
     layer_label,
     visible_layers,
 )
@@ -46,12 +47,16 @@ def render_picture(
     title : one line above; a simulated inventory says so in the picture itself
     """
     geobox = geobox_of(inventory)
-    whole: Bounds = geobox.boundingbox.bbox
+    whole = observed_parts(inventory, geobox, epoch=view.index).bounds
     layers = visible_layers(objects[objects["epoch"] == view.name], view.evaluation)
     every = gpd.GeoDataFrame(
         geometry=np.concatenate([g.geometry.to_numpy() for g in layers.values()]), crs=objects.crs
     )
-    box = densest_box(every, whole, ZOOM_PX * abs(geobox.affine.a)) if bounds is None else bounds
+    box = (
+        densest_box(focus_of(every, view), whole, ZOOM_PX * abs(geobox.affine.a))
+        if bounds is None
+        else bounds
+    )
     with mpl.rc_context({"font.family": "sans-serif", "font.size": 9, "text.color": _INK}):
         figure = Figure(figsize=(13.2, 5.62), dpi=110, facecolor=_PAPER)
         axes = [figure.add_axes((0.012 + i * 0.3287, 0.118, 0.3187, 0.7485)) for i in range(3)]
@@ -85,7 +90,7 @@ def _inventory(
     ax: Any, inventory: xr.Dataset, layers: dict[str, gpd.GeoDataFrame], view: EpochView, box: Bounds
 ) -> None:
     ax.set_title("Inventory", loc="left", fontsize=11, fontweight="bold", pad=5)
-    ax.set_facecolor("#f4f6f7")
+    ax.set_facecolor("#cfd4d8")
     picture = next(iter(view.post.values()), None)
     if picture is not None:
         left, bottom, right, top = picture.bounds
@@ -164,7 +169,7 @@ def _locator(figure: Figure, beside: Any, whole: Bounds, box: Bounds, every: gpd
     )
     inset.set_facecolor("#ffffffe8")
     points = every.geometry.representative_point()
-    inset.plot(points.x, points.y, ".", color=_MUTED, markersize=1.2)
+    inset.plot(points.x, points.y, ".", color="#b6bfc6", markersize=1, zorder=1)
     inset.add_patch(
         Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fill=False, color=_INK, linewidth=1.4)
     )

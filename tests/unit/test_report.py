@@ -181,8 +181,8 @@ def test_an_evaluation_is_shown_with_what_was_missed_and_invented(tmp_path):
     view = EpochView(name="e1", pre=c["view"].pre, post=c["view"].post, evaluation=evaluation)
     text = write(tmp_path, {**c, "view": view}).read_text()
     assert "mapped, and in the simulated truth: 1" in text
-    assert "mapped, but not in the simulated truth (invented): 2" in text
-    assert "in the simulated truth, but not mapped (missed): 1" in text
+    assert "invented (mapped only): 2" in text
+    assert "missed (in the simulated truth only): 1" in text
     assert "33.3 %" in text  # of the mapped objects are right
     figures = (tmp_path / "report" / "js" / "figures.js").read_text()
     for layer in ("tp", "fp", "fn"):
@@ -232,6 +232,7 @@ def test_observed_parts_add_up(monkeypatch):
     whole = numbers.observed_parts(c["inventory"], GEOBOX)
     by = {p.label: p for p in whole.parts}
     aoi = 90 * 100
+    assert whole.bounds == (302_000, 4_798_100, 303_000, 4_799_000)  # without the ten columns outside
     assert whole.aoi_km2 == pytest.approx(aoi * 1e-4)
     assert by["not observable"].n_px == 6 * 50
     assert by["observed"].share == whole.share == pytest.approx((aoi - 300) / aoi)
