@@ -38,7 +38,16 @@ from slidecube.catalog.sources import Source, asset_bands, find_source
 _PAGE = 100  # items a request: some gateways cut answers above 6 MB
 _MOST_VERTICES = 400  # of the area sent to a server; many refuse long requests
 _BATCH = 256  # items a footprint test
-_REASONS = ("seen", "partial", "other_collection", "outside_windows", "outside_area", "cloudy", "superseded")
+_REASONS = (
+    "seen",
+    "partial",
+    "other_collection",
+    "outside_windows",
+    "outside_area",
+    "cloudy",
+    "refused",
+    "superseded",
+)
 _BUSY = (429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 120
 
@@ -63,11 +72,14 @@ class Found:
     """What a search found and what it left out.
 
     scenes : kept, by sensing time
-    counts : items seen and left out, by reason: seen, partial, outside_windows, outside_area, cloudy, superseded
+    counts : items seen and left out, by reason: seen, partial, other_collection, outside_windows, outside_area,
+        cloudy, refused, superseded
+    refused : id -> why an item's acquisition or radiometric offset cannot be told
     """
 
     scenes: tuple[Scene, ...]
     counts: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         left = ", ".join(
@@ -122,7 +134,12 @@ def search(
     Returns [] where nothing is found; `find` also says what was left out.
     Raises CatalogError where the catalogue is down, wrong or hostile, or where an item cannot be identified.
     """
-    return list(find(source, aoi, windows, max_cloud_pct=max_cloud_pct, role=role, retries=retries).scenes)
+    found = find(source, aoi, windows, max_cloud_pct=max_cloud_pct, role=role, retries=retries)
+    if found.refused:
+        first = next(iter(found.refused.values()))
+        of = f"{len(found.refused)} of {found.counts['seen']} items cannot be used, first: "
+        raise CatalogError(first if len(found.refused) == 1 else of + first)
+    return list(found.scenes)
 
 
 def find(
@@ -134,25 +151,29 @@ def find(
     role: Role = "optical",
     retries: Retries | None = None,
 ) -> Found:
-    """Search as `search` does, and count what was left out."""
+    """Search as `search` does, and count what was left out; items that cannot be identified are left out, too."""
     where = find_source(source, kind=role) if isinstance(source, str) else source
     wanted = _Wanted(source=where, role=role, windows=tuple(windows or ()), max_cloud_pct=max_cloud_pct)
     counts = Counter(dict.fromkeys(_REASONS, 0))
     scenes: dict[str, Scene] = {}
-    for scene in _near(wanted, aoi, counts, retries or Retries()):
+    refused: dict[str, str] = {}
+    for scene in _near(wanted, aoi, counts, retries or Retries(), refused):
         scenes.setdefault(scene.id, scene)
     kept = deduplicate(scenes.values())
     counts["superseded"] = len(scenes) - len(kept)
-    return Found(scenes=tuple(kept), counts=dict(counts))
+    counts["refused"] = len(refused)
+    return Found(scenes=tuple(kept), counts=dict(counts), refused=refused)
 
 
-def _near(wanted: _Wanted, aoi: Aoi, counts: Counter[str], retries: Retries) -> Iterator[Scene]:
+def _near(
+    wanted: _Wanted, aoi: Aoi, counts: Counter[str], retries: Retries, refused: dict[str, str]
+) -> Iterator[Scene]:
     """Yield the wanted scenes whose footprint touches the area, as the catalogue hands them out."""
     area = aoi.to_crs("EPSG:4326")
     shapely.prepare(area)
     items = _items(wanted.source, area, wanted.windows, retries)
     while batch := list(itertools.islice(items, _BATCH)):
-        scenes = list(_scenes(batch, wanted, counts))
+        scenes = list(_scenes(batch, wanted, counts, refused))
         if scenes:
             hit = shapely.intersects(area, footprints(scenes))
             counts["outside_area"] += int(np.count_nonzero(~hit))
@@ -180,7 +201,7 @@ def newest_scene(
     for start in ((now - dt.timedelta(days=30)).date(), dt.date(2015, 6, 1)):
         window = Window(start=start, end=now.date())
         wanted = _Wanted(source=where, role="optical", windows=(window,), max_cloud_pct=100.0)
-        scenes = _near(wanted, aoi, Counter(), retries or Retries())
+        scenes = _near(wanted, aoi, Counter(), retries or Retries(), refused={})
         newest = max(scenes, key=lambda s: (s.datetime, s.id), default=None)
         if newest is not None:
             age_days = (now - newest.datetime).total_seconds() / 86_400
@@ -238,14 +259,19 @@ class _Wanted:
         return "cloudy" if cloud_pct is not None and cloud_pct > self.max_cloud_pct else None
 
 
-def _scenes(batch: Iterable[_Raw], wanted: _Wanted, counts: Counter[str]) -> Iterator[Scene]:
+def _scenes(
+    batch: Iterable[_Raw], wanted: _Wanted, counts: Counter[str], refused: dict[str, str]
+) -> Iterator[Scene]:
     for item, folder, root in batch:
         counts["seen"] += 1
         if reason := wanted.reason_against(item):
             counts[reason] += 1
             continue
         kept = normalised(item, wanted.source, folder=folder, root=root)
-        yield scene_of(kept, wanted.source, wanted.role)
+        try:
+            yield scene_of(kept, wanted.source, wanted.role)
+        except CatalogError as error:
+            refused[str(item["id"])] = str(error)
 
 
 def _items(

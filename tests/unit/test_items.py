@@ -292,3 +292,53 @@ def test_a_missing_geometry_is_the_bbox(real):
     item["bbox"] = [178.5, 65.6, -178.9, 66.7]
     assert normalised(item, ES)["geometry"]["type"] == "Polygon"
     assert scene_of(normalised(item, ES), ES, "optical").bands["B04"] == "red"
+
+
+# --- CDSE, after its published layout: no real item of it lies here ----------------------------------------------
+
+
+@pytest.mark.parametrize("strip_in", ["property", "path"])
+def test_items_of_cdse(strip_in):
+    """STAC 1.1: baseline in processing:version, projection and offset on the assets, ESA's folders in the hrefs."""
+    source = SOURCES["cdse/sentinel-2-l2a"]
+    product = "S2B_MSIL2A_20250302T095029_N0511_R079_T33UXP_20250302T104753"
+    folder = (
+        f"s3://eodata/Sentinel-2/MSI/L2A/2025/03/02/{product}.SAFE/GRANULE/L2A_T33UXP_A041714_20250302T095025"
+    )
+    item = {
+        "type": "Feature",
+        "stac_version": "1.1.0",
+        "id": product,
+        "collection": "sentinel-2-l2a",
+        "geometry": {"type": "Polygon", "coordinates": [[[16, 48], [17, 48], [17, 49], [16, 49], [16, 48]]]},
+        "properties": {
+            "datetime": "2025-03-02T09:50:29.024Z",
+            "platform": "sentinel-2b",
+            "constellation": "sentinel-2",
+            "grid:code": "MGRS-33UXP",
+            "processing:version": "05.11",
+            "processing:datetime": "2025-03-02T10:47:53.000000Z",
+        },
+        "assets": {
+            key: {
+                "href": f"{folder}/IMG_DATA/R{key[4:]}/T33UXP_20250302T095029_{key}.jp2",
+                "type": "image/jp2",
+                "bands": [{"name": band}],
+                "proj:code": "EPSG:32633",
+                "raster:scale": 0.0001,
+                "raster:offset": -0.1,
+                "alternate": {"https": {"href": "https://download.dataspace.copernicus.eu/x"}},
+            }
+            for band, key in source.bands.items()
+        },
+    }
+    if strip_in == "property":
+        strip = "S2B_OPER_MSI_L2A_DS_2BPS_20250302T104753_S20250302T095025_N05.11"
+        item["properties"]["eopf:datastrip_id"] = strip
+    scene = scene_of(normalised(item, source), source, "optical")
+    assert scene.identity == "sentinel-2b/33UXP/20250302T095029/20250302T095025"
+    assert scene.version == "05.11/2025-03-02T10:47:53Z"
+    assert (scene.offset.value, scene.offset.applied) == (-0.1, False)
+    assert scene.bands == dict(source.bands)
+    assert scene.item["properties"]["proj:epsg"] == 32633
+    assert "alternate" not in scene.item["assets"]["B02_10m"]

@@ -14,7 +14,7 @@ import pytest
 import shapely
 
 from slidecube.catalog.aoi import Aoi, read_aoi
-from slidecube.catalog.errors import CatalogError, OffsetError
+from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.local import local_items
 from slidecube.catalog.scenes import Window
 from slidecube.catalog.search import (
@@ -305,23 +305,40 @@ def test_items_are_dropped_for_a_reason_that_is_counted(series, tmp_path, real):
         "outside_windows": 0,
         "outside_area": 1,
         "cloudy": 1,
+        "refused": 0,
         "superseded": 0,
     }
 
 
-def test_an_item_that_cannot_be_decided_stops_the_search(series, tmp_path):
-    item = series[0]
-    item["properties"]["s2:processing_baseline"] = "99.99"
-    item["properties"] |= {
-        "s2:product_uri": "",
-        "s2:granule_id": "",
-        "s2:datatake_id": item["properties"]["s2:datatake_id"][:-7],
-    }
-    item["properties"]["s2:datastrip_id"] = item["properties"]["s2:datastrip_id"][:-7]
+def undecidable(item, id_):
+    """The item with a baseline that says nothing, pixels from anywhere, and no name of ESA's."""
+    item["properties"] |= {"s2:processing_baseline": "99.99", "s2:product_uri": "", "s2:granule_id": ""}
+    for key in ("s2:datatake_id", "s2:datastrip_id"):
+        item["properties"][key] = item["properties"][key].removesuffix("_N02.12")
     item["assets"] = {"B04": {**item["assets"]["B04"], "href": "https://example.org/B04.tif"}}
-    item["id"] = "S2A_T60VUK_strange"
-    with pytest.raises(OffsetError, match="S2A_T60VUK_strange"):
-        search(saved(tmp_path, [item]), PLACE, [YEAR])
+    return item | {"id": id_}
+
+
+def test_items_that_cannot_be_decided_stop_the_search(series, tmp_path):
+    series[0] = undecidable(series[0], "S2A_T60VUK_strange")
+    path = saved(tmp_path, series)
+    with pytest.raises(
+        CatalogError, match=r"^The radiometric offset of item 'S2A_T60VUK_strange' is undecided"
+    ):
+        search(path, PLACE, [YEAR])
+    found = find(path, PLACE, [YEAR])
+    assert len(found.scenes) == 8
+    assert list(found.refused) == ["S2A_T60VUK_strange"]
+    assert "1 refused" in str(found)
+    series[1] = undecidable(series[1], "S2A_T60VUK_odd")
+    with pytest.raises(CatalogError, match=r"^2 of 9 items cannot be used, first: The radiometric"):
+        search(saved(tmp_path, series), PLACE, [YEAR])
+
+
+def test_the_newest_scene_passes_over_what_cannot_be_used(series, tmp_path):
+    series[8] = undecidable(series[8], "S2A_T60VUK_strange")
+    now = dt.datetime(2019, 9, 11, 12, tzinfo=dt.UTC)
+    assert newest_scene(saved(tmp_path, series), PLACE, now=now).datetime.month == 8
 
 
 # --- one version of each acquisition ------------------------------------------------------------------------------
