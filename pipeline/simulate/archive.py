@@ -158,10 +158,10 @@ def _some(all_: tuple[Overpass, ...], event: dt.date, count: int | None) -> tupl
     """The clearest overpasses of each side, in order; a third after the event."""
     if count is None or count >= len(all_):
         return all_
+    if count == 0:
+        return ()
     if count < 2:
-        raise PipelineError(
-            f"overpasses={count} is not allowed; use 2 or more, to see both sides of the event"
-        )
+        raise PipelineError(f"overpasses={count} is not allowed; use 0, or 2 and more to see both sides")
     after = max(1, count // 3)
     sides = ([o for o in all_ if o.day < event], count - after), ([o for o in all_ if o.day >= event], after)
     return tuple(

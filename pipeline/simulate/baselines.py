@@ -122,11 +122,13 @@ def report(
     seeds: Iterable[int] = range(5),
     size: str = "default",
     extent_km: float | None = None,
+    overpasses: int | None = None,
     folder: Path | None = None,
 ) -> pd.DataFrame:
     """Score the baselines and any further detectors on the archives of several seeds.
 
     detectors : name -> function of the archive, beside BASELINES; the pipeline registers `rdndvi` here
+    overpasses : as of `simulate_archive`; 0 is enough for the baselines, which read no scene
     folder : keeps the archives, one a seed; left out, they are thrown away
     Returns one row a seed and detector: F1, precision and recall of pixels and objects (NaN where undefined), and
     false objects per 100 km2.
@@ -135,7 +137,7 @@ def report(
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             home = (folder or Path(scratch)) / f"seed-{seed}"
-            archive = simulate_archive(home, seed=seed, size=size, extent_km=extent_km)
+            archive = simulate_archive(home, seed=seed, size=size, extent_km=extent_km, overpasses=overpasses)
             for name, detector in {**BASELINES, **(detectors or {})}.items():
                 rows.append({"seed": seed, "detector": name} | _row(score(archive, detector(archive))))
     return pd.DataFrame(rows, columns=["seed", "detector", *_COLUMNS])
