@@ -12,13 +12,15 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import dask
+import dask.array as da
 import numpy as np
 import rasterio.features
 import scipy.ndimage
@@ -45,7 +47,7 @@ from slidecube.pipeline.inventory import (
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
-from slidecube.pipeline.plan import TERRAIN_VARIABLES, RunPlan, read_plan
+from slidecube.pipeline.plan import RunPlan, read_plan
 from slidecube.pipeline.store import Workspace, geobox_of, read_window, stored_bytes, write_tile
 from slidecube.pipeline.terrain import terrain
 
@@ -120,21 +122,42 @@ def optical_layer(
     method: Method,
     mask: MaskRule,
     block_px: int,
+    clear_tyx: da.Array | None = None,
     log: ReadLog | None = None,
 ) -> xr.Dataset:
     """Composite of scenes over a window, lazily, block by block on the lattice.
 
     scenes : of one window of time; geobox : on the lattice's blocks; see `composite` for the rest
+    clear_tyx : what may be used, when it is known already, as by `clear_observations`
     Returns (y, x) uint16 variables: the bands, `clear_count`, `date_first`, `date_last`, `date`.
     """
     cube = load(scenes, geobox, bands, block_px=block_px, log=log)
-    halo = block_px if mask.dilation_px else 0
-    around = geobox.pad(halo) if halo else geobox
-    scl = load(scenes, around, ["SCL"], block_px=block_px, log=log)["SCL"].data
-    clear = clear_mask(scl, mask, halo_px=halo)
+    clear = (
+        clear_observations(scenes, geobox, mask=mask, block_px=block_px, log=log)
+        if clear_tyx is None
+        else clear_tyx
+    )
     made = composite({b: cube[b].data for b in bands}, clear, scenes=scenes, method=method)
     coords = {name: cube.coords[name] for name in ("y", "x", "spatial_ref")}
     return xr.Dataset({name: (("y", "x"), data) for name, data in made.items()}, coords=coords)
+
+
+def clear_observations(
+    scenes: Sequence[Scene],
+    geobox: GeoBox,
+    *,
+    mask: MaskRule,
+    block_px: int,
+    log: ReadLog | None = None,
+) -> da.Array:
+    """Which pixels of which scene may be used, lazily: (t, y, x) bool.
+
+    The classification is read one block wider on each side: the dilation looks into the neighbouring blocks.
+    """
+    halo = block_px if mask.dilation_px else 0
+    around = geobox.pad(halo) if halo else geobox
+    scl = load(scenes, around, ["SCL"], block_px=block_px, log=log)["SCL"].data
+    return clear_mask(scl, mask, halo_px=halo)
 
 
 def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
@@ -144,24 +167,8 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         what = "DEM" if layer.window is None else f"scene between {layer.window.start} and {layer.window.end}"
         return Record(tile=task.tile, key=task.key, state="empty", reason=f"no {what} touches this tile")
     log = ReadLog()
-    if layer.window is None:
-        lazy = terrain(scenes, tile.geobox, block_px=plan.grid.block_px, log=log)
-        names: Sequence[str] = TERRAIN_VARIABLES
-    else:
-        cube = plan.config.cube
-        mask = MaskRule(scl_classes=cube.mask.scl_classes, dilation_px=cube.mask.dilation_px)
-        dataset = optical_layer(
-            scenes,
-            tile.geobox,
-            cube.bands,
-            method=cube.composite,
-            mask=mask,
-            block_px=plan.grid.block_px,
-            log=log,
-        )
-        names = plan.optical_variables()
-        lazy = {name: dataset[name].data for name in names}
-    data = dict(zip(names, _compute([lazy[name] for name in names], context.threads), strict=True))
+    make = _terrain_data if layer.window is None else _optical_data
+    data = make(plan, tile, scenes, log, context.threads)
     _within_budget(plan, log, scenes)
     seen = ~np.isnan(data["elevation"]) if layer.window is None else data["clear_count"] > 0
     checksums, size = _store(plan, plan.workspace.layer(plan.grid, task.layer), data, tile, context)
@@ -189,6 +196,33 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     return Record(
         tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size, **common
     )
+
+
+def _terrain_data(
+    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, threads: int
+) -> dict[str, np.ndarray]:
+    return by_block(terrain(scenes, tile.geobox, block_px=plan.grid.block_px, log=log), threads)
+
+
+def _optical_data(
+    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, threads: int
+) -> dict[str, np.ndarray]:
+    """Composite one tile in bounded memory: what is clear first, once, then one block after another."""
+    cube, block_px = plan.config.cube, plan.grid.block_px
+    mask = MaskRule(scl_classes=cube.mask.scl_classes, dilation_px=cube.mask.dilation_px)
+    lazy = clear_observations(scenes, tile.geobox, mask=mask, block_px=block_px, log=log)
+    clear = by_block({"clear": lazy}, threads)["clear"]
+    layer = optical_layer(
+        scenes,
+        tile.geobox,
+        cube.bands,
+        method=cube.composite,
+        mask=mask,
+        block_px=block_px,
+        clear_tyx=da.from_array(clear, chunks=(-1, block_px, block_px), name=False),
+        log=log,
+    )
+    return by_block({name: layer[name].data for name in plan.optical_variables()}, threads)
 
 
 def _detect(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
@@ -290,10 +324,34 @@ def _layer_ledger(plan: RunPlan, name: str) -> Ledger:
     return Ledger.of(plan.workspace.layer(plan.grid, name))
 
 
-def _compute(lazy: list[Any], threads: int) -> tuple[np.ndarray, ...]:
+def by_block(lazy: Mapping[str, da.Array], threads: int) -> dict[str, np.ndarray]:
+    """Compute arrays of equal last two dimensions, one block of these after another, `threads` at a time.
+
+    One graph over all blocks lets Dask read far ahead of what it reduces; memory would then grow with the tile, and
+    with the order in which threads happen to run.
+    """
+    first = next(iter(lazy.values()))
+    out = {name: np.empty(array.shape, array.dtype) for name, array in lazy.items()}
+    row_ends, col_ends = (np.cumsum(sizes).tolist() for sizes in first.chunks[-2:])
+
+    def one(row: int, col: int) -> None:
+        parts = [array.blocks[..., row, col] for array in lazy.values()]
+        at = np.s_[
+            ...,
+            row_ends[row] - first.chunks[-2][row] : row_ends[row],
+            col_ends[col] - first.chunks[-1][col] : col_ends[col],
+        ]
+        for name, part in zip(lazy, dask.compute(*parts, scheduler="synchronous"), strict=True):
+            out[name][at] = part
+
+    places = [(row, col) for row in range(len(row_ends)) for col in range(len(col_ends))]
     if threads == 1:
-        return dask.compute(*lazy, scheduler="synchronous")  # type: ignore[no-any-return]
-    return dask.compute(*lazy, scheduler="threads", num_workers=threads)  # type: ignore[no-any-return]
+        for place in places:
+            one(*place)
+        return out
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda place: one(*place), places))
+    return out
 
 
 def _within_budget(plan: RunPlan, log: ReadLog, scenes: Sequence[Scene]) -> None:
@@ -377,7 +435,7 @@ def _probability(plan: RunPlan, layers: Layers, tile: Tile, halo: int, threads: 
         pre=layers.pre.chunk(chunks), post=layers.post.chunk(chunks), terrain=layers.terrain.chunk(chunks)
     )
     found = predict(plan.model, build_features(plan.model.card.inputs, lazy))["probability"].data
-    return _compute([found], threads)[0]
+    return by_block({"probability": found}, threads)["probability"]
 
 
 def _quantised(probability: np.ndarray) -> np.ndarray:

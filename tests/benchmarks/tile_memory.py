@@ -1,0 +1,139 @@
+"""Peak memory of a fresh worker against the plan's prediction, and the tile program's throughput.
+
+Tiles of 1024 and 2048 px, 6 and 24 dates, 10 bands: each case is one `slidecube cube` and `slidecube detect` in a
+fresh process. Prints predicted, measured and their ratio, and seconds a megapixel. Usage: make bench, or
+python tests/benchmarks/tile_memory.py [OUT]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.transform import from_origin
+from rasterio.warp import transform_bounds
+
+LEFT, TOP = 491_520.0, 5_324_800.0  # a corner of the grid's largest tiles
+BANDS = {"B02": 10, "B03": 10, "B04": 10, "B08": 10, "B05": 20, "B06": 20, "B07": 20, "B8A": 20, "B11": 20, "B12": 20, "SCL": 20}
+DATES = 24
+SIDE_PX = 2048
+
+
+def main() -> None:
+    """Run all cases."""
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="slidecube-bench-"))
+    items = archive(out)
+    print(f"{'tile':>5} {'dates':>5} {'predicted':>10} {'measured':>9} {'ratio':>6} {'s/Mpx/date':>11}")
+    for tile_px in (1024, 2048):
+        for dates in (6, 24):
+            predicted, measured, seconds = case(out, items, tile_px, dates)
+            per = seconds / (tile_px**2 / 1e6) / dates
+            print(f"{tile_px:>5} {dates:>5} {predicted:>7.2f} GB {measured:>6.2f} GB {predicted / measured:>6.2f} {per:>11.3f}")
+
+
+def archive(out: Path) -> Path:
+    """Write DATES scenes of one MGRS tile, and a DEM, once."""
+    path = out / "items.json"
+    if path.exists():
+        return path
+    rng = np.random.default_rng(0)
+    features = []
+    for i in range(DATES + 1):
+        stamp = day(i).replace("-", "") + "T100000"
+        name = f"S2A_MSIL2A_{stamp}_N0301_R051_T33UVP_{stamp}"
+        assets = {}
+        for band, resolution in BANDS.items():
+            n = SIDE_PX * 10 // resolution
+            smooth = np.kron(rng.integers(500, 4000, (n // 16, n // 16)), np.ones((16, 16), int))
+            values = np.where(smooth > 3500, 9, 4) if band == "SCL" else smooth + rng.integers(0, 200, (n, n))
+            write(out / name / f"{band}.tif", values.astype("uint8" if band == "SCL" else "uint16"), resolution, 0)
+            assets[band] = {"href": f"{name}/{band}.tif", "type": "image/tiff; application=geotiff"}
+        properties = {
+            "datetime": f"{day(i)}T10:00:00Z", "platform": "sentinel-2a", "s2:mgrs_tile": "33UVP", "s2:processing_baseline": "03.01",
+            "s2:datatake_id": f"GS2A_{stamp}_030000_N03.01",
+            "s2:datastrip_id": f"S2A_OPER_MSI_L2A_DS_XXXX_{stamp}_S{stamp}_N03.01", "s2:generation_time": f"{day(i)}T12:00:00Z",
+        }  # fmt: skip
+        features.append(feature(name, "bench-s2", properties, assets))
+    n = SIDE_PX // 3 + 20
+    z = np.add.outer(np.arange(n) * 8.0, np.arange(n) * 3.0).astype("float32")
+    write(out / "dem" / "dem.tif", z, 30, -9999)
+    dem = {"elevation": {"href": "dem/dem.tif", "type": "image/tiff; application=geotiff"}}
+    features.append(feature("dem-bench", "dem", {"datetime": "2015-01-01T00:00:00Z"}, dem))
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def case(out: Path, items: Path, tile_px: int, dates: int) -> tuple[float, float, float]:
+    """Plan and run one tile; returns predicted and measured GB, and seconds of its pre-event layer."""
+    workspace = Path(tempfile.mkdtemp(prefix=f"w{tile_px}-{dates}-", dir=out))
+    side = tile_px * 10
+    box = transform_bounds("EPSG:32633", "EPSG:4326", LEFT + 200, TOP - side + 200, LEFT + side - 200, TOP - 200)
+    toml = workspace / "bench.toml"
+    toml.write_text(
+        f"""
+[area]
+bbox = [{", ".join(map(str, box))}]
+crs = "EPSG:32633"
+[[epoch]]
+name = "bench"
+pre = ["{day(0)}", "{day(dates - 1)}"]
+post = ["{day(DATES)}", "{day(DATES)}"]
+[sources]
+optical = "{items}"
+dem = "{items}"
+[cube]
+tile_px = {tile_px}
+[cluster]
+threads_per_worker = 1
+[output]
+workspace = "."
+"""
+    )
+    for verb in ("plan", "cube", "detect"):
+        subprocess.run(["slidecube", verb, str(toml)], check=True, capture_output=True)
+    plan = json.loads(next(workspace.glob("plans/*/plan.json")).read_text())
+    records = [json.loads(p.read_text()) for p in workspace.glob("layers/*/*.ledger/*.json")]
+    records += [json.loads(p.read_text()) for p in workspace.glob("inventories/*.ledger/*/*.json")]
+    assert all(r["state"] == "done" for r in records), [r["reason"] for r in records]
+    fullest = max(records, key=lambda r: len(r["scenes"]))
+    assert len(fullest["scenes"]) == dates
+    return plan["estimate"]["peak_mem_gb"], max(r["peak_mem_gb"] for r in records), fullest["seconds"]
+
+
+def day(i: int) -> str:
+    """Day of the i-th scene; the last one lies after the event."""
+    return f"2021-{3 + i // 3:02d}-{5 + 8 * (i % 3):02d}"
+
+
+def write(path: Path, values: np.ndarray, resolution: int, nodata: float) -> None:
+    """Write one tiled GeoTIFF."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile = {
+        "driver": "GTiff", "width": values.shape[1], "height": values.shape[0], "count": 1, "dtype": values.dtype.name,
+        "crs": "EPSG:32633", "transform": from_origin(LEFT, TOP, resolution, resolution), "nodata": nodata,
+        "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate",
+    }  # fmt: skip
+    with rasterio.open(path, "w", **profile) as file:
+        file.write(values, 1)
+
+
+def feature(name: str, collection: str, properties: dict, assets: dict) -> dict:
+    """Make a STAC item."""
+    side = SIDE_PX * 10
+    west, south, east, north = transform_bounds("EPSG:32633", "EPSG:4326", LEFT, TOP - side, LEFT + side, TOP)
+    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+    return {
+        "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": collection, "bbox": [west, south, east, north],
+        "stac_extensions": ["https://stac-extensions.github.io/projection/v2.0.0/schema.json"], "links": [],
+        "geometry": {"type": "Polygon", "coordinates": [ring]}, "assets": assets,
+        "properties": {**properties, "proj:code": "EPSG:32633", "proj:epsg": 32633},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
