@@ -49,14 +49,20 @@ class MaskRule:
 
 
 def observations(scenes: Sequence[Scene]) -> list[list[int]]:
-    """Group scenes of one overpass: neighbouring items of a datatake show the same observation twice where they overlap.
+    """Group scenes of one overpass: neighbouring items of a datatake show one observation twice where they overlap.
 
-    Returns positions in `scenes`, a list for each overpass, in the order of the first scene of each.
+    Returns positions in `scenes`, a list for each overpass; overpasses and their scenes by sensing time, then identity
+    and id, so that ties fall the same way in whatever order the scenes come.
     """
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, scene in enumerate(scenes):
-        groups.setdefault((scene.datatake, scene.datetime.date().isoformat()), []).append(i)
+    groups: dict[str, list[int]] = {}
+    for i in sorted(range(len(scenes)), key=lambda i: _order(scenes[i])):
+        # not by day: about 157 degrees east an overpass goes on through midnight UTC
+        groups.setdefault(scenes[i].datatake or scenes[i].id, []).append(i)
     return list(groups.values())
+
+
+def _order(scene: Scene) -> tuple[dt.datetime, str, str]:
+    return scene.datetime, scene.identity, scene.id
 
 
 def clear_mask(scl_tyx: da.Array, rule: MaskRule, *, halo_px: int) -> da.Array:
@@ -99,7 +105,7 @@ def composite(
     clear_tyx : (t, y, x) bool
     scenes : the t scenes, for their offsets, dates and overpasses
     method : "greenest": each pixel's observation of the highest NDVI, all bands of that date (ENS, section 3.2; the
-        first date wins a tie); "median": each band's median (mean of the two middle values, halves to even)
+        earliest wins a tie); "median": each band's median (mean of the two middle values, halves to even)
 
     An observation counts where it is clear and no band is nodata. Where two items of one overpass overlap, the first
     clear one counts, once.
@@ -256,10 +262,11 @@ def _first_and_last(valid_oyx: np.ndarray, days_o: np.ndarray) -> tuple[np.ndarr
 
 def _greenest(red_oyx: np.ndarray, nir_oyx: np.ndarray, valid_oyx: np.ndarray) -> np.ndarray:
     """Position of the observation of the highest NDVI; the earlier one wins a tie."""
-    best_yx = np.full(red_oyx.shape[1:], -np.inf, np.float32)
+    # float64 tells any two ratios of stored values apart (they differ by 6e-11 or more); float32 makes ties of some
+    best_yx = np.full(red_oyx.shape[1:], -np.inf)
     chosen_yx = np.zeros(red_oyx.shape[1:], np.intp)
     for o, (red_yx, nir_yx, valid_yx) in enumerate(zip(red_oyx, nir_oyx, valid_oyx, strict=True)):
-        nir, red = nir_yx.astype(np.float32) - SHIFT, red_yx.astype(np.float32) - SHIFT
+        nir, red = nir_yx.astype(np.float64) - SHIFT, red_yx.astype(np.float64) - SHIFT
         total = nir + red
         ndvi = np.where(total > 0, np.clip((nir - red) / np.where(total > 0, total, 1), -1, 1), -2)
         better = valid_yx & (ndvi > best_yx)

@@ -24,7 +24,8 @@ def ndvi(red: A, nir: A) -> A:
 
 def dndvi(pre: A, post: A) -> A:
     """Change of NDVI, post minus pre; negative is a loss. Source: ENS (Ganerod 2023), section 3.2."""
-    return post - pre
+    change: A = post - pre
+    return change
 
 
 def rdndvi(pre: A, post: A) -> A:
