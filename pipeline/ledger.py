@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from slidecube.pipeline.errors import PipelineError
-
 State = Literal["done", "empty", "failed"]
 
 VOLATILE = ("seconds", "peak_mem_gb", "attempts", "host", "written_at")
@@ -70,7 +68,7 @@ class Ledger:
         return cls(zarr_path.with_suffix(".ledger").joinpath(*parts))
 
     def read(self, tile: str) -> Record | None:
-        """Record of a tile, None when there is none."""
+        """Record of a tile, None when there is none; a damaged one counts for nothing and says so."""
         try:
             return _parse(self.folder / f"{tile}.json")
         except FileNotFoundError:
@@ -83,6 +81,10 @@ class Ledger:
             self.folder / f"{record.tile}.json",
             json.dumps(dataclasses.asdict(record), sort_keys=True, indent=1),
         )
+
+    def forget(self, tile: str) -> None:
+        """Remove a tile's record: its data is about to change, and whoever reads meanwhile must not trust it."""
+        (self.folder / f"{tile}.json").unlink(missing_ok=True)
 
     def complete(self, tile: str, key: str) -> bool:
         """True when the tile is done under this very key."""
@@ -111,9 +113,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def _parse(path: Path) -> Record:
-    raw: dict[str, Any] = {}
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return Record(
             **{
                 **raw,
@@ -122,6 +123,5 @@ def _parse(path: Path) -> Record:
             }
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise PipelineError(
-            f"Ledger record {path} is damaged ({error}); remove this one file and the tile is done again"
-        ) from None
+        # one bad file must not stop a nation: under an empty key it is nobody's work, so the tile is done again
+        return Record(tile=path.stem, key="", state="failed", reason=f"damaged record {path.name}: {error}")

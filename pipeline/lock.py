@@ -11,18 +11,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
-from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.ledger import write_atomic
 
 BEAT_S = 2.0
 SILENT_S = 20.0
 """A driver on another machine whose beat has not changed for so long is taken for dead; clocks are not compared."""
+
+_FIELDS = {"token", "run", "host", "machine", "pid", "started", "beat", "running"}
 
 
 class Lock:
@@ -50,24 +53,25 @@ class Lock:
             with _guard(self.path.with_name("guard")):
                 other = read_lock(self.path)
                 if other is None or _dead(other) is True:
-                    self._write()
+                    self._take()
                     break
             if _dead(other) is False:
                 raise PipelineError(
                     f"Workspace {self.path.parent.parent} is in use by run {other['run']!r} "
                     f"(process {other['pid']} on {other['host']}); wait for it, or stop it"
                 )
-            if other["beat"] != seen:  # on another machine: only its heartbeat tells
+            beat = (other["token"], other["beat"])
+            if beat != seen:  # on another machine: only its heartbeat tells
                 if seen is not None:
                     raise PipelineError(
                         f"Workspace {self.path.parent.parent} is in use by run {other['run']!r} on host "
                         f"{other['host']}; wait for it, or stop it"
                     )
-                seen, silent_since = other["beat"], time.monotonic()
+                seen, silent_since = beat, time.monotonic()
             if time.monotonic() - silent_since > SILENT_S:
                 with _guard(self.path.with_name("guard")):
                     if read_lock(self.path) == other:
-                        self._write()
+                        self._take()
                         break
             time.sleep(BEAT_S / 2)
         self._thread = threading.Thread(target=self._keep, name="slidecube-heartbeat", daemon=True)
@@ -85,20 +89,33 @@ class Lock:
             if holds(self.path, self.token):
                 self.path.unlink(missing_ok=True)
 
+    def require(self) -> None:
+        """Raise IncompleteError when the lock was taken over: nothing may be written any more."""
+        if not holds(self.path, self.token):
+            raise IncompleteError(
+                f"Workspace {self.path.parent.parent} was taken over by another driver, which believed this one dead; "
+                "let that one finish, or run the same command after it"
+            )
+
     def set_running(self, n: int) -> None:
         """Say how many tasks are in work; written with the next beat."""
         self._running = n
 
     def _keep(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with _guard(self.path.with_name("guard")):
-                if not holds(self.path, self.token):
-                    return  # taken over: whoever did believed us dead, and our tasks are fenced
-                self._beat += 1
-                try:
+            try:
+                with _guard(self.path.with_name("guard")):
+                    if not holds(self.path, self.token):
+                        return  # taken over: whoever did believed us dead, and our tasks are fenced
+                    self._beat += 1
                     self._write()
-                except OSError:  # a full disk must not end the run: the tile that meets it says so
-                    continue
+            except OSError:  # a full disk must not end the run here: the tile that meets it says so
+                continue
+
+    def _take(self) -> None:
+        for stale in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a killed driver
+            stale.unlink(missing_ok=True)
+        self._write()
 
     def _write(self) -> None:
         me = psutil.Process()
@@ -109,6 +126,7 @@ class Lock:
                     "token": self.token,
                     "run": self._run,
                     "host": socket.gethostname(),
+                    "machine": _machine(),
                     "pid": me.pid,
                     "started": me.create_time(),
                     "beat": self._beat,
@@ -119,12 +137,12 @@ class Lock:
 
 
 def read_lock(path: Path) -> dict[str, Any] | None:
-    """Read who holds a lock, None when nobody does."""
+    """Read who holds a lock, None when nobody does or when the file is damaged."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
-    return found
+    return found if isinstance(found, dict) and set(found) >= _FIELDS else None
 
 
 def holds(path: Path, token: str) -> bool:
@@ -140,7 +158,7 @@ def alive(lock: dict[str, Any] | None) -> bool:
 
 def _dead(lock: dict[str, Any]) -> bool | None:
     """True or False for a driver of this machine, None for one elsewhere."""
-    if lock["host"] != socket.gethostname():
+    if lock["host"] != socket.gethostname() or lock["machine"] != _machine():
         return None
     try:
         process = psutil.Process(lock["pid"])
@@ -149,6 +167,16 @@ def _dead(lock: dict[str, Any]) -> bool | None:
     except psutil.Error:
         return True
     return not same
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """Say in which space process numbers mean something: containers and reboots share a host's name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return ""
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def run(
     )
     _refuse_too_large(made, profile)
     with Lock(made.workspace.locks, run=made.run) as lock:
-        remove_partials(made.workspace.root)
+        remove_partials(made.workspace)
         create_stores(made)
         return _Driver(plan=made, profile=profile, lock=lock, progress=progress, say=say or sys.stderr).drive(
             stages

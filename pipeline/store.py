@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,9 @@ from zarr.codecs import ZstdCodec
 from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.inventory import geozarr_attrs
+
+_WRITTEN = ("layers", "inventories", "products")
+"""Folders of a workspace that only the holder of its lock writes to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +98,14 @@ def create_arrays(
 ) -> None:
     """Make a group's arrays where they are missing; what is there stays.
 
+    A record of data that is gone counts for nothing: where an array is missing, the ledger goes, too.
+
     geobox : pixels that each array covers; leading : dimensions before (y, x), one chunk a step, such as epoch
     """
     lead = dict(leading or {})
     group = zarr.open_group(path, mode="a", zarr_format=3)
+    if any(name not in group for name in variables):
+        shutil.rmtree(path.with_suffix(".ledger"), ignore_errors=True)
     group.attrs.update({**attrs, **geozarr_attrs(geobox)})
     for name, variable in variables.items():
         if name in group:
@@ -131,7 +139,7 @@ def geobox_of(path: Path) -> GeoBox:
 def write_tile(
     path: Path, data: Mapping[str, np.ndarray], *, at_px: tuple[int, int], leading: tuple[int, ...] = ()
 ) -> dict[str, str]:
-    """Write one tile of several variables, each exactly one shard, and read it back.
+    """Write one tile of several variables, each exactly one shard, bring it to the disk, and read it back.
 
     data : variable -> (y, x) of the tile's shape; at_px : row and column in the array of its first pixel
     Returns variable -> checksum of the stored bytes, "empty" where all is fill (nothing is stored then).
@@ -153,28 +161,17 @@ def write_tile(
             raise PipelineError(
                 f"Read-back of {path.name}/{name} differs from what was written; check the disk"
             )
-        checksums[name] = checksum(path, name, at_px=at_px, leading=leading, array=array)
+        file = _shard_file(path, name, at_px=at_px, shard=values.shape[0], leading=leading)
+        _flush(file)
+        checksums[name] = _checksum(file)
     return checksums
 
 
-def checksum(
-    path: Path,
-    name: str,
-    *,
-    at_px: tuple[int, int],
-    leading: tuple[int, ...] = (),
-    array: zarr.Array[Any] | None = None,
-) -> str:
-    """Checksum of a tile's stored bytes; "empty" where none are stored."""
-    array = zarr.open_group(path, mode="r")[name] if array is None else array  # type: ignore[assignment]
-    assert array is not None
-    assert array.shards is not None
-    index = [*leading, *(px // size for px, size in zip(at_px, array.shards[-2:], strict=True))]
-    file = path / name / "c" / "/".join(map(str, index))
-    try:
-        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-    except FileNotFoundError:
-        return "empty"
+def erase_tile(path: Path, *, at_px: tuple[int, int], shard: int, leading: tuple[int, ...] = ()) -> None:
+    """Remove what is stored of a tile, so that it reads as fill."""
+    for folder in path.glob("*/c"):
+        file = _shard_file(path, folder.parent.name, at_px=at_px, shard=shard, leading=leading)
+        file.unlink(missing_ok=True)
 
 
 def stored_bytes(
@@ -186,8 +183,7 @@ def stored_bytes(
     leading: tuple[int, ...] = (),
 ) -> int:
     """Bytes that a tile takes on disk."""
-    index = "/".join(map(str, [*leading, at_px[0] // shard, at_px[1] // shard]))
-    files = (path / name / "c" / index for name in names)
+    files = [_shard_file(path, name, at_px=at_px, shard=shard, leading=leading) for name in names]
     return sum(f.stat().st_size for f in files if f.exists())
 
 
@@ -241,10 +237,14 @@ def open_layer(path: Path, *, tiles: list[Tile] | None = None) -> xr.Dataset:
     return xr.Dataset(variables, coords=xr_coords(geobox[roi]), attrs=dict(group.attrs))
 
 
-def remove_partials(root: Path) -> int:
-    """Remove the temporary files and folders that a killed writer left; returns how many."""
+def remove_partials(workspace: Workspace) -> int:
+    """Remove the temporary files and folders that a killed writer left; returns how many.
+
+    Only in folders of our own: a workspace may be somebody's home, and a browser calls its downloads so, too. Plans
+    are not looked at, they are written outside the driver's lock.
+    """
     removed = 0
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in chain.from_iterable(os.walk(workspace.root / own) for own in _WRITTEN):
         for name in [f for f in folders if f.endswith(".partial")]:
             shutil.rmtree(Path(folder) / name, ignore_errors=True)
             folders.remove(name)
@@ -254,6 +254,32 @@ def remove_partials(root: Path) -> int:
                 (Path(folder) / name).unlink(missing_ok=True)
                 removed += 1
     return removed
+
+
+def _shard_file(
+    path: Path, name: str, *, at_px: tuple[int, int], shard: int, leading: tuple[int, ...]
+) -> Path:
+    """File of a tile's one shard of a variable."""
+    return path.joinpath(name, "c", *map(str, [*leading, at_px[0] // shard, at_px[1] // shard]))
+
+
+def _flush(file: Path) -> None:
+    """Bring a file to the disk: a record must not outlive its data in a power cut, or a full network disk."""
+    try:
+        fd = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:  # all fill: nothing is stored
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _checksum(file: Path) -> str:
+    try:
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    except FileNotFoundError:
+        return "empty"
 
 
 def _bounding_roi(geobox: GeoBox, tiles: list[Tile]) -> tuple[slice, slice]:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dask
 import dask.array as da
@@ -48,8 +48,11 @@ from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
 from slidecube.pipeline.plan import RunPlan, read_plan
-from slidecube.pipeline.store import Workspace, geobox_of, read_window, stored_bytes, write_tile
+from slidecube.pipeline.store import Workspace, erase_tile, geobox_of, read_window, stored_bytes, write_tile
 from slidecube.pipeline.terrain import terrain
+
+FENCED = "fenced: another driver holds the workspace now"
+"""Reason of a tile that was not written because this driver was believed dead and its workspace taken over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,35 +70,10 @@ class TileContext:
 
 def run_task(context: TileContext, task: TileTask) -> TaskResult:
     """Do one task, write its data and then its record, and return what became of it; never raises for a bad tile."""
-    started = time.monotonic()
-    plan = _plan(context.workspace, context.run)
-    ledger = ledger_of(plan, task)
-    earlier = ledger.read(task.tile)
-    attempts = 1 if earlier is None or earlier.key != task.key else earlier.attempts + 1
     try:
-        record = _STAGES[task.stage](plan, task, context)
-    except (PipelineError, CatalogError, ModelError) as error:
-        record = _failed(task, str(error), "")
-    except OSError as error:
-        record = _failed(task, _os_reason(error), traceback.format_exc())
-    except Exception as error:  # noqa: BLE001  the tile's edge
-        record = _failed(task, f"{type(error).__name__}: {error}", traceback.format_exc())
-    seconds = time.monotonic() - started
-    record = replace(
-        record,
-        attempts=attempts,
-        seconds=round(seconds, 3),
-        peak_mem_gb=round(peak_rss_gb(), 3),
-        host=socket.gethostname(),
-        written_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-    )
-    if holds(plan.workspace.locks / "driver.json", context.token):
-        try:
-            ledger.write(record)
-        except OSError as error:  # no room even for the record: it stays due, and the driver says why
-            record = replace(record, state="failed", reason=_os_reason(error))
-    else:
-        record = replace(record, state="failed", reason="fenced: another driver holds the workspace now")
+        record = _recorded(context, task)
+    except Exception as error:  # noqa: BLE001  no room even for the record, say: the tile stays due
+        return TaskResult(task=task, status="failed", reason=_reason(error))
     return TaskResult(
         task=task,
         status=record.state,
@@ -105,6 +83,31 @@ def run_task(context: TileContext, task: TileTask) -> TaskResult:
         scene_reads=record.scene_reads,
         reason=record.reason,
     )
+
+
+def _recorded(context: TileContext, task: TileTask) -> Record:
+    started = time.monotonic()
+    plan = _plan(context.workspace, context.run)
+    ledger = ledger_of(plan, task)
+    earlier = ledger.read(task.tile)
+    if earlier is not None and earlier.key == task.key and earlier.complete:
+        return earlier  # its worker died after the record and before the answer
+    try:
+        record = _STAGES[task.stage](plan, task, context)
+    except Exception as error:  # noqa: BLE001  the tile's edge
+        ours = isinstance(error, PipelineError | CatalogError | ModelError)
+        record = _failed(task, _reason(error), "" if ours else traceback.format_exc())
+    record = replace(
+        record,
+        attempts=1 if earlier is None or earlier.key != task.key else earlier.attempts + 1,
+        seconds=round(time.monotonic() - started, 3),
+        peak_mem_gb=round(peak_rss_gb(), 3),
+        host=socket.gethostname(),
+        written_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+    )
+    _require_lock(plan, context)
+    ledger.write(record)
+    return record
 
 
 def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:
@@ -164,6 +167,7 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     tile, layer = plan.by_tile[task.tile], plan.by_layer[task.layer]
     scenes = plan.scenes_of(task.layer, task.tile)
     if not scenes:
+        _store(plan, task, {}, context)
         what = "DEM" if layer.window is None else f"scene between {layer.window.start} and {layer.window.end}"
         return Record(tile=task.tile, key=task.key, state="empty", reason=f"no {what} touches this tile")
     log = ReadLog()
@@ -171,7 +175,7 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     data = make(plan, tile, scenes, log, context.threads)
     _within_budget(plan, log, scenes)
     seen = ~np.isnan(data["elevation"]) if layer.window is None else data["clear_count"] > 0
-    checksums, size = _store(plan, plan.workspace.layer(plan.grid, task.layer), data, tile, context)
+    checksums, size = _store(plan, task, data, context)
     common: dict[str, Any] = {
         "scenes": tuple(s.id for s in scenes),
         "scene_reads": len(log.read),
@@ -263,10 +267,7 @@ def _detect(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         "observability": observability,
         "reason": np.where(observability == Observability.NOT_OBSERVABLE, reason, 0).astype(np.uint8),
     }
-    path = plan.workspace.inventory(plan.inventory)
-    checksums, size = _store(
-        plan, path, data, tile, context, leading=([e.name for e in plan.epochs].index(epoch.name),)
-    )
+    checksums, size = _store(plan, task, data, context)
     numbers = {value.name.lower(): int((observability == value).sum()) for value in Observability}
     numbers |= {f"reason {i}": int((data["reason"] == i).sum()) for i in REASONS if i}
     numbers["landslide_px"] = int((data["landslide"] == 1).sum())
@@ -367,21 +368,30 @@ def _within_budget(plan: RunPlan, log: ReadLog, scenes: Sequence[Scene]) -> None
 
 
 def _store(
-    plan: RunPlan,
-    path: Path,
-    data: dict[str, np.ndarray],
-    tile: Tile,
-    context: TileContext,
-    *,
-    leading: tuple[int, ...] = (),
+    plan: RunPlan, task: TileTask, data: dict[str, np.ndarray], context: TileContext
 ) -> tuple[dict[str, str], int]:
-    """Write a tile where it belongs in a group, if this driver still may."""
-    if not holds(plan.workspace.locks / "driver.json", context.token):
-        raise PipelineError("fenced: another driver holds the workspace now")
-    corner, first = geobox_of(path).affine, tile.geobox.affine
+    """Write a tile where it belongs in its group, if this driver still may; returns checksums and bytes stored.
+
+    data : of all variables, or {} to remove what another key left there
+    """
+    _require_lock(plan, context)
+    # of another key: while its data changes below it, it would vouch for a mixture
+    ledger_of(plan, task).forget(task.tile)
+    path, leading = plan.workspace.layer(plan.grid, task.layer), cast("tuple[int, ...]", ())
+    if task.stage == "detect":
+        path = plan.workspace.inventory(plan.inventory)
+        leading = ([e.name for e in plan.epochs].index(task.epoch),)
+    corner, first = geobox_of(path).affine, plan.by_tile[task.tile].geobox.affine
     at = (round((first.f - corner.f) / corner.e), round((first.c - corner.c) / corner.a))
+    if not data:
+        erase_tile(path, at_px=at, shard=plan.grid.tile_px, leading=leading)
     checksums = write_tile(path, data, at_px=at, leading=leading)
     return checksums, stored_bytes(path, list(data), at_px=at, shard=plan.grid.tile_px, leading=leading)
+
+
+def _require_lock(plan: RunPlan, context: TileContext) -> None:
+    if not holds(plan.workspace.locks / "driver.json", context.token):
+        raise PipelineError(FENCED)
 
 
 def _read_layers(plan: RunPlan, epoch: str, tile: Tile, halo: int) -> Layers:
@@ -472,6 +482,11 @@ def _failed(task: TileTask, reason: str, trace: str) -> Record:
     )
 
 
-def _os_reason(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
+def _reason(error: Exception) -> str:
+    """Say in one line what went wrong; what the system said of a file comes first, the driver looks for it."""
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror or error}{where}"
+    if isinstance(error, PipelineError | CatalogError | ModelError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
