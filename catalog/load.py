@@ -24,7 +24,6 @@ from odc.loader import RioDriver
 from odc.loader._rio import RioReader
 from odc.loader.types import RasterLoadParams, RasterSource, ReaderSubsetSelection
 from odc.stac import load as odc_load
-from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 
@@ -32,6 +31,7 @@ from slidecube.catalog.errors import AssetReadError, CatalogError
 from slidecube.catalog.grid import BLOCK_PX
 from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import asset_bands, sign_href
+from slidecube.catalog.zoom import magnification, read_magnified
 
 DTYPES: Mapping[str, str] = {"SCL": "uint8", "elevation": "float32"}
 """Band -> dtype as delivered; every other band is uint16."""
@@ -46,6 +46,7 @@ RESAMPLING: Mapping[str, str] = {"SCL": "nearest", "*": "bilinear"}
 logging.getLogger("odc.loader._rio").setLevel(logging.CRITICAL + 1)
 
 _READ_ATTEMPTS = 3
+_WHOLE = ("uint8", "uint16")
 _GDAL_OPTIONS = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_HTTP_MAX_RETRY": "5",
@@ -240,8 +241,9 @@ class _NamingReader(RioReader):
         dst: np.ndarray | None = None,
         selection: ReaderSubsetSelection | None = None,
     ) -> tuple[tuple[slice, slice], np.ndarray]:
+        del dst, selection  # odc-loader gives neither for two-dimensional bands
         try:
-            found: tuple[tuple[slice, slice], np.ndarray] = self._read(cfg, dst_geobox, dst, selection)
+            found = self._read(cfg, dst_geobox)
         except (rasterio.errors.RasterioError, OSError) as error:
             failure = AssetReadError(self._name.item, self._name.asset, _one_line(error))
             if self._log is None:
@@ -252,20 +254,14 @@ class _NamingReader(RioReader):
             self._log.add_read(self._name.item)
         return found
 
-    def _read(
-        self,
-        cfg: RasterLoadParams,
-        geobox: GeoBox,
-        dst: np.ndarray | None,
-        selection: ReaderSubsetSelection | None,
-    ) -> Any:
+    def _read(self, cfg: RasterLoadParams, geobox: GeoBox) -> tuple[tuple[slice, slice], np.ndarray]:
         for attempt in range(1, _READ_ATTEMPTS + 1):
             src = self._src.patch(uri=sign_href(self._src.uri, self._name.source))
             try:
                 with rasterio.open(src.uri, sharing=False) as asset:
-                    if not _same_pixels(asset, geobox):
-                        return _warp(asset, src.band, cfg, geobox)
-                return RioReader(src, self._ctx).read(cfg, geobox, dst=dst, selection=selection)
+                    return np.s_[0 : geobox.shape[0], 0 : geobox.shape[1]], _onto(
+                        asset, src.band, cfg, geobox
+                    )
             except (rasterio.errors.RasterioError, OSError):
                 # a local file that is broken stays broken; a remote one may only be busy
                 if attempt == _READ_ATTEMPTS or not self._src.uri.startswith(
@@ -276,24 +272,19 @@ class _NamingReader(RioReader):
         raise AssertionError
 
 
-def _same_pixels(asset: rasterio.DatasetReader, geobox: GeoBox) -> bool:
-    """Tell whether an asset has the grid's CRS and pixels, so that reading is copying."""
-    a, b = asset.transform, geobox.affine
-    if (a.a, a.b, a.d, a.e) != (b.a, b.b, b.d, b.e) or asset.crs != CRS.from_user_input(str(geobox.crs)):
-        return False
-    shifts = ((b.c - a.c) / a.a, (b.f - a.f) / a.e)
-    return all(abs(shift - round(shift)) < 1e-6 for shift in shifts)
+def _onto(asset: rasterio.DatasetReader, band: int, cfg: RasterLoadParams, geobox: GeoBox) -> np.ndarray:
+    """Read an asset onto a block: by copying or magnifying where its pixels allow, else by a warp as gdalwarp's.
 
-
-def _warp(
-    asset: rasterio.DatasetReader, band: int, cfg: RasterLoadParams, geobox: GeoBox
-) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Warp an asset of other pixels onto a block, as gdalwarp would.
-
-    odc-loader hands GDAL a source window cut to the block; GDAL's automatic kernel then gets another width than over
-    the whole source, and the pixels of a neighbouring zone differ from every other tool's.
+    odc-loader would hand GDAL a source window cut to the block; GDAL's automatic kernel then gets another width than
+    over the whole source, and the pixels of a neighbouring zone differ from every other tool's.
     """
     nodata = asset.nodata if asset.nodata is not None else cfg.src_nodata_fallback
+    fill = cfg.fill_value if cfg.fill_value is not None else nodata
+    factor = magnification(asset, geobox)
+    exact = factor == 1 or cfg.resampling == "nearest" or (factor == 2 and asset.dtypes[band - 1] in _WHOLE)
+    if factor is not None and exact:
+        read = read_magnified(asset, band, geobox, factor=factor, kernel=cfg.resampling, nodata=nodata)
+        return _with_nodata(read.astype(cfg.dtype, copy=False), nodata, fill)
     with WarpedVRT(
         asset,
         crs=str(geobox.crs),
@@ -302,10 +293,19 @@ def _warp(
         height=geobox.shape[0],
         resampling=Resampling[cfg.resampling],
         src_nodata=nodata,
-        nodata=cfg.fill_value if cfg.fill_value is not None else nodata,
+        nodata=fill,
         dtype=cfg.dtype,
     ) as warped:
-        return np.s_[0 : geobox.shape[0], 0 : geobox.shape[1]], warped.read(band)
+        pixels: np.ndarray = warped.read(band)
+        return pixels
+
+
+def _with_nodata(pixels: np.ndarray, nodata: float | None, fill: float | None) -> np.ndarray:
+    """Replace the source's nodata by the cube's."""
+    if nodata is None or fill is None or nodata == fill or (np.isnan(nodata) and np.isnan(fill)):
+        return pixels
+    pixels[np.isnan(pixels) if np.isnan(nodata) else pixels == nodata] = fill
+    return pixels
 
 
 def _one_line(error: Exception) -> str:

@@ -6,6 +6,8 @@ at its edge (METHODS section 1).
 
 from __future__ import annotations
 
+import threading
+
 import dask
 import dask.array as da
 import numpy as np
@@ -21,10 +23,12 @@ from rasterio.enums import Resampling
 from slidecube.catalog.grid import BLOCK_PX
 from slidecube.catalog.load import ReadLog, load
 from slidecube.catalog.scenes import Scene
+from slidecube.catalog.sources import sign_href
 from slidecube.pipeline.errors import PipelineError
 
 SLOPE_SCALE = 0.01
 SLOPE_NODATA = 65535
+_REPROJECT = threading.Lock()
 _MARGIN_PX = 4  # one for Horn's kernel, two for the cubic kernel, one for rounding
 
 
@@ -35,7 +39,7 @@ def slope_deg(dem: xr.DataArray) -> xr.DataArray:
         from its coordinates and CRS: metres for a projected CRS; for a geographic one, the metres that a pixel
         measures on the ellipsoid at its row.
     Returns (y, x) float32 degrees in [0, 90); NaN where any of the nine cells is nodata, and at the edge.
-    Raises PipelineError if the array has no CRS or its CRS is in other units than metres or degrees.
+    Raises PipelineError if the array has no CRS, or one that is neither projected nor geographic.
     Source: Horn 1981, eq. 1-3. Equal to `gdaldem slope` to 1e-3 degrees on a projected DEM.
     """
     dz_dx, dz_dy = _gradients(dem)
@@ -57,11 +61,13 @@ def terrain(
 ) -> dict[str, da.Array]:
     """Elevation, slope and aspect of a window, lazily, one block of the lattice at a time.
 
-    scenes : DEM items; where several overlap, the first one with a height counts
+    scenes : DEM items; where several overlap, the first one with a height counts. Their tiles may have different
+        pixels: slopes go on across the seam
     geobox : pixels wanted, on the lattice's blocks
     Returns (y, x): `elevation` float32 metres above the DEM's vertical datum (cubic), NaN = nodata; `slope_deg`
     uint16 in units of 0.01 degree (bilinear), 65535 = nodata; `aspect_deg` uint16 in units of 0.01 degree (through
-    sine and cosine, bilinear), 65535 = nodata or flat.
+    sine and cosine, bilinear), clockwise from the north of the DEM's grid, which is true north for GLO-30; 65535 =
+    nodata or flat.
     """
     rows, cols = ([slice(i, min(i + block_px, n)) for i in range(0, n, block_px)] for n in geobox.shape)
     read = dask.delayed(terrain_block, pure=False)
@@ -75,20 +81,20 @@ def terrain(
     return {
         "elevation": stack[0],
         "slope_deg": stack[1].map_blocks(_hundredths, dtype=np.uint16),
-        "aspect_deg": stack[2].map_blocks(_hundredths, dtype=np.uint16),
+        "aspect_deg": stack[2].map_blocks(_hundredths_of_a_turn, dtype=np.uint16),
     }
 
 
 def terrain_block(scenes: list[Scene], geobox: GeoBox, log: ReadLog | None = None) -> np.ndarray:
     """Elevation, slope and aspect of one block: (3, y, x) float32, NaN = nodata; see `terrain`."""
-    out = np.full((3, *geobox.shape), np.nan, np.float32)
+    grids = []
     for group in _same_pixels(scenes):
         native = _native_window(group[0], geobox)
-        if native is None:
-            continue
-        steps = load(group, native, ["elevation"], resampling={"*": "nearest"}, log=log)["elevation"].data
-        dem = _first_height(np.asarray(steps.compute(scheduler="synchronous")))
-        found = _resampled(dem, native, geobox)
+        if native is not None:
+            grids.append((native, _read_native(group, native, log)))
+    out = np.full((3, *geobox.shape), np.nan, np.float32)
+    for i, (native, dem) in enumerate(grids):
+        found = _resampled(dem, _continued(native, dem, grids[:i] + grids[i + 1 :]), native, geobox)
         out = np.where(np.isnan(out), found, out)
     return out
 
@@ -179,7 +185,8 @@ def _same_pixels(scenes: list[Scene]) -> list[list[Scene]]:
     groups: dict[tuple[object, ...], list[Scene]] = {}
     for scene in scenes:
         transform, crs = _native_grid(scene)
-        phase = tuple(round(v, 6) for v in (transform.c / transform.a % 1, transform.f / transform.e % 1))
+        # a phase of 0.9999999 is one of 0
+        phase = tuple(round(v, 4) % 1 for v in (transform.c / transform.a, transform.f / transform.e))
         groups.setdefault((crs, round(transform.a, 12), round(transform.e, 12), phase), []).append(scene)
     return list(groups.values())
 
@@ -192,22 +199,61 @@ def _native_grid(scene: Scene) -> tuple[Affine, str]:
         f"EPSG:{properties['proj:epsg']}" if properties.get("proj:epsg") else None
     )
     if transform is None or crs is None:
-        with rasterio.open(asset["href"]) as src:
+        with rasterio.open(sign_href(asset["href"], scene.source)) as src:
             return src.transform, str(src.crs)
     return Affine(*transform[:6]), str(crs)
 
 
 def _native_window(scene: Scene, geobox: GeoBox) -> GeoBox | None:
-    """Pixels of the DEM's own grid under a block, with a margin."""
+    """Pixels of the DEM's own grid under a block, with a margin; across the antimeridian longitudes go on past 180."""
     transform, crs = _native_grid(scene)
-    box = geobox.extent.to_crs(crs, resolution=geobox.resolution.x * 32).boundingbox
-    if not np.all(np.isfinite(box.bbox)):
+    to = pyproj.Transformer.from_crs(str(geobox.crs), crs, always_xy=True)
+    x, y = (np.asarray(v) for v in to.transform(*_outline(geobox)))
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return None
-    col0, row0 = ~transform @ (box.left, box.top)
-    col1, row1 = ~transform @ (box.right, box.bottom)
+    if pyproj.CRS.from_user_input(crs).is_geographic and np.ptp(x) > 180:
+        x = np.where(x < 0, x + 360, x)
+    col0, row0 = ~transform @ (x.min(), y.max())
+    col1, row1 = ~transform @ (x.max(), y.min())
     left, top = int(np.floor(col0)) - _MARGIN_PX, int(np.floor(row0)) - _MARGIN_PX
     width, height = int(np.ceil(col1)) + _MARGIN_PX - left, int(np.ceil(row1)) + _MARGIN_PX - top
     return GeoBox((height, width), transform @ Affine.translation(left, top), crs)
+
+
+def _outline(geobox: GeoBox) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates along the four edges of a block, a point every 32 pixels or less."""
+    rows, cols = (np.linspace(0, n, -(-n // 32) + 1) for n in geobox.shape)
+    c = np.concatenate([cols, cols, np.zeros_like(rows), np.full_like(rows, geobox.shape[1])])
+    r = np.concatenate([np.zeros_like(cols), np.full_like(cols, geobox.shape[0]), rows, rows])
+    a = geobox.affine
+    return a.a * c + a.b * r + a.c, a.d * c + a.e * r + a.f
+
+
+def _read_native(scenes: list[Scene], native: GeoBox, log: ReadLog | None) -> np.ndarray:
+    """Heights on the DEM's own pixels, the first one that there is of several items; NaN = none."""
+    parts = []
+    for part in _within_180(native):
+        steps = load(scenes, part, ["elevation"], resampling={"*": "nearest"}, log=log)["elevation"].data
+        parts.append(_first_height(np.asarray(steps.compute(scheduler="synchronous"))))
+    return np.hstack(parts)
+
+
+def _within_180(native: GeoBox) -> list[GeoBox]:
+    """Cut a window of a geographic grid at the antimeridian, each part with the longitudes that its tiles have."""
+    assert native.crs is not None
+    if not native.crs.geographic:
+        return [native]
+    a = native.affine
+    centres = a.c + a.a * (np.arange(native.shape[1]) + 0.5)
+    turn = np.floor((centres + 180) / 360 + 1e-9).astype(
+        int
+    )  # 1e-9: a centre at 180 belongs to the tile of -180
+    parts = []
+    for n in np.unique(turn):
+        cols = np.flatnonzero(turn == n)
+        part = native[:, int(cols[0]) : int(cols[-1]) + 1]
+        parts.append(GeoBox(part.shape, Affine.translation(-360.0 * n, 0) @ part.affine, part.crs))
+    return parts
 
 
 def _first_height(steps_tyx: np.ndarray) -> np.ndarray:
@@ -217,9 +263,21 @@ def _first_height(steps_tyx: np.ndarray) -> np.ndarray:
     return dem
 
 
-def _resampled(dem: np.ndarray, native: GeoBox, geobox: GeoBox) -> np.ndarray:
-    array = xr.DataArray(dem, coords=xr_coords(native), dims=native.dimensions)
+def _continued(native: GeoBox, dem: np.ndarray, others: list[tuple[GeoBox, np.ndarray]]) -> np.ndarray:
+    """Heights on one grid, and beyond its tiles those of the other grids, so that slopes exist up to its edge."""
+    whole = dem
+    for grid, heights in others:
+        if not np.isnan(whole).any():
+            break
+        whole = np.where(np.isnan(whole), _warp(heights, grid, native, Resampling.bilinear), whole)
+    return whole
+
+
+def _resampled(dem: np.ndarray, continued: np.ndarray, native: GeoBox, geobox: GeoBox) -> np.ndarray:
+    array = xr.DataArray(continued, coords=xr_coords(native), dims=native.dimensions)
     dz_dx, dz_dy = _gradients(array)
+    # what lies on another grid's tiles is that grid's to say
+    dz_dx, dz_dy = (np.where(np.isnan(dem), np.nan, gradient) for gradient in (dz_dx, dz_dy))
     aspect = np.radians(aspect_from(dz_dx, dz_dy))
     slope = slope_from(dz_dx, dz_dy)
     elevation, slope, sine, cosine = (
@@ -236,19 +294,26 @@ def _resampled(dem: np.ndarray, native: GeoBox, geobox: GeoBox) -> np.ndarray:
 
 def _warp(layer: np.ndarray, native: GeoBox, geobox: GeoBox, kernel: Resampling) -> np.ndarray:
     out = np.full(geobox.shape, np.nan, np.float32)
-    rasterio.warp.reproject(
-        layer.astype(np.float32),
-        out,
-        src_transform=native.affine,
-        src_crs=str(native.crs),
-        dst_transform=geobox.affine,
-        dst_crs=str(geobox.crs),
-        src_nodata=np.nan,
-        dst_nodata=np.nan,
-        resampling=kernel,
-    )
+    # rasterio silences a warning about its own helper arrays in a way that two threads undo for each other
+    with _REPROJECT:
+        rasterio.warp.reproject(
+            layer.astype(np.float32),
+            out,
+            src_transform=native.affine,
+            src_crs=str(native.crs),
+            dst_transform=geobox.affine,
+            dst_crs=str(geobox.crs),
+            src_nodata=np.nan,
+            dst_nodata=np.nan,
+            resampling=kernel,
+        )
     return out
 
 
 def _hundredths(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), SLOPE_NODATA, np.rint(values * 100)).astype(np.uint16)
+
+
+def _hundredths_of_a_turn(values: np.ndarray) -> np.ndarray:
+    stored = _hundredths(values)
+    return np.where(stored == 36_000, 0, stored).astype(np.uint16)  # 359.996 degrees are north

@@ -1,0 +1,160 @@
+"""The result does not depend on the tiling, the runner, the threads or the Dask chunks: bit for bit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from geopandas.testing import assert_geodataframe_equal
+
+from slidecube.models.predict import predict
+from slidecube.pipeline.composite import MaskRule
+from slidecube.pipeline.config import load_config
+from slidecube.pipeline.features import Layers, build_features
+from slidecube.pipeline.open import open_inventory, open_plan
+from slidecube.pipeline.report_stage import read_objects
+from slidecube.pipeline.run import run
+from slidecube.pipeline.simulate import simulate_archive
+from slidecube.pipeline.store import open_layer
+from slidecube.pipeline.tile import optical_layer
+
+TOML = """
+[area]
+aoi = "{archive}/truth/area.geojson"
+[[epoch]]
+name = "event"
+pre = ["{pre[0]}", "{pre[1]}"]
+post = ["{post[0]}", "{post[1]}"]
+[sources]
+optical = "{archive}/archive/catalog.json"
+dem = "{archive}/archive/dem/collection.json"
+[cube]
+composite = "{composite}"
+tile_px = {tile_px}
+[detect]
+min_area_m2 = 2000
+[output]
+workspace = "."
+formats = ["parquet"]
+[cluster]
+profile = "{profile}"
+workers = {workers}
+threads_per_worker = {threads}
+"""
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """An area of 8 km: two tiles of 512 px and more each way, one or two of 2048."""
+    return simulate_archive(tmp_path_factory.mktemp("archive"), seed=3, extent_km=8.0, overpasses=4)
+
+
+def _run(
+    archive, folder: Path, *, tile_px=512, profile="threads", workers=1, threads=1, composite="greenest"
+):
+    folder.mkdir()
+    toml = folder / "run.toml"
+    toml.write_text(
+        TOML.format(
+            archive=os.path.relpath(archive.root, folder), pre=archive.pre, post=archive.post,
+            tile_px=tile_px, profile=profile, workers=workers, threads=threads, composite=composite,
+        )
+    )  # fmt: skip
+    report = run(load_config(toml), progress=False)
+    assert report.complete, report.reasons
+    return folder
+
+
+@pytest.fixture(scope="module", params=["greenest", "median"])
+def reference(request, archive, tmp_path_factory):
+    """512 px tiles on one thread."""
+    return request.param, _run(archive, tmp_path_factory.mktemp("w") / "a", composite=request.param)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tile_px": 1024, "threads": 2},
+        {"tile_px": 2048},
+        {"profile": "dask-local", "workers": 2},
+        {"workers": 2},
+    ],
+    ids=["1024px-2threads", "2048px", "512px-2processes", "512px-2tiles-at-once"],
+)
+def test_stored_arrays_and_objects_are_equal(reference, archive, tmp_path, other):
+    composite, one = reference
+    two = _run(archive, tmp_path / "b", composite=composite, **other)
+    _equal_layers(one, two)
+    _equal_inventories(one, two)
+    # the grid's key, and with it the detection's, names the tile size; nothing else may differ
+    a, b = (read_objects(open_plan(w)).drop(columns="detect_key") for w in (one, two))
+    assert len(a) > 20
+    assert_geodataframe_equal(a, b)
+    assert a.geometry.to_wkb().tolist() == b.geometry.to_wkb().tolist()
+
+
+def _equal_layers(one: Path, two: Path) -> None:
+    a, b = open_plan(one), open_plan(two)
+    extent = a.tiles[0].geobox
+    for tile in a.tiles:
+        extent = extent | tile.geobox
+    row, col = a.grid.offset_px(extent)
+    window = {"y": slice(row, row + extent.shape[0]), "x": slice(col, col + extent.shape[1])}
+    for la, lb in zip(a.layers, b.layers, strict=True):
+        da = open_layer(a.workspace.layer(a.grid, la.name)).isel(window)
+        db = open_layer(b.workspace.layer(b.grid, lb.name)).isel(window)
+        assert set(da.data_vars) == set(db.data_vars)
+        for name in da.data_vars:
+            x, y = da[name].values, db[name].values
+            assert np.unique(x[::7, ::7]).size > 1 or (name == "date" and a.config.cube.composite == "median")
+            np.testing.assert_array_equal(x, y, err_msg=f"{la.name} {name}")
+
+
+def _equal_inventories(one: Path, two: Path) -> None:
+    a, b = open_inventory(one), open_inventory(two)
+    shared = np.intersect1d(a.x, b.x), np.intersect1d(a.y, b.y)
+    for name in ("probability", "landslide", "observability", "reason", "spread"):
+        x, y = (d[name].sel(x=shared[0], y=shared[1]).values for d in (a, b))
+        inside = a["observability"].sel(x=shared[0], y=shared[1]).values >= 2
+        assert inside.any()
+        np.testing.assert_array_equal(x[inside], y[inside], err_msg=name)
+
+
+def test_any_dask_chunk_gives_the_same_composite(archive, tmp_path):
+    """The lazy functions on one big cube, whatever its chunks, equal what the batch run stored."""
+    workspace = _run(archive, tmp_path / "a", tile_px=1024)
+    plan = open_plan(workspace)
+    tile = plan.tiles[0]
+    epoch = plan.epochs[0]
+    mask = MaskRule(
+        scl_classes=plan.config.cube.mask.scl_classes, dilation_px=plan.config.cube.mask.dilation_px
+    )
+    layers = {}
+    for side, name in (("pre", epoch.pre), ("post", epoch.post)):
+        lazy = optical_layer(
+            plan.scenes_of(name, tile.key),
+            tile.geobox,
+            plan.config.cube.bands,
+            method="greenest",
+            mask=mask,
+            block_px=512,
+        )
+        stored = open_layer(plan.workspace.layer(plan.grid, name), tiles=[tile])
+        for variable in ("B04", "B08", "clear_count", "date"):
+            np.testing.assert_array_equal(lazy[variable].values, stored[variable].values)
+        layers[side] = stored
+    terrain = open_layer(plan.workspace.layer(plan.grid, epoch.terrain), tiles=[tile])
+    whole = [
+        predict(
+            plan.model,
+            build_features(
+                plan.model.card.inputs,
+                Layers(pre=layers["pre"].chunk(n), post=layers["post"].chunk(n), terrain=terrain.chunk(n)),
+            ),
+        )["probability"].values
+        for n in (100, 333, 1024)
+    ]
+    np.testing.assert_array_equal(whole[0], whole[2])
+    np.testing.assert_array_equal(whole[1], whole[2])
