@@ -26,6 +26,7 @@ from slidecube.pipeline.simulate.scene import Observed, clean, draw_sky, observe
 from slidecube.pipeline.simulate.terrain import detector_dem, scene_geobox, true_terrain
 
 _THREADS = 2
+_LARGE_PX = 8_000_000  # above, one scene at a time: each takes about 60 bytes a pixel
 _TILE_SNAP_PX = 6  # 60 m: items start on whole pixels of every band
 
 
@@ -172,7 +173,8 @@ def _some(all_: tuple[Overpass, ...], event: dt.date, count: int | None) -> tupl
 def _write_scenes(archive: SimulatedArchive, world: World, overpasses: tuple[Overpass, ...]) -> None:
     folder = archive.optical.parent
     jobs = [(o, baseline) for o in overpasses for baseline in o.baselines]
-    workers = min(_THREADS, os.cpu_count() or 1)
+    large = archive.geobox.shape[0] * archive.geobox.shape[1] > _LARGE_PX
+    workers = 1 if large else min(_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(lambda job: list(_scene(world, folder, *job)), jobs))
     items = [path for paths in done for path in paths]

@@ -106,12 +106,15 @@ class Strip:
         land, p = ground.landscape, ground.parameters
         fine = slice(rows.start * 2, rows.stop * 2)
         cover = land.cover[fine]
-        stand, fall = fields.repeat(land.stand[rows], 2), fields.repeat(land.fall[rows], 2)
+        stand, fall, soil, bright, tint = (
+            fields.repeat(a[rows].astype(np.float32), 2)
+            for a in (land.stand, land.fall, land.soil, land.bright, land.tint_b)
+        )
         green, high = green_cover(p.phenology, CLASSES, ground.day, stand=stand, fall=fall, cover=cover)
         index = ground.changes.index[fine]
-        texture = np.clip(1 + p.landslides.bare_texture * fields.repeat(land.tint_b[rows], 2), 0.3, 1.3)
+        texture = np.clip(1 + p.landslides.bare_texture * tint, 0.3, 1.3)
         changed = ground.removed[index] * (ground.changes.cover[fine] * np.float32(1 / 255))
-        bright = p.spectra.texture_sd * fields.repeat(land.bright[rows], 2)
+        bright *= p.spectra.texture_sd
         speckle = land.speckle[fine].astype(np.float32) * np.float32(p.spectra.speckle_sd)
         return cls(
             ground=ground,
@@ -121,7 +124,7 @@ class Strip:
             cover=cover,
             index=index,
             changed=np.clip(changed * texture, 0, 1),
-            soil=fields.repeat(land.soil[rows], 2),
+            soil=soil,
             brightness=np.where(cover == CLASSES.index("water"), 1, np.clip(1 + bright + speckle, 0.4, 1.8)),
         )
 
@@ -136,7 +139,10 @@ class Strip:
         fresh = _materials(p, self.ground.changes, number)
         rho += self.changed * (fresh[self.index] - rho)
         angle = np.pi * number / len(p.bands)
-        tint = np.cos(angle) * land.tint_a[self.rows] + np.sin(angle) * land.tint_b[self.rows]
+        cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+        tint = cos * land.tint_a[self.rows].astype(np.float32) + sin * land.tint_b[self.rows].astype(
+            np.float32
+        )
         rho *= self.brightness
         rho *= fields.repeat((1 + p.texture_band_sd * tint).astype(np.float32), 2)
         return np.asarray(np.maximum(rho, np.float32(0)))

@@ -31,6 +31,7 @@ CLASSES = (
 CODE = {name: code for code, name in enumerate(CLASSES)}
 COVER_OF = {"road": "built", "river": "bare"}  # classes that share another one's phenology and regrowth
 _DRAIN_STEP = 3  # drainage is computed on 30 m cells
+_STRIP_PX = 512  # rows worked at a time on the fine grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class Landscape:
     cover10 : (y, x) uint8 codes without roads and rivers, 10 m
     slope_deg : (y, x) float32 of the true terrain, 10 m
     parcel : (y, x) int32 number of the field a pixel lies in
-    soil, stand, fall, bright, tint_a, tint_b : (y, x) float32 fields of soil brightness (0..1), green cover, day of
+    soil, stand, fall, bright, tint_a, tint_b : (y, x) float16 fields of soil brightness (0..1), green cover, day of
         leaf fall (both in standard deviations), brightness and two of colour
     speckle : (2y, 2x) float16, brightness from crown to crown
     river_lines : channel reaches with their width in metres
@@ -87,7 +88,8 @@ def build_landscape(parameters: Parameters, terrain: Terrain, seed: int) -> Land
     cover = _with_lines(parameters, cover10, slope=slope, lines=lines, geobox=terrain.geobox, seed=seed)
 
     def field(name: str, patch_m: float) -> np.ndarray:
-        return fields.fractal(shape, fields.generator(seed, "field", name), patch_px=patch_m / pixel_m)
+        rng = fields.generator(seed, "field", name)
+        return fields.fractal(shape, rng, patch_px=patch_m / pixel_m).astype(np.float16)
 
     stand_m = parameters.phenology.patch_m
     by_parcel = np.isin(cover10, [CODE["cropland"], CODE["grass"]])
@@ -121,9 +123,10 @@ def _parcels(shape: tuple[int, int], side_px: float, seed: int) -> np.ndarray:
     rng = fields.generator(seed, "parcels")
     bend = [fields.smooth_noise(shape, rng, patch_px=side_px * 3) * side_px * 0.8 for _ in range(2)]
     angle = rng.uniform(0, np.pi / 2)
-    y, x = np.indices(shape, dtype=np.float32)
-    u = np.floor((x * np.cos(angle) + y * np.sin(angle) + bend[0]) / side_px).astype(np.int64)
-    v = np.floor((y * np.cos(angle) - x * np.sin(angle) + bend[1]) / (side_px * 0.7)).astype(np.int64)
+    y, x = (a.astype(np.float32) for a in np.ogrid[: shape[0], : shape[1]])
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    u = np.floor((x * cos + y * sin + bend[0]) / side_px).astype(np.int32)
+    v = np.floor((y * cos - x * sin + bend[1]) / (side_px * 0.7)).astype(np.int32)
     width = int(np.ptp(u)) + 1
     return np.asarray((v - v.min()) * width + (u - u.min()) + 1, dtype=np.int32)
 
@@ -132,7 +135,7 @@ def _by_parcel(parcel: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     values = fields.generator(seed, "by parcel", purpose).standard_normal(
         int(parcel.max()) + 1, dtype=np.float32
     )
-    return np.asarray(values[parcel], np.float32)
+    return np.asarray(values.astype(np.float16)[parcel])
 
 
 def _cover(
@@ -208,17 +211,30 @@ def _with_lines(
     cover = fields.repeat(cover10, 2)
     affine = geobox.affine @ geobox.affine.scale(0.5)
     water = cover == CODE["water"]
-    pixel_m = abs(geobox.affine.a)
-    # roads follow the zero line of a smooth field, so they wind and never end in a pixel
-    level = fields.smooth_noise(
-        cover10.shape, fields.generator(seed, "roads"), patch_px=parameters.landcover.road_spacing_m / pixel_m
-    )
-    level = fields.enlarge(level + ndimage.gaussian_filter(slope, 5.0) / 60, 2, cover.shape)
-    gy, gx = np.gradient(level)
-    gentle = fields.repeat(slope, 2) < 22.0  # [chosen] steeper ground has no lasting road
-    cover[(np.abs(level) < 0.7 * np.hypot(gx, gy)) & gentle] = CODE["road"]
+    _draw_roads(cover, parameters, slope, abs(geobox.affine.a), seed)
     if lines:
         beds = [(line.buffer(width / 2), CODE["river"]) for line, width in lines]
         drawn = rasterize(beds, cover.shape, transform=affine, dtype="uint8")
         cover = np.where(drawn > 0, drawn, cover)
     return np.where(water, np.uint8(CODE["water"]), cover)
+
+
+def _draw_roads(
+    cover: np.ndarray, parameters: Parameters, slope: np.ndarray, pixel_m: float, seed: int
+) -> None:
+    """Draw roads in place, strip by strip; they follow the zero line of a smooth field, so they wind on and on."""
+    patch_px = parameters.landcover.road_spacing_m / pixel_m
+    level = fields.smooth_noise(slope.shape, fields.generator(seed, "roads"), patch_px=patch_px)
+    level += ndimage.gaussian_filter(slope, 5.0) / 60
+    for start in range(0, slope.shape[0], _STRIP_PX):
+        stop = min(start + _STRIP_PX, slope.shape[0])
+        low, high = (
+            max(start - 2, 0),
+            min(stop + 2, slope.shape[0]),
+        )  # two rows of halo: gradient, interpolation
+        fine = fields.enlarge(level[low:high], 2, (2 * (high - low), cover.shape[1]))
+        gy, gx = np.gradient(fine)
+        on_road = np.abs(fine) < 0.7 * np.hypot(gx, gy)
+        on_road &= fields.repeat(slope[low:high], 2) < 22.0  # [chosen] steeper ground has no lasting road
+        keep = slice(2 * (start - low), 2 * (stop - low))
+        cover[2 * start : 2 * stop][on_road[keep]] = CODE["road"]

@@ -21,7 +21,7 @@ _CLOUD_STEP = 4  # clouds are drawn on 40 m pixels
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sky:
-    """Clouds of one overpass on 10 m pixels, all (y, x) float32 in 0..1.
+    """Clouds of one overpass on 10 m pixels, all (y, x) float16 in 0..1.
 
     opacity : of clouds; veil : of cirrus; shade : share of the direct light that clouds take
     """
@@ -64,8 +64,12 @@ def draw_sky(parameters: Parameters, landscape: Landscape, overpass: Overpass, s
     away = (base_m * north / flat / pixel_m, -base_m * east / flat / pixel_m)
     shadow = ndimage.shift(np.maximum(opacity, 0.5 * veil), away, order=1, mode="nearest")
     shade = np.clip(shadow * (1 - opacity), 0, 1) * p.shadow_strength
-    opacity, veil, shade = (fields.enlarge(a, _CLOUD_STEP, shape) for a in (opacity, veil, shade))
-    return Sky(opacity=opacity, veil=veil, shade=shade)
+    return Sky(opacity=_layer(opacity, shape), veil=_layer(veil, shape), shade=_layer(shade, shape))
+
+
+def _layer(coarse: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Cloud layer on 10 m pixels, in half precision: three of them are held while all bands are worked."""
+    return np.asarray(fields.enlarge(coarse, _CLOUD_STEP, shape), dtype=np.float16)
 
 
 def _padded(a: np.ndarray, step: int) -> np.ndarray:
