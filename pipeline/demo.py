@@ -60,7 +60,7 @@ def demo(out: Path, *, seed: int = 0, size: str = "default", say: TextIO | None 
     if not (toml.exists() and toml.read_text(encoding="utf-8").startswith(stamp)):
         print(f"simulating an archive of scenes (seed {seed}) ...", file=told)
         archive = simulate_archive(out, seed=seed, size=size)
-        toml.write_text(stamp + _toml(archive), encoding="utf-8")
+        toml.write_text(stamp + archive_toml(archive), encoding="utf-8")
     lap("simulation")
     config = load_config(toml)
     made = plan(config)
@@ -78,7 +78,8 @@ def demo(out: Path, *, seed: int = 0, size: str = "default", say: TextIO | None 
     return Demo(report=index, picture=picture, table=scores[EPOCH].table(), seconds=seconds)
 
 
-def _toml(archive: SimulatedArchive) -> str:
+def archive_toml(archive: SimulatedArchive) -> str:
+    """Write the TOML of a run over a simulated archive, for a file in the archive's folder, which is its workspace."""
     return f"""\
 [area]
 aoi = "truth/area.geojson"
