@@ -33,6 +33,14 @@ test: $(VENV)/.dev ## Run the tests; PYTEST_ARGS="-k grid" picks some
 test-all: $(VENV)/.dev ## Run the slow tests, too
 	@"$(BIN)/pytest" -n "$(WORKERS)" --dist loadfile -m "" $(PYTEST_ARGS)
 
+.PHONY: bench
+bench: $(VENV)/.dev ## Measure memory against the plan's prediction, and speed beside the peers
+	@for script in tests/benchmarks/*.py; do echo "== $$script"; PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" "$$script"; done
+
+.PHONY: simulation-report
+simulation-report: $(VENV)/.dev ## Score the detectors on simulated archives of five seeds: docs/simulation-report.md
+	@"$(BIN)/python" -m slidecube.pipeline.simulate docs/simulation-report.md
+
 .PHONY: check
 check: $(VENV)/.dev ## Check style, types and the import rule
 	@"$(BIN)/ruff" check .
