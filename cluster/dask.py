@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import dask
+import psutil
 from distributed import Client, LocalCluster, WorkerPlugin, as_completed
 from distributed.scheduler import KilledWorker
 
 from slidecube.cluster.resources import Profile
-from slidecube.cluster.runner import TaskFunction, TaskResult, TileTask
+from slidecube.cluster.runner import Results, TaskFunction, TaskResult, TileTask, failed
 
 _IN_FLIGHT_PER_WORKER = 2  # one running, one waiting: a worker never idles, and Ctrl-C loses little
 
 
+_LONE_ATTEMPTS = 2
+_SCRATCH = "slidecube-dask-"
+
+
 class _DieWithDriver(WorkerPlugin):
     """A worker whose driver was killed must not go on writing: the kernel ends it too (Linux)."""
+
+    def __init__(self, driver: int) -> None:
+        self._driver = driver
 
     def setup(self, worker: Any) -> None:
         del worker
@@ -33,6 +43,8 @@ class _DieWithDriver(WorkerPlugin):
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         except (OSError, AttributeError):  # not Linux: distributed's own watch on the parent's pipe remains
             return
+        if os.getppid() != self._driver:  # it died before we asked
+            os._exit(1)
 
 
 class DaskRunner:
@@ -51,11 +63,14 @@ class DaskRunner:
 
     def __enter__(self) -> Self:
         """Start the workers."""
-        self._scratch = tempfile.TemporaryDirectory(prefix="slidecube-dask-", ignore_cleanup_errors=True)
+        _remove_stale_scratch()
+        self._scratch = tempfile.TemporaryDirectory(
+            prefix=f"{_SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True
+        )
         memory = int(self._profile.worker.mem_gb * 1e9)
         with dask.config.set(
             {
-                "distributed.scheduler.allowed-failures": 2,
+                "distributed.scheduler.allowed-failures": 0,  # `run` tries again, and knows better with whom
                 "distributed.worker.memory.spill": False,
                 "distributed.worker.memory.target": False,
                 # a tile's own ceiling was projected before the run; pausing a worker that holds one would only wait
@@ -74,30 +89,50 @@ class DaskRunner:
                 silence_logs=logging.ERROR,
             )
             self._client = Client(self._cluster)
-        self._client.register_plugin(_DieWithDriver())
+        self._client.register_plugin(_DieWithDriver(os.getpid()))
         return self
 
-    def run(self, function: TaskFunction, tasks: Iterable[TileTask]) -> Iterator[TaskResult]:
+    def run(self, function: TaskFunction, tasks: Iterable[TileTask]) -> Results:
         """Yield the results of all tasks; see `Runner`."""
+        suspects = []
+        for task, result in self._each(function, tasks, self._profile.workers * _IN_FLIGHT_PER_WORKER):
+            if result is None:
+                suspects.append(task)
+            else:
+                yield result
+        # which of the tasks that a worker held when it died was the cause shows when each is tried alone
+        for task in suspects:
+            results = (r for _ in range(_LONE_ATTEMPTS) for _, r in self._each(function, [task], 1))
+            yield next((r for r in results if r is not None), _killed(task))
+
+    def _each(
+        self, function: TaskFunction, tasks: Iterable[TileTask], width: int
+    ) -> Generator[tuple[TileTask, TaskResult | None], None, None]:
+        """Yield each task with its result, None where its worker died; so many are in flight at once."""
         assert self._client is not None
-        waiting = deque(tasks)
-        by_key: dict[str, TileTask] = {}
+        client, waiting = self._client, deque(tasks)
+        in_flight: dict[Any, TileTask] = {}
         running = as_completed(raise_errors=False)
 
         def submit() -> None:
             task = waiting.popleft()
             key = f"{task.stage}-{task.layer}-{task.epoch}-{task.tile}-{task.key}-{os.urandom(4).hex()}"
-            by_key[key] = task
-            running.add(self._client.submit(function, task, key=key, pure=False, retries=0))  # type: ignore[union-attr]
+            future = client.submit(function, task, key=key, pure=False, retries=0)
+            in_flight[future] = task
+            running.add(future)
 
-        for _ in range(min(len(waiting), self._profile.workers * _IN_FLIGHT_PER_WORKER)):
-            submit()
-        for future in running:
-            task = by_key.pop(future.key)
-            yield _result(future, task)
-            future.release()
-            if waiting:
+        try:
+            for _ in range(min(len(waiting), width)):
                 submit()
+            for future in running:
+                yield in_flight[future], _result(future, in_flight[future])
+                del in_flight[future]
+                future.release()
+                if waiting:
+                    submit()
+        finally:
+            if in_flight:  # given up in the middle: what has not begun shall not begin
+                client.cancel(list(in_flight), force=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -111,13 +146,30 @@ class DaskRunner:
             self._scratch.cleanup()
 
 
-def _result(future: Any, task: TileTask) -> TaskResult:
+def _result(future: Any, task: TileTask) -> TaskResult | None:
+    """Result of a finished future, None when its worker died."""
     if future.status == "finished":
         found: TaskResult = future.result()
         return found
     error = future.exception() if future.status == "error" else None
     if isinstance(error, KilledWorker):
-        reason = "the worker died on this tile three times, most likely out of memory; raise mem_gb or lower workers"
-    else:
-        reason = f"{type(error).__name__}: {error}" if error is not None else f"the task was {future.status}"
-    return TaskResult(task=task, status="failed", reason=" ".join(reason.split()))
+        return None
+    if error is not None:
+        return failed(task, error)
+    return TaskResult(task=task, status="failed", reason=f"the task was {future.status} by Dask")
+
+
+def _killed(task: TileTask) -> TaskResult:
+    reason = (
+        f"the worker died {1 + _LONE_ATTEMPTS} times on this tile, the last times alone, most likely out of memory; "
+        "raise mem_gb or lower workers"
+    )
+    return TaskResult(task=task, status="failed", reason=reason)
+
+
+def _remove_stale_scratch() -> None:
+    """Remove the scratch folders of killed drivers, as far as they are ours."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)

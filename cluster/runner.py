@@ -7,7 +7,7 @@ writes to the store and returns a record of a few hundred bytes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
@@ -47,13 +47,15 @@ class TaskResult:
 
 
 TaskFunction = Callable[[TileTask], TaskResult]
+Results = Generator[TaskResult, None, None]
 
 
 class Runner(Protocol):
     """Maps a function over tasks with a bounded number of them in flight.
 
     `run` yields one result a task as they finish, in any order. The function itself turns its failures into results;
-    what a runner adds is the death of a worker, which becomes a failed result too.
+    what it still raises, and the death of a worker, become failed results too. Closing the generator early gives up
+    what has not begun, and waits for what has or ends it.
     """
 
     @property
@@ -61,7 +63,7 @@ class Runner(Protocol):
         """Where to look at it: a dashboard's address, or "" when there is none."""
         ...
 
-    def run(self, function: TaskFunction, tasks: Iterable[TileTask]) -> Iterator[TaskResult]:
+    def run(self, function: TaskFunction, tasks: Iterable[TileTask]) -> Results:
         """Yield the results of all tasks."""
         ...
 
@@ -84,10 +86,10 @@ class ThreadsRunner:
     def __init__(self, profile: Profile) -> None:
         self._workers = profile.workers
 
-    def run(self, function: TaskFunction, tasks: Iterable[TileTask]) -> Iterator[TaskResult]:
+    def run(self, function: TaskFunction, tasks: Iterable[TileTask]) -> Results:
         """Yield the results of all tasks; see `Runner`."""
         if self._workers == 1:
-            yield from map(function, tasks)
+            yield from (_guarded(function, task) for task in tasks)
             return
         waiting = deque(tasks)
         pool = ThreadPoolExecutor(self._workers)
@@ -95,7 +97,7 @@ class ThreadsRunner:
         try:
             while waiting or running:
                 while waiting and len(running) < self._workers:
-                    running.add(pool.submit(function, waiting.popleft()))
+                    running.add(pool.submit(_guarded, function, waiting.popleft()))
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     yield future.result()
@@ -110,6 +112,18 @@ class ThreadsRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing to stop."""
+
+
+def failed(task: TileTask, error: BaseException) -> TaskResult:
+    """Result of a task whose function raised."""
+    return TaskResult(task=task, status="failed", reason=" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _guarded(function: TaskFunction, task: TileTask) -> TaskResult:
+    try:
+        return function(task)
+    except Exception as error:  # noqa: BLE001  one task must not end the others
+        return failed(task, error)
 
 
 def open_runner(profile: Profile) -> Runner:
