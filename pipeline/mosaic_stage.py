@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,36 +24,40 @@ from slidecube.pipeline.plan import EpochPlan, RunPlan
 from slidecube.pipeline.publish import write_products
 from slidecube.pipeline.report_stage import write_plan_report
 from slidecube.pipeline.store import read_window
+from slidecube.pipeline.tile import detect_keys
 
 RECORD = "products.json"
 
 
+def detected(plan: RunPlan, epoch: str) -> dict[str, str]:
+    """Tiles of an epoch whose detection is done under the plan's key, and that key."""
+    ledger = Ledger.of(plan.workspace.inventory(plan.inventory), epoch)
+    keys = detect_keys(plan, epoch)
+    return {tile: key for tile, key in keys.items() if ledger.complete(tile, key)}
+
+
 def products_key(plan: RunPlan) -> str:
-    """Key of the products: the detections they are made of, and what is written."""
-    records = [
-        [epoch.name, tile.key, None if record is None else [record.key, record.state]]
-        for epoch in plan.epochs
-        for tile in plan.tiles
-        for record in [Ledger.of(plan.workspace.inventory(plan.inventory), epoch.name).read(tile.key)]
-    ]
-    return content_key(
-        "products", SCHEMA_VERSION, slidecube_version(), records, sorted(plan.config.output.formats)
-    )
+    """Key of the products: the detections that they are made of."""
+    made = [[epoch.name, detected(plan, epoch.name)] for epoch in plan.epochs]
+    return content_key("products", SCHEMA_VERSION, slidecube_version(), made)
 
 
-def mosaic_due(plan: RunPlan) -> bool:
-    """Tell whether the products are missing or older than the detections."""
-    try:
-        record = json.loads((plan.workspace.products(plan.inventory) / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return True
-    return bool(record.get("key") != products_key(plan))
+def mosaic_due(plan: RunPlan, *, formats: Sequence[str] | None = None) -> bool:
+    """Tell whether the products are missing or older than the detections.
+
+    formats : that must be there; all of the configuration, and no other, when left out
+    """
+    folder = plan.workspace.products(plan.inventory)
+    record = _read_record(folder)
+    there = set(record["formats"])
+    wanted = there == set(plan.config.output.formats) if formats is None else set(formats) <= there
+    whole = all((folder / product).exists() for product in record["products"])
+    return not (wanted and whole and record["key"] == products_key(plan))
 
 
 def any_detected(plan: RunPlan) -> bool:
     """Tell whether there is a detected tile to make products of."""
-    ledgers = (Ledger.of(plan.workspace.inventory(plan.inventory), epoch.name) for epoch in plan.epochs)
-    return any(record.complete for ledger in ledgers for record in ledger)
+    return any(detected(plan, epoch.name) for epoch in plan.epochs)
 
 
 def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
@@ -90,15 +95,35 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
     )
     if "report" in plan.config.output.formats:
         paths["report"] = write_plan_report(plan, objects=objects)
+    products = sorted(str(p.relative_to(folder)) for p in paths.values() if p.is_relative_to(folder))
+    _remove_stale(folder, set(_read_record(folder)["products"]) - set(products))
     record = {
         "key": key,
+        "formats": sorted(plan.config.output.formats),
         "inventory": plan.inventory,
         "run": plan.run,
         "objects": len(objects),
-        "products": sorted(str(p.relative_to(folder)) for p in paths.values() if p.is_relative_to(folder)),
+        "products": products,
     }
     write_atomic(folder / RECORD, json.dumps(record, indent=1, sort_keys=True))
     return folder
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"key": "", "formats": [], "products": []}
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return nothing
+    return nothing | record if isinstance(record, dict) else nothing
+
+
+def _remove_stale(folder: Path, products: set[str]) -> None:
+    """Remove products of formats that are not asked for any more: they would show an older inventory."""
+    for product in products:
+        if product.startswith("report/"):
+            shutil.rmtree(folder / "report", ignore_errors=True)
+        (folder / product).unlink(missing_ok=True)
 
 
 def lineage(plan: RunPlan) -> Lineage:
@@ -182,15 +207,16 @@ def _window(plan: RunPlan, layer: str) -> Any:
 def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]:
     """Detected tiles of an epoch, one at a time, with what the objects' attributes are made of."""
     inventory = plan.workspace.inventory(plan.inventory)
-    ledger = Ledger.of(inventory, epoch.name)
+    done = detected(plan, epoch.name)
     px = plan.grid.tile_px
     row0, col0 = min(t.row for t in plan.tiles), min(t.col for t in plan.tiles)
-    found = False
+    if not done:
+        raise PipelineError(
+            f"No tile of epoch {epoch.name!r} has been detected; run `slidecube detect` first"
+        )
     for tile in plan.tiles:
-        record = ledger.read(tile.key)
-        if record is None or not record.complete:
+        if tile.key not in done:
             continue
-        found = True
         rows = slice((tile.row - row0) * px, (tile.row - row0 + 1) * px)
         cols = slice((tile.col - col0) * px, (tile.col - col0 + 1) * px)
         names = ["landslide", "probability", "spread"]
@@ -211,8 +237,4 @@ def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]
             offset_px=(tile.row * px, tile.col * px),
             landslide=landslide,
             attributes={"probability": stored["probability"], "spread": stored["spread"], **layer},
-        )
-    if not found:
-        raise PipelineError(
-            f"No tile of epoch {epoch.name!r} has been detected; run `slidecube detect` first"
         )

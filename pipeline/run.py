@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import errno
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,14 @@ from slidecube.cluster.resources import Profile, load_profile
 from slidecube.cluster.runner import Runner, TaskResult, TileTask, open_runner
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
+from slidecube.pipeline.events import unfinished, write_event
 from slidecube.pipeline.layers import create_stores
-from slidecube.pipeline.ledger import Ledger
+from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import RunPlan, plan
 from slidecube.pipeline.store import remove_partials
-from slidecube.pipeline.tile import TileContext, detect_task_key, run_task
+from slidecube.pipeline.tile import FENCED, TileContext, detect_keys, run_task
 
 STAGES = ("cube", "detect", "mosaic")
 _ENOSPC = os.strerror(errno.ENOSPC)
@@ -93,9 +93,11 @@ class _Driver:
     done: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     reasons: list[tuple[str, str]] = field(default_factory=list)
+    lost_tiles: set[str] = field(default_factory=set)
     scene_reads: int = 0
 
     def drive(self, stages: Sequence[str]) -> RunReport:
+        self._recover_events()
         self._event("run_started", stages=list(stages), profile=self.profile.name)
         if "cube" in stages or "detect" in stages:
             with open_runner(self.profile) as runner:
@@ -108,7 +110,7 @@ class _Driver:
         products = None
         if "mosaic" in stages:
             products = self._mosaic()
-        complete = self.failed.total() <= self.plan.config.cluster.failure_budget
+        complete = len(self.lost_tiles) <= self.plan.config.cluster.failure_budget
         self._event("run_ended", complete=complete, done=dict(self.done), failed=dict(self.failed))
         return RunReport(
             run=self.plan.run,
@@ -129,9 +131,10 @@ class _Driver:
         )
         self._event("stage_started", stage=stage, due=len(tasks))
         self.lock.set_running(min(len(tasks), self.profile.workers))
-        results = runner.run(partial(run_task, context), tasks)
-        for result in self._shown(stage, results, len(tasks)):
-            self._take(result)
+        # closed here: after the lock is given back, no thread may be at work
+        with closing(runner.run(partial(run_task, context), tasks)) as results:
+            for result in self._shown(stage, results, len(tasks)):
+                self._take(result)
         self.lock.set_running(0)
 
     def _shown(self, stage: str, results: Iterator[TaskResult], total: int) -> Iterable[TaskResult]:
@@ -154,25 +157,15 @@ class _Driver:
     def _take(self, result: TaskResult) -> None:
         task = result.task
         self.scene_reads += result.scene_reads
-        self._event(
-            "task",
-            stage=task.stage,
-            layer=task.layer,
-            epoch=task.epoch,
-            tile=task.tile,
-            key=task.key,
-            status=result.status,
-            reason=result.reason,
-            seconds=result.seconds,
-            peak_mem_gb=result.peak_mem_gb,
-            bytes=result.bytes,
-            scene_reads=result.scene_reads,
-        )
+        self._task_event(task, result)
         if result.status != "failed":
             self.done[task.stage] += 1
             return
         self.failed[task.stage] += 1
+        self.lost_tiles.add(task.tile)
         self.reasons.append((f"{task.stage} {task.tile}", result.reason))
+        if result.reason == FENCED:
+            self.lock.require()
         if result.reason.startswith((_ENOSPC, _EDQUOT)):
             raise IncompleteError(
                 f"The disk of workspace {self.plan.workspace.root} is full ({result.reason}); free some space and run "
@@ -180,9 +173,13 @@ class _Driver:
             )
 
     def _mosaic(self) -> Path | None:
+        self.lock.require()
+        undetected = {task.tile for task in due_detections(self.plan)} - self.lost_tiles
+        self.reasons += [(f"detect {tile}", "not detected yet") for tile in sorted(undetected)]
+        self.lost_tiles |= undetected
         if not mosaic_due(self.plan):
             return self.plan.workspace.products(self.plan.inventory)
-        if self.failed.total() and not any_detected(self.plan):
+        if self.lost_tiles and not any_detected(self.plan):
             return None  # the reasons of the failures say more than a missing product
         self._event("stage_started", stage="mosaic", due=1)
         folder = mosaic_run(self.plan, say=self.say if self.progress else None)
@@ -190,19 +187,41 @@ class _Driver:
         self._event("mosaic", products=str(folder.relative_to(self.plan.workspace.root)))
         return folder
 
+    def _recover_events(self) -> None:
+        """Tell what a killed driver could not: the tiles that were recorded and not told of.
+
+        Otherwise the scenes that they read would not be counted.
+        """
+        told, started = unfinished(self.plan.workspace.events(self.plan.run))
+        if not started:
+            return
+        for layer in self.plan.layers:
+            for record in Ledger.of(self.plan.workspace.layer(self.plan.grid, layer.name)):
+                of_plan = self.plan.tasks[layer.name].get(record.tile, ("",))[0] == record.key
+                if of_plan and record.written_at >= started and (layer.name, record.tile) not in told:
+                    task = TileTask(
+                        stage="cube", layer=layer.name, epoch="", tile=record.tile, key=record.key
+                    )
+                    self._task_event(task, record)
+
+    def _task_event(self, task: TileTask, result: TaskResult | Record) -> None:
+        self._event(
+            "task",
+            stage=task.stage,
+            layer=task.layer,
+            epoch=task.epoch,
+            tile=task.tile,
+            key=task.key,
+            status=result.status if isinstance(result, TaskResult) else result.state,
+            reason=result.reason,
+            seconds=result.seconds,
+            peak_mem_gb=result.peak_mem_gb,
+            bytes=result.bytes,
+            scene_reads=result.scene_reads,
+        )
+
     def _event(self, event: str, **fields: Any) -> None:
-        path = self.plan.workspace.events(self.plan.run)
-        now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                # the line of a killed driver may lack its end
-                file.write(("\n" if event == "run_started" and file.tell() else "") + line + "\n")
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            # a full disk takes no events; the task that met it stops the run with its own message
+        write_event(self.plan.workspace.events(self.plan.run), event, **fields)
 
 
 def due_cubes(made: RunPlan) -> list[TileTask]:
@@ -222,11 +241,10 @@ def due_detections(made: RunPlan) -> list[TileTask]:
     tasks = []
     for epoch in made.epochs:
         ledger = Ledger.of(made.workspace.inventory(made.inventory), epoch.name)
-        for tile in made.tiles:
-            key = detect_task_key(made, epoch.name, tile)
-            if not ledger.complete(tile.key, key):
+        for tile, key in detect_keys(made, epoch.name).items():
+            if not ledger.complete(tile, key):
                 tasks.append(
-                    TileTask(stage="detect", layer=made.inventory, epoch=epoch.name, tile=tile.key, key=key)
+                    TileTask(stage="detect", layer=made.inventory, epoch=epoch.name, tile=tile, key=key)
                 )
     return tasks
 

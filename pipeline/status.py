@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -11,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.events import read_events
 from slidecube.pipeline.inventory import REASONS, Observability
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Lock, alive, read_lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
 from slidecube.pipeline.plan import RunPlan, current_run, known_runs, read_plan
 from slidecube.pipeline.store import Workspace
-from slidecube.pipeline.tile import detect_task_key
+from slidecube.pipeline.tile import detect_keys
 
 STATES = ("done", "due", "failed", "running")
 
@@ -73,7 +73,7 @@ def status(where: str | Path) -> dict[str, Any]:
         stage = "cube" if tiles["cube"]["due"] else "detect"
         tiles[stage]["running"] = min(running["running"], tiles[stage]["due"])
         tiles[stage]["due"] -= tiles[stage]["running"]
-    due = mosaic_due(made)
+    due = mosaic_due(made, formats=())  # the plan's TOML may be older than the one that was run
     tiles["mosaic"] = {"done": int(not due), "due": int(due), "failed": 0, "running": 0}
     total, last = _scene_reads(workspace, made.run)
     return {
@@ -97,8 +97,8 @@ def _pieces(made: RunPlan) -> Iterator[tuple[str, str, Ledger, dict[str, str]]]:
         keys = {tile: key for tile, (key, _) in made.tasks[layer.name].items()}
         yield "cube", layer.name, Ledger.of(made.workspace.layer(made.grid, layer.name)), keys
     for epoch in made.epochs:
-        keys = {tile.key: detect_task_key(made, epoch.name, tile) for tile in made.tiles}
-        yield "detect", epoch.name, Ledger.of(made.workspace.inventory(made.inventory), epoch.name), keys
+        ledger = Ledger.of(made.workspace.inventory(made.inventory), epoch.name)
+        yield "detect", epoch.name, ledger, detect_keys(made, epoch.name)
 
 
 def clean(where: str | Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
@@ -137,11 +137,7 @@ def _scene_reads(workspace: Workspace, run_name: str) -> tuple[int, int]:
     """Scenes read over the life of the workspace, and in the last run of a plan."""
     total = last = 0
     for path in sorted((workspace.root / "events").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:  # the last line of a killed driver
-                continue
+        for event in read_events(path):
             total += event.get("scene_reads", 0)
             if path.stem == run_name:
                 last = 0 if event["event"] == "run_started" else last + event.get("scene_reads", 0)

@@ -56,7 +56,7 @@ def run_summary(report: RunReport) -> str:
 
 def failure_line(report: RunReport, workspace: Path) -> str:
     """Describe in one line why a run is incomplete."""
-    failed = _count(sum(report.failed.values()), "tile")
+    failed = _count(len({what.split()[-1] for what, _ in report.reasons}), "tile")
     first = f", first {': '.join(report.reasons[0])}" if report.reasons else ""
     return f"incomplete: {failed} failed{first}; `slidecube status {workspace}` lists all, the same command tries again"
 

@@ -279,15 +279,24 @@ def _detect(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
 _STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {"cube": _cube, "detect": _detect}
 
 
-def detect_task_key(plan: RunPlan, epoch: str, tile: Tile) -> str:
-    """Key of one tile's detection: what is detected, and the records of the 3 x 3 tiles that it reads."""
+def detect_keys(plan: RunPlan, epoch: str) -> dict[str, str]:
+    """Key of each tile's detection: what is detected, and the records of the 3 x 3 tiles that it reads."""
     made = plan.by_epoch[epoch]
-    read = []
-    for neighbour in plan.neighbours(tile):
-        for name in (made.pre, made.post, made.terrain):
-            key = plan.tasks[name][neighbour.key][0]
-            read.append([name, neighbour.key, key, _layer_ledger(plan, name).complete(neighbour.key, key)])
-    return content_key(made.detect_key, plan.inventory, tile.key, read)
+    read: dict[str, list[tuple[str, str, str, bool]]] = {}
+    for tile in plan.tiles:
+        keys = [(name, plan.tasks[name][tile.key][0]) for name in (made.pre, made.post, made.terrain)]
+        read[tile.key] = [
+            (name, tile.key, key, _layer_ledger(plan, name).complete(tile.key, key)) for name, key in keys
+        ]
+    return {
+        tile.key: content_key(
+            made.detect_key,
+            plan.inventory,
+            tile.key,
+            [entry for neighbour in plan.neighbours(tile) for entry in read[neighbour.key]],
+        )
+        for tile in plan.tiles
+    }
 
 
 def minimum_size_px(min_area_m2: float, resolution_m: float) -> int:
