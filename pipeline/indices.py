@@ -39,7 +39,8 @@ def rdndvi(pre: A, post: A) -> A:
 
 
 def _float(a: A) -> A:
-    wide: A = a.astype(np.result_type(a.dtype, np.float32))
+    array: Any = a if hasattr(a, "dtype") else np.asarray(a)  # plain numbers and lists, too
+    wide: A = array.astype(np.result_type(array.dtype, np.float32))
     return wide
 
 

@@ -35,15 +35,16 @@ _MARGIN_PX = 4  # one for Horn's kernel, two for the cubic kernel, one for round
 def slope_deg(dem: xr.DataArray) -> xr.DataArray:
     """Slope of the terrain by Horn's 3 x 3 kernel.
 
-    dem : (y, x), metres above the geoid, NaN (or its `_FillValue`/`nodata` attribute) = nodata. The pixel size comes
-        from its coordinates and CRS: metres for a projected CRS; for a geographic one, the metres that a pixel
-        measures on the ellipsoid at its row.
+    dem : (y, x), or the one band of (band, y, x), metres above the geoid, NaN (or its nodata value) = nodata. The
+        pixel size comes from its coordinates and CRS: metres for a projected CRS; for a geographic one, the metres
+        that a pixel measures on the ellipsoid at its row.
     Returns (y, x) float32 degrees in [0, 90); NaN where any of the nine cells is nodata, and at the edge.
     Raises PipelineError if the array has no CRS, or one that is neither projected nor geographic.
     Source: Horn 1981, eq. 1-3. Equal to `gdaldem slope` to 1e-3 degrees on a projected DEM.
     """
-    dz_dx, dz_dy = _gradients(dem)
-    return dem.copy(data=slope_from(dz_dx, dz_dy)).assign_attrs(units="degrees", long_name="slope")
+    plane = _plane(dem)
+    dz_dx, dz_dy = _gradients(plane)
+    return _like(plane, slope_from(dz_dx, dz_dy), units="degrees", long_name="slope")
 
 
 def aspect_deg(dem: xr.DataArray) -> xr.DataArray:
@@ -52,8 +53,9 @@ def aspect_deg(dem: xr.DataArray) -> xr.DataArray:
     dem : as for `slope_deg`. Returns (y, x) float32 degrees in [0, 360); NaN where flat, at nodata and at the edge.
     Source: Horn 1981. Equal to `gdaldem aspect`.
     """
-    dz_dx, dz_dy = _gradients(dem)
-    return dem.copy(data=aspect_from(dz_dx, dz_dy)).assign_attrs(units="degrees", long_name="aspect")
+    plane = _plane(dem)
+    dz_dx, dz_dy = _gradients(plane)
+    return _like(plane, aspect_from(dz_dx, dz_dy), units="degrees", long_name="aspect")
 
 
 def terrain(
@@ -134,9 +136,26 @@ def horn_gradients(z: np.ndarray, dx_m: np.ndarray | float, dy_m: float) -> tupl
     return out_x, out_y
 
 
+def _plane(dem: xr.DataArray) -> xr.DataArray:
+    """Take the one band of what `rioxarray.open_rasterio` gives."""
+    plane = dem.isel({dem.dims[0]: 0}, drop=True) if dem.ndim == 3 and dem.shape[0] == 1 else dem
+    if plane.ndim != 2:
+        raise PipelineError(f"A DEM has two dimensions (y, x); got {dem.dims} of {dem.shape}")
+    return plane
+
+
+def _like(dem: xr.DataArray, values: np.ndarray, *, units: str, long_name: str) -> xr.DataArray:
+    """Place derived values on the DEM's pixels; its own nodata, scale and units do not hold for them."""
+    return xr.DataArray(
+        values,
+        coords=dem.coords,
+        dims=dem.dims,
+        name=long_name,
+        attrs={"units": units, "long_name": long_name},
+    )
+
+
 def _gradients(dem: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
-    if dem.ndim != 2:
-        raise PipelineError(f"A DEM has two dimensions (y, x); got {dem.dims}")
     z = np.asarray(dem.data, np.float64)
     nodata = dem.rio.nodata if dem.rio.nodata is not None else dem.rio.encoded_nodata
     if nodata is not None:
