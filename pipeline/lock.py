@@ -47,10 +47,9 @@ class Lock:
 
     def __enter__(self) -> Self:
         """Take the lock; raises PipelineError when another driver holds it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         silent_since, seen = time.monotonic(), None
         while True:
-            with _guard(self.path.with_name("guard")):
+            with guard(self.path.with_name("guard")):
                 other = read_lock(self.path)
                 if other is None or _dead(other) is True:
                     self._take()
@@ -69,7 +68,7 @@ class Lock:
                     )
                 seen, silent_since = beat, time.monotonic()
             if time.monotonic() - silent_since > SILENT_S:
-                with _guard(self.path.with_name("guard")):
+                with guard(self.path.with_name("guard")):
                     if read_lock(self.path) == other:
                         self._take()
                         break
@@ -85,7 +84,7 @@ class Lock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        with _guard(self.path.with_name("guard")):
+        with guard(self.path.with_name("guard")):
             if holds(self.path, self.token):
                 self.path.unlink(missing_ok=True)
 
@@ -104,7 +103,7 @@ class Lock:
     def _keep(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                with _guard(self.path.with_name("guard")):
+                with guard(self.path.with_name("guard")):
                     if not holds(self.path, self.token):
                         return  # taken over: whoever did believed us dead, and our tasks are fenced
                     self._beat += 1
@@ -180,8 +179,9 @@ def _machine() -> str:
 
 
 @contextmanager
-def _guard(path: Path) -> Iterator[None]:
+def guard(path: Path) -> Iterator[None]:
     """Exclusive hold for the moment of looking and writing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

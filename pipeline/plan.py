@@ -12,17 +12,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
 import geopandas as gpd
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyogrio
 import shapely
 
 from slidecube.catalog.aoi import Aoi, read_aoi
 from slidecube.catalog.grid import Tile, TileGrid, choose_crs
-from slidecube.catalog.scenes import Scene, SceneTable, Window
+from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
 from slidecube.catalog.search import search
 from slidecube.models.predict import Detector
 from slidecube.models.zoo import build_model
@@ -33,6 +36,7 @@ from slidecube.pipeline.estimate import Estimate, estimate
 from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
 from slidecube.pipeline.ledger import write_atomic
+from slidecube.pipeline.lock import guard
 from slidecube.pipeline.store import Workspace
 
 TERRAIN_VARIABLES = ("elevation", "slope_deg", "aspect_deg")
@@ -170,11 +174,11 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
         raise PipelineError(
             f"The AOI {aoi.name!r} covers no pixel of the grid {grid.key}; check its coordinates"
         )
-    earlier = index.searches.get(content_key(config.search_terms()))
+    earlier = index.searches.get(_search_key(config, tiles))
     if earlier and not refresh and (workspace.plan(earlier) / "scenes.parquet").exists():
         scenes, reused = SceneTable.read_parquet(workspace.plan(earlier) / "scenes.parquet"), True
     else:
-        scenes, reused = _search(config, aoi), False
+        scenes, reused = _search(config, aoi, _tiled(aoi, tiles)), False
     made = _assemble(config, workspace=workspace, aoi=aoi, grid=grid, tiles=tiles, scenes=scenes, model=model)
     _write(made)
     index.remember(workspace, made)
@@ -187,15 +191,31 @@ def read_plan(workspace: Workspace, run: str, *, config: Config | None = None) -
     config : the configuration as it stands now, whose machine settings count; the plan's own when left out
     """
     folder = workspace.plan(run)
+    if not (folder / "plan.json").exists():
+        raise PipelineError(f"No plan {run!r} in {workspace.root}; make it with `slidecube plan`")
     try:
-        raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PipelineError(f"No plan {run!r} in {workspace.root}; make it with `slidecube plan`") from None
+        return _read_folder(folder, workspace, config)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        pa.ArrowException,
+        pyogrio.errors.DataSourceError,
+    ) as error:
+        raise PipelineError(
+            f"Plan {folder} is damaged ({' '.join(str(error).split())[:160]}); remove this folder and plan again, "
+            "what is done stays done"
+        ) from None
+
+
+def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> RunPlan:
+    raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     frame = gpd.read_file(folder / "aoi.geojson")
     grid = TileGrid(**raw["grid"])
     table = pq.read_table(folder / "tiles.parquet").to_pylist()
     return RunPlan(
-        run=run,
+        run=folder.name,
         workspace=workspace,
         config=config or load_config(folder / "run.toml", base=Path(raw["base"])),
         aoi=Aoi(name=raw["aoi"], geometry=frame.geometry.iloc[0]),
@@ -246,38 +266,61 @@ class _Index:
             return cls()
 
     def remember(self, workspace: Workspace, made: RunPlan) -> None:
-        stem = made.config.stem
         before = asdict(self)
-        self.runs[f"{stem} {content_key(made.config.science())}"] = made.run
-        self.searches[content_key(made.config.search_terms())] = made.run
-        self.newest[stem] = made.run
-        self.latest = made.run
-        if asdict(self) != before:
+        self.note(made)
+        if asdict(self) == before:
+            return
+        with guard(workspace.locks / "plans"):  # another plan may have been made since we read
+            fresh = _Index.read(workspace)
+            fresh.note(made)
             write_atomic(
-                workspace.root / "plans" / "index.json", json.dumps(asdict(self), indent=1, sort_keys=True)
+                workspace.root / "plans" / "index.json", json.dumps(asdict(fresh), indent=1, sort_keys=True)
             )
 
+    def note(self, made: RunPlan) -> None:
+        """Take a plan in."""
+        stem = made.config.stem
+        self.runs[f"{stem} {content_key(made.config.science())}"] = made.run
+        self.searches[_search_key(made.config, made.tiles)] = made.run
+        self.newest[stem] = made.run
+        self.latest = made.run
 
-def _search(config: Config, aoi: Aoi) -> SceneTable:
+
+def _search_key(config: Config, tiles: tuple[Tile, ...]) -> str:
+    return content_key(config.search_terms(), str(tiles[0].geobox.crs), [tile.key for tile in tiles])
+
+
+def _tiled(aoi: Aoi, tiles: tuple[Tile, ...]) -> Aoi:
+    """Area of whole tiles: what a tile holds must not depend on how much of it the area covers, or a grown area would
+    read every tile at its old edge again.
+    """
+    boxes = [shapely.box(*tile.geobox.boundingbox.bbox) for tile in tiles]
+    return Aoi(name=aoi.name, geometry=shapely.union_all(boxes), crs=str(tiles[0].geobox.crs))
+
+
+def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
+    """Find the scenes and the DEM of all tiles; an epoch without any scene over the area itself is refused."""
     windows = sorted({w for e in config.epochs for w in (e.pre, e.post)}, key=str)
     optical = search(
         config.source(config.sources.optical),
-        aoi,
+        tiled,
         windows,
         max_cloud_pct=config.cube.max_cloud_pct,
         role="optical",
     )
     optical = [scene for scene in optical if any(band.startswith("B") for band in scene.bands)]
     _require_bands(config, optical)
+    area = aoi.to_crs("EPSG:4326")
+    over = list(compress(optical, shapely.intersects(area, footprints(optical)))) if optical else []
     for epoch in config.epochs:
         for side, window in (("pre", epoch.pre), ("post", epoch.post)):
-            if not any(scene.datetime in window for scene in optical):
+            if not any(scene.datetime in window for scene in over):
                 raise PipelineError(
                     f"Epoch {epoch.name!r} has no {side}-event scene between {window.start} and {window.end} "
                     f"in {config.sources.optical!r} over {aoi.name!r} with at most "
                     f"{config.cube.max_cloud_pct:g} % cloud; widen the window or raise max_cloud_pct"
                 )
-    dem = search(config.source(config.sources.dem), aoi, None, role="dem")
+    dem = search(config.source(config.sources.dem), tiled, None, role="dem")
     dem = [scene for scene in dem if "elevation" in scene.bands]  # a catalogue may hold both
     if not dem:
         raise PipelineError(
@@ -335,7 +378,11 @@ def _assemble(
         max(t.row for t in tiles),
         max(t.col for t in tiles),
     ]
-    inventory_key = content_key("inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent)
+    # the outline counts, too: it decides what is looked at, and another one is another inventory
+    outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
+    inventory_key = content_key(
+        "inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent, outline
+    )
     digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, [t.key for t in tiles])
     return RunPlan(
         run=f"{config.stem}-{digest[:8]}",
@@ -420,6 +467,11 @@ def _write(made: RunPlan) -> None:
     folder = made.workspace.plan(made.run)
     if (folder / "plan.json").exists():
         return
+    for stale in folder.parent.glob(".*.partial"):  # of a killed driver
+        pid = stale.name.split(".")[-2]
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            shutil.rmtree(stale, ignore_errors=True)
+            stale.unlink(missing_ok=True)
     partial = folder.with_name(f".{made.run}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -442,11 +494,12 @@ def _write(made: RunPlan) -> None:
         pq.write_table(pa.Table.from_pylist(rows), partial / "tiles.parquet")
         text = json.dumps(_plan_json(made), indent=1, sort_keys=True)
         (partial / "plan.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # half a plan without plan.json, if any
-        partial.rename(folder)
-    except BaseException:
+        with guard(made.workspace.locks / "plans"):
+            if not (folder / "plan.json").exists():  # another driver may have been faster
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _plan_json(made: RunPlan) -> dict[str, Any]:
