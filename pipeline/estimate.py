@@ -68,7 +68,7 @@ def estimate(
         read_gb=round(reads * tile_mpx * (bands * 2 + 1) / 1e3, 3),
         stored_gb=round(stored / 1e3, 3),
         files=tiles * (len(dates) * (bands + _EXTRA + 1) + 4 + epochs * 6),
-        peak_mem_gb=round(BASE_GB + tile_mem_gb(grid.tile_px, bands) + block, 2),
+        peak_mem_gb=round(BASE_GB + tile_mem_gb(grid.tile_px, bands=bands, dates=most) + block, 2),
         thread_mem_gb=round(block, 2),
         cpu_hours=round(seconds / 3600, 3),
     )
@@ -80,7 +80,7 @@ def block_mem_gb(*, block_px: int, dates: int, bands: int) -> float:
     return pixels * dates * (bands * 2 * 2 + 4 + 6) / 1e9
 
 
-def tile_mem_gb(tile_px: int, bands: int) -> float:
-    """Working set of one tile: its finished variables, and what detection holds at once."""
+def tile_mem_gb(tile_px: int, *, bands: int, dates: int) -> float:
+    """Working set of one tile: its finished variables and the mask of each date, or what detection holds at once."""
     pixels = tile_px**2
-    return pixels * max((bands + _EXTRA) * 2 * 1.5, _DETECT_BYTES_PER_PX) / 1e9
+    return pixels * max((bands + _EXTRA) * 2 * 1.5 + dates, _DETECT_BYTES_PER_PX) / 1e9

@@ -19,7 +19,19 @@ from rasterio.transform import from_origin
 from rasterio.warp import transform_bounds
 
 LEFT, TOP = 491_520.0, 5_324_800.0  # a corner of the grid's largest tiles
-BANDS = {"B02": 10, "B03": 10, "B04": 10, "B08": 10, "B05": 20, "B06": 20, "B07": 20, "B8A": 20, "B11": 20, "B12": 20, "SCL": 20}
+BANDS = {
+    "B02": 10,
+    "B03": 10,
+    "B04": 10,
+    "B08": 10,
+    "B05": 20,
+    "B06": 20,
+    "B07": 20,
+    "B8A": 20,
+    "B11": 20,
+    "B12": 20,
+    "SCL": 20,
+}
 DATES = 24
 SIDE_PX = 2048
 
@@ -33,7 +45,8 @@ def main() -> None:
         for dates in (6, 24):
             predicted, measured, seconds = case(out, items, tile_px, dates)
             per = seconds / (tile_px**2 / 1e6) / dates
-            print(f"{tile_px:>5} {dates:>5} {predicted:>7.2f} GB {measured:>6.2f} GB {predicted / measured:>6.2f} {per:>11.3f}")
+            memory = f"{predicted:>7.2f} GB {measured:>6.2f} GB {predicted / measured:>6.2f}"
+            print(f"{tile_px:>5} {dates:>5} {memory} {per:>11.3f}")
 
 
 def archive(out: Path) -> Path:
@@ -51,12 +64,19 @@ def archive(out: Path) -> Path:
             n = SIDE_PX * 10 // resolution
             smooth = np.kron(rng.integers(500, 4000, (n // 16, n // 16)), np.ones((16, 16), int))
             values = np.where(smooth > 3500, 9, 4) if band == "SCL" else smooth + rng.integers(0, 200, (n, n))
-            write(out / name / f"{band}.tif", values.astype("uint8" if band == "SCL" else "uint16"), resolution, 0)
+            write(
+                out / name / f"{band}.tif",
+                values.astype("uint8" if band == "SCL" else "uint16"),
+                resolution,
+                0,
+            )
             assets[band] = {"href": f"{name}/{band}.tif", "type": "image/tiff; application=geotiff"}
         properties = {
-            "datetime": f"{day(i)}T10:00:00Z", "platform": "sentinel-2a", "s2:mgrs_tile": "33UVP", "s2:processing_baseline": "03.01",
+            "datetime": f"{day(i)}T10:00:00Z", "platform": "sentinel-2a", "s2:mgrs_tile": "33UVP",
+            "s2:processing_baseline": "03.01",
             "s2:datatake_id": f"GS2A_{stamp}_030000_N03.01",
-            "s2:datastrip_id": f"S2A_OPER_MSI_L2A_DS_XXXX_{stamp}_S{stamp}_N03.01", "s2:generation_time": f"{day(i)}T12:00:00Z",
+            "s2:datastrip_id": f"S2A_OPER_MSI_L2A_DS_XXXX_{stamp}_S{stamp}_N03.01",
+            "s2:generation_time": f"{day(i)}T12:00:00Z",
         }  # fmt: skip
         features.append(feature(name, "bench-s2", properties, assets))
     n = SIDE_PX // 3 + 20
@@ -72,7 +92,9 @@ def case(out: Path, items: Path, tile_px: int, dates: int) -> tuple[float, float
     """Plan and run one tile; returns predicted and measured GB, and seconds of its pre-event layer."""
     workspace = Path(tempfile.mkdtemp(prefix=f"w{tile_px}-{dates}-", dir=out))
     side = tile_px * 10
-    box = transform_bounds("EPSG:32633", "EPSG:4326", LEFT + 200, TOP - side + 200, LEFT + side - 200, TOP - 200)
+    box = transform_bounds(
+        "EPSG:32633", "EPSG:4326", LEFT + 200, TOP - side + 200, LEFT + side - 200, TOP - 200
+    )
     toml = workspace / "bench.toml"
     toml.write_text(
         f"""
@@ -128,7 +150,8 @@ def feature(name: str, collection: str, properties: dict, assets: dict) -> dict:
     west, south, east, north = transform_bounds("EPSG:32633", "EPSG:4326", LEFT, TOP - side, LEFT + side, TOP)
     ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
     return {
-        "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": collection, "bbox": [west, south, east, north],
+        "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": collection,
+        "bbox": [west, south, east, north],
         "stac_extensions": ["https://stac-extensions.github.io/projection/v2.0.0/schema.json"], "links": [],
         "geometry": {"type": "Polygon", "coordinates": [ring]}, "assets": assets,
         "properties": {**properties, "proj:code": "EPSG:32633", "proj:epsg": 32633},
