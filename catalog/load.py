@@ -282,9 +282,12 @@ def _onto(asset: rasterio.DatasetReader, band: int, cfg: RasterLoadParams, geobo
     fill = cfg.fill_value if cfg.fill_value is not None else nodata
     factor = magnification(asset, geobox)
     exact = factor == 1 or cfg.resampling == "nearest" or (factor == 2 and asset.dtypes[band - 1] in _WHOLE)
-    if factor is not None and exact:
-        read = read_magnified(asset, band, geobox, factor=factor, kernel=cfg.resampling, nodata=nodata)
-        return _with_nodata(read.astype(cfg.dtype, copy=False), nodata, fill)
+    # a DEM that declares no nodata still has none beyond its edge: a height of 0 there would hide the next tile's
+    outside = fill if nodata is None else nodata
+    holds = outside is None or not np.isnan(outside) or np.dtype(asset.dtypes[band - 1]).kind == "f"
+    if factor is not None and exact and holds:
+        read = read_magnified(asset, band, geobox, factor=factor, kernel=cfg.resampling, nodata=outside)
+        return _with_nodata(read.astype(cfg.dtype, copy=False), outside, fill)
     with WarpedVRT(
         asset,
         crs=str(geobox.crs),
