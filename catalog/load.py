@@ -42,8 +42,9 @@ NODATA: Mapping[str, float] = {"elevation": float("nan")}
 RESAMPLING: Mapping[str, str] = {"SCL": "nearest", "*": "bilinear"}
 """Band -> kernel used where a band's pixels are not those of the grid (20 and 60 m bands, or another CRS)."""
 
-# odc-loader logs a failed href as it is, signature included; our error names item and asset instead
-logging.getLogger("odc.loader._rio").setLevel(logging.CRITICAL + 1)
+# these log a failed or repeated href as it is, signature included; our error names item and asset instead
+for _name in ("odc.loader._rio", "rasterio._env", "rasterio._err"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 _READ_ATTEMPTS = 3
 _WHOLE = ("uint8", "uint16")
