@@ -1,0 +1,102 @@
+"""Features by name: from stored integers to what a model reads, by hand."""
+
+from __future__ import annotations
+
+import dask.array as da
+import numpy as np
+import pytest
+import xarray as xr
+
+from slidecube.models.card import FeatureSpec
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.features import INDEX_FEATURES, Layers, build_features, feature, required_variables
+
+
+def plane(*values, dtype=np.uint16):
+    return (("y", "x"), np.array([values], dtype))
+
+
+@pytest.fixture
+def layers():
+    """Three pixels: a loss on a slope; the same without a clear look afterwards; and one without terrain."""
+    pre = {"B04": plane(1500, 1500, 1500), "B08": plane(5500, 5500, 5500), "B11": plane(2000, 1, 0)}
+    post = {"B04": plane(2000, 0, 2000), "B08": plane(4000, 0, 4000)}
+    terrain = {
+        "elevation": plane(812.5, 3.0, np.nan, dtype=np.float32),
+        "slope_deg": plane(3021, 0, 65535),
+        "aspect_deg": plane(35_999, 65535, 65535),
+    }
+    return Layers(pre=xr.Dataset(pre), post=xr.Dataset(post), terrain=xr.Dataset(terrain))
+
+
+NDVI_PRE, NDVI_POST = 0.4 / 0.5, 0.2 / 0.4
+WANT = {
+    "B04_pre": [0.05, 0.05, 0.05],
+    "B11_pre": [0.1, -0.0999, np.nan],
+    "B08_post": [0.3, np.nan, 0.3],
+    "ndvi_pre": [NDVI_PRE] * 3,
+    "ndvi_post": [NDVI_POST, np.nan, NDVI_POST],
+    "dndvi": [-0.3, np.nan, -0.3],
+    "rdndvi": [-30 / np.sqrt(1.3), np.nan, -30 / np.sqrt(1.3)],
+    "elevation": [812.5, 3, np.nan],
+    "slope_deg": [30.21, 0, np.nan],
+    "aspect_deg": [359.99, np.nan, np.nan],
+}
+
+
+def test_every_feature_by_hand(layers):
+    assert set(INDEX_FEATURES) <= set(WANT)
+
+    made = build_features(FeatureSpec(names=tuple(WANT)), layers)
+
+    assert list(made.data_vars) == list(WANT), "in the order of the spec"
+    for name, want in WANT.items():
+        assert made[name].dtype == np.float32
+        np.testing.assert_allclose(made[name].values[0], np.array(want, np.float32), rtol=2e-6, err_msg=name)
+
+
+def test_lazy_layers_stay_lazy_and_give_the_same(layers):
+    names = FeatureSpec(names=tuple(WANT))
+    lazy = Layers(pre=layers.pre.chunk(x=2), post=layers.post.chunk(x=2), terrain=layers.terrain.chunk(x=2))
+
+    made = build_features(names, lazy)
+
+    assert all(isinstance(array.data, da.Array) for array in made.data_vars.values())
+    xr.testing.assert_identical(made.compute(), build_features(names, layers))
+
+
+def test_what_a_spec_reads_is_what_it_needs(layers):
+    """The layers cut down to `required_variables` are enough, and without any one of them it is refused by name."""
+    for name in WANT:
+        spec = FeatureSpec(names=(name,))
+        needed = required_variables(spec)
+        cut = {side: getattr(layers, side)[variables] for side, variables in needed.items()}
+        build_features(spec, Layers(**cut))
+        for side, variables in needed.items():
+            for variable in variables:
+                less = {**cut, side: cut[side].drop_vars(variable)}
+                with pytest.raises(
+                    PipelineError, match=rf"{name}.*needs.*{side}\.{variable}.*\[cube\] bands"
+                ):
+                    build_features(spec, Layers(**less))
+
+
+def test_rdndvi_reads_two_bands_a_side_and_the_slope():
+    assert required_variables(FeatureSpec(names=("rdndvi", "slope_deg"))) == {
+        "pre": ["B04", "B08"],
+        "post": ["B04", "B08"],
+        "terrain": ["slope_deg"],
+    }
+
+
+@pytest.mark.parametrize("name", ["ndwi", "B04", "B4_pre", "B04_during", "_pre", "", "slope"])
+def test_an_unknown_feature_is_refused_with_the_known_ones(name):
+    with pytest.raises(PipelineError, match=f"No feature '{name}'; features: ndvi_pre, .*B04_pre"):
+        feature(name)
+
+
+def test_each_feature_says_its_unit_and_source():
+    for name, made in INDEX_FEATURES.items():
+        assert made.unit, name
+        assert made.source, name
+        assert all(read.split(".")[0] in ("pre", "post", "terrain") for read in made.reads), name
