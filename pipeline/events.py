@@ -38,18 +38,18 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def unfinished(path: Path) -> tuple[set[tuple[str, str]], str]:
-    """Tell what the last run of a plan told of, when it did not end: (layer, tile) of its tasks, and its start.
+def unfinished(path: Path) -> tuple[set[str], str]:
+    """Tell what the last run of a plan told of, when it did not end: the keys of its tasks, and its start.
 
     Returns ISO text of whole seconds as the start, "" when the run ended or there was none.
     """
-    told: set[tuple[str, str]] = set()
+    told: set[str] = set()
     started = ""
     for event in read_events(path):
         if event["event"] == "run_started":
             told, started = set(), event["time"][: len("2026-01-01T00:00:00")]
         elif event["event"] == "task":
-            told.add((event["layer"], event["tile"]))
+            told.add(event["key"])
         elif event["event"] == "run_ended":
             started = ""
     return told, started

@@ -21,12 +21,12 @@ from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import unfinished, write_event
 from slidecube.pipeline.layers import create_stores
-from slidecube.pipeline.ledger import Ledger, Record
+from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import RunPlan, plan
 from slidecube.pipeline.store import remove_partials
-from slidecube.pipeline.tile import FENCED, TileContext, detect_keys, run_task
+from slidecube.pipeline.tile import FENCED, TileContext, run_task, tasks_of
 
 STAGES = ("cube", "detect", "mosaic")
 _ENOSPC = os.strerror(errno.ENOSPC)
@@ -99,14 +99,14 @@ class _Driver:
     def drive(self, stages: Sequence[str]) -> RunReport:
         self._recover_events()
         self._event("run_started", stages=list(stages), profile=self.profile.name)
-        if "cube" in stages or "detect" in stages:
+        # nothing due starts no workers; what is due of detect shows when the cubes are done
+        if any(due(self.plan, stage) for stage in ("cube", "detect") if stage in stages):
             with open_runner(self.profile) as runner:
                 if runner.address and self.progress:
                     print(f"Dask dashboard: {runner.address}", file=self.say)
-                if "cube" in stages:
-                    self._stage("cube", due_cubes(self.plan), runner)
-                if "detect" in stages:
-                    self._stage("detect", due_detections(self.plan), runner)
+                for stage in ("cube", "detect"):
+                    if stage in stages:
+                        self._stage(stage, due(self.plan, stage), runner)
         products = None
         if "mosaic" in stages:
             products = self._mosaic()
@@ -174,7 +174,7 @@ class _Driver:
 
     def _mosaic(self) -> Path | None:
         self.lock.require()
-        undetected = {task.tile for task in due_detections(self.plan)} - self.lost_tiles
+        undetected = {task.tile for task in due(self.plan, "detect")} - self.lost_tiles
         self.reasons += [(f"detect {tile}", "not detected yet") for tile in sorted(undetected)]
         self.lost_tiles |= undetected
         if not mosaic_due(self.plan):
@@ -195,14 +195,10 @@ class _Driver:
         told, started = unfinished(self.plan.workspace.events(self.plan.run))
         if not started:
             return
-        for layer in self.plan.layers:
-            for record in Ledger.of(self.plan.workspace.layer(self.plan.grid, layer.name)):
-                of_plan = self.plan.tasks[layer.name].get(record.tile, ("",))[0] == record.key
-                if of_plan and record.written_at >= started and (layer.name, record.tile) not in told:
-                    task = TileTask(
-                        stage="cube", layer=layer.name, epoch="", tile=record.tile, key=record.key
-                    )
-                    self._task_event(task, record)
+        for task, ledger in tasks_of(self.plan):
+            record = ledger.read(task.tile)
+            if record and record.key == task.key and record.written_at >= started and task.key not in told:
+                self._task_event(task, record)
 
     def _task_event(self, task: TileTask, result: TaskResult | Record) -> None:
         self._event(
@@ -224,29 +220,9 @@ class _Driver:
         write_event(self.plan.workspace.events(self.plan.run), event, **fields)
 
 
-def due_cubes(made: RunPlan) -> list[TileTask]:
-    """List the tiles of all layers that have no record under the plan's key."""
-    tasks = []
-    for layer in made.layers:
-        ledger = Ledger.of(made.workspace.layer(made.grid, layer.name))
-        for tile in made.tiles:
-            key = made.tasks[layer.name][tile.key][0]
-            if not ledger.complete(tile.key, key):
-                tasks.append(TileTask(stage="cube", layer=layer.name, epoch="", tile=tile.key, key=key))
-    return tasks
-
-
-def due_detections(made: RunPlan) -> list[TileTask]:
-    """List the tiles of all epochs whose detection has no record under its key."""
-    tasks = []
-    for epoch in made.epochs:
-        ledger = Ledger.of(made.workspace.inventory(made.inventory), epoch.name)
-        for tile, key in detect_keys(made, epoch.name).items():
-            if not ledger.complete(tile, key):
-                tasks.append(
-                    TileTask(stage="detect", layer=made.inventory, epoch=epoch.name, tile=tile, key=key)
-                )
-    return tasks
+def due(made: RunPlan, stage: str) -> list[TileTask]:
+    """List the tasks of a stage that have no finished record under the plan's key."""
+    return [task for task, ledger in tasks_of(made, stage) if not ledger.complete(task.tile, task.key)]
 
 
 def _refuse_too_large(made: RunPlan, profile: Profile) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.events import read_events
 from slidecube.pipeline.inventory import REASONS, Observability
-from slidecube.pipeline.ledger import Ledger, Record
+from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.lock import Lock, alive, read_lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
-from slidecube.pipeline.plan import RunPlan, current_run, known_runs, read_plan
+from slidecube.pipeline.plan import current_run, known_runs, read_plan
 from slidecube.pipeline.store import Workspace
-from slidecube.pipeline.tile import detect_keys
+from slidecube.pipeline.tile import tasks_of
 
 STATES = ("done", "due", "failed", "running")
 
@@ -32,14 +32,16 @@ class _Tally:
     failures: list[dict[str, str]] = field(default_factory=list)
     lost: set[tuple[str, str, str]] = field(default_factory=set)
 
-    def add(self, stage: str, what: str, tile: str, key: str, record: Record | None) -> None:
-        if record is None or record.key != key:
+    def add(self, task: TileTask, record: Record | None) -> None:
+        stage = task.stage
+        if record is None or record.key != task.key:
             self.tiles[stage]["due"] += 1
             return
         self.tiles[stage]["done" if record.complete else "failed"] += 1
         self.lost |= set(record.lost)
         if not record.complete:
-            self.failures.append({"stage": stage, "what": what, "tile": tile, "reason": record.reason})
+            what = task.epoch or task.layer
+            self.failures.append({"stage": stage, "what": what, "tile": task.tile, "reason": record.reason})
         for name, n in record.numbers.items() if stage == "detect" else ():
             if name.upper() in Observability.__members__:
                 self.observed[name] += n
@@ -63,9 +65,8 @@ def status(where: str | Path) -> dict[str, Any]:
         )
     made = read_plan(workspace, name)
     tally = _Tally()
-    for stage, what, ledger, keys in _pieces(made):
-        for tile, key in keys.items():
-            tally.add(stage, what, tile, key, ledger.read(tile))
+    for task, ledger in tasks_of(made):
+        tally.add(task, ledger.read(task.tile))
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
     lock = read_lock(workspace.locks / "driver.json")
     running = lock if alive(lock) else None
@@ -89,16 +90,6 @@ def status(where: str | Path) -> dict[str, Any]:
         "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
         "running": None if running is None else running["run"],
     }
-
-
-def _pieces(made: RunPlan) -> Iterator[tuple[str, str, Ledger, dict[str, str]]]:
-    """Stage, what, ledger, and the key of every tile, of everything that a plan makes."""
-    for layer in made.layers:
-        keys = {tile: key for tile, (key, _) in made.tasks[layer.name].items()}
-        yield "cube", layer.name, Ledger.of(made.workspace.layer(made.grid, layer.name)), keys
-    for epoch in made.epochs:
-        ledger = Ledger.of(made.workspace.inventory(made.inventory), epoch.name)
-        yield "detect", epoch.name, ledger, detect_keys(made, epoch.name)
 
 
 def clean(where: str | Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -277,6 +277,20 @@ def _detect(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
 
 
 _STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {"cube": _cube, "detect": _detect}
+
+
+def tasks_of(plan: RunPlan, *stages: str) -> Iterator[tuple[TileTask, Ledger]]:
+    """Yield all tasks of a plan, or those of some stages, done or not, each with the ledger of its record."""
+    if "cube" in (stages or ("cube",)):
+        for layer in plan.layers:
+            for tile, (key, _) in plan.tasks[layer.name].items():
+                task = TileTask(stage="cube", layer=layer.name, epoch="", tile=tile, key=key)
+                yield task, ledger_of(plan, task)
+    if "detect" in (stages or ("detect",)):
+        for epoch in plan.epochs:
+            for tile, key in detect_keys(plan, epoch.name).items():
+                task = TileTask(stage="detect", layer=plan.inventory, epoch=epoch.name, tile=tile, key=key)
+                yield task, ledger_of(plan, task)
 
 
 def detect_keys(plan: RunPlan, epoch: str) -> dict[str, str]:
