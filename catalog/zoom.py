@@ -86,11 +86,12 @@ class _Weights:
         valid = source != nodata
         total = self._sum(np.where(valid, source, 0).astype(np.int32))
         if valid.all():
-            return ((total + self._whole // 2) // self._whole).astype(source.dtype)
-        weight = self._sum(valid.astype(np.int32))
-        out = (2 * total + weight) // np.maximum(2 * weight, 1)
-        out[~valid[np.ix_(*self._nearest)]] = nodata
-        return out.astype(source.dtype)
+            out: np.ndarray = (total + self._whole // 2) // self._whole
+        else:
+            weight = self._sum(valid.astype(np.int32))
+            out = (2 * total + weight) // np.maximum(2 * weight, 1)
+            out[~valid[np.ix_(*self._nearest)]] = nodata
+        return out.astype(source.dtype, copy=False)
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
         (row, col), (row_after, col_after) = self._at, self._after

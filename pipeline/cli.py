@@ -6,6 +6,7 @@ an exit code in one place, `main`: 0 complete, 1 the user's error, 2 incomplete,
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
 import json
 import signal
@@ -265,11 +266,34 @@ def report(workspace: Path) -> None:
 @click.option("--out", type=Folder, required=True, help="Folder of the simulated archive.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulation.")
 @click.option("--size", default="default", show_default=True, help="Its extent: default, small or island.")
-def simulate(out: Path, *, seed: int, size: str) -> None:
-    """Simulate an archive of scenes with known landslides."""
-    from slidecube.pipeline.simulate import simulate_archive
+@click.option(
+    "--into", "catalog", type=click.Path(path_type=Path), help="Implant the scars into these scenes."
+)
+@click.option("--event", type=click.DateTime(["%Y-%m-%d"]), help="With --into: the day of the landslides.")
+@click.option("--dem", type=click.Path(path_type=Path), help="With --into: a raster of heights in metres.")
+def simulate(
+    out: Path,
+    *,
+    seed: int,
+    size: str,
+    catalog: Path | None,
+    event: dt.datetime | None,
+    dem: Path | None,
+) -> None:
+    """Simulate an archive of scenes with known landslides, or implant landslides into real scenes."""
+    from slidecube.pipeline.simulate import into, simulate_archive
 
-    click.echo(simulate_archive(out, seed=seed, size=size))
+    if catalog is None:
+        click.echo(simulate_archive(out, seed=seed, size=size))
+    elif event is None or dem is None:
+        raise click.UsageError(
+            "--into needs --event YYYY-MM-DD and --dem FILE, beside the catalogue of the scenes"
+        )
+    else:
+        made = into(catalog, out, event=event.date(), dem=dem, seed=seed)
+        click.echo(
+            f"SIMULATED landslides in real scenes: {made}, truth {out / 'truth' / 'landslides.parquet'}"
+        )
 
 
 @cli.command()

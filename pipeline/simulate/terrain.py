@@ -15,6 +15,7 @@ from rasterio.warp import reproject, transform_bounds
 from scipy import ndimage
 
 from slidecube.pipeline.simulate import fields
+from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.simulate.parameters import Area, DetectorDem, Parameters, Size
 
 DEM_FILE = Path(__file__).parent / "data" / "glo30_sao_tome.tif"
@@ -72,8 +73,15 @@ def true_terrain(parameters: Parameters, geobox: GeoBox, seed: int, source: Path
 
 
 def read_dem(source: Path, geobox: GeoBox) -> np.ndarray:
-    """Heights of a DEM file on a GeoBox, cubic: (y, x) float32 metres; sea and nodata are 0."""
-    with rasterio.open(source) as file:
+    """Heights of a DEM file on a GeoBox, cubic: (y, x) float32 metres; sea and nodata are 0.
+
+    Raises PipelineError when the file cannot be opened.
+    """
+    try:
+        opened = rasterio.open(source)
+    except rasterio.errors.RasterioIOError as error:
+        raise PipelineError(f"DEM {str(source)!r} cannot be opened: {error}; give a raster of heights") from None
+    with opened as file:
         heights = file.read(1).astype(np.float32)
         nodata = file.nodata
         if nodata is not None:
