@@ -14,8 +14,8 @@ from rasterio.enums import Resampling
 from rasterio.warp import reproject, transform_bounds
 from scipy import ndimage
 
-from slidecube.pipeline.simulate import fields
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.simulate import fields
 from slidecube.pipeline.simulate.parameters import Area, DetectorDem, Parameters, Size
 
 DEM_FILE = Path(__file__).parent / "data" / "glo30_sao_tome.tif"
