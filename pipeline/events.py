@@ -39,15 +39,15 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def unfinished(path: Path) -> tuple[set[str], str]:
-    """Tell what the last run of a plan told of, when it did not end: the keys of its tasks, and its start.
+    """Tell what the runs of a plan told of, and since when one of them did not end.
 
-    Returns ISO text of whole seconds as the start, "" when the run ended or there was none.
+    Returns the keys of the tasks, and ISO text of whole seconds, "" when the last run ended or there was none.
     """
     told: set[str] = set()
     started = ""
     for event in read_events(path):
         if event["event"] == "run_started":
-            told, started = set(), event["time"][: len("2026-01-01T00:00:00")]
+            started = started or event["time"][: len("2026-01-01T00:00:00")]
         elif event["event"] == "task":
             told.add(event["key"])
         elif event["event"] == "run_ended":

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +30,163 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of real fixtures (../shared/data) is not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small simulated archive (3.6 km, four tiles of 512 px, six overpasses) with its truth; not to be changed."""
+    from slidecube.pipeline.simulate import simulate_archive  # noqa: PLC0415  few tests need it
+
+    root = tmp_path_factory.mktemp("small")
+    simulate_archive(root, size="small", overpasses=6)
+    return root
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def refusal(self) -> str:
+        """The one line of `slidecube:` on the error stream; beside it stand at most lines of progress."""
+        lines = [line for line in self.err.splitlines() if line.startswith("slidecube: ")]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err, self.err
+        return lines[0].removeprefix("slidecube: ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desk:
+    """A folder with a TOML over an archive, and a workspace of its own.
+
+    sections : of the TOML; `write` changes them
+    """
+
+    folder: Path
+    archive: Path
+    sections: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def toml(self) -> Path:
+        return self.folder / "small.toml"
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "ws"
+
+    def write(self, **changes: dict[str, Any]) -> Desk:
+        """Write the TOML with some keys of some sections changed; None removes a key."""
+        for section, keys in changes.items():
+            table = {**self.sections.get(section, {}), **keys}
+            self.sections[section] = {key: value for key, value in table.items() if value is not None}
+        self.toml.write_text(_toml(self.sections), encoding="utf-8")
+        return self
+
+    def start(self, *args: object, **popen: Any) -> subprocess.Popen[str]:
+        """Start the real command line in a process group of its own."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("slidecube")), *map(str, args)],
+            text=True,
+            cwd=self.folder,
+            start_new_session=True,
+            **{**pipes, **popen},
+        )
+
+    def cli(self, *args: object, timeout_s: float = 180) -> Outcome:
+        """Run the real command line to its end."""
+        process = self.start(*args)
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return Outcome(code=process.returncode, out=out, err=err)
+
+    def files(self, *folders: str) -> dict[str, bytes]:
+        """Contents of all files below some folders of the workspace."""
+        return {
+            str(path.relative_to(self.workspace)): path.read_bytes()
+            for folder in folders
+            for path in sorted((self.workspace / folder).rglob("*"))
+            if path.is_file()
+        }
+
+    def events(self) -> list[dict[str, Any]]:
+        """Everything that was told of all runs, by run and line."""
+        lines = [
+            line
+            for path in sorted((self.workspace / "events").glob("*.jsonl"))
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        return [json.loads(line) for line in lines]
+
+
+def _toml(sections: dict[str, Any]) -> str:
+    lines = []
+    for name, table in sections.items():
+        plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
+        lines += [f"[[{name}]]" if name == "epoch" else f"[{name}]"]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
+        for key, inner in table.items():
+            if isinstance(inner, dict):
+                lines += [f"[{name}.{key}]", *(f"{k} = {json.dumps(v)}" for k, v in inner.items())]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def desk_in(small_archive: Path) -> Callable[..., Desk]:
+    """Make desks: `desk_in(folder, archive=..., cube={"composite": "median"})`; the folder must be new."""
+
+    def make(folder: Path, *, archive: Path | None = None, **changes: dict[str, Any]) -> Desk:
+        folder.mkdir(parents=True)
+        return _desk(folder, archive or small_archive).write(**changes)
+
+    return make
+
+
+def _desk(folder: Path, archive: Path) -> Desk:
+    """A desk in a folder; the products are the table alone, which every test can afford."""
+    sections = {
+        "area": {"aoi": str(archive / "truth" / "area.geojson")},
+        "epoch": {
+            "name": "event",
+            "pre": ["2018-05-01", "2018-09-05"],
+            "post": ["2018-09-07", "2018-11-15"],
+        },
+        "sources": {
+            "optical": str(archive / "archive" / "catalog.json"),
+            "dem": str(archive / "archive" / "dem" / "collection.json"),
+        },
+        "cube": {"tile_px": 512, "bands": ["B02", "B03", "B04", "B08"]},
+        "output": {"workspace": "ws", "formats": ["parquet"]},
+        "cluster": {"profile": "threads"},
+    }
+    return Desk(folder=folder, archive=archive, sections=sections)
+
+
+@pytest.fixture
+def desk(desk_in: Callable[..., Desk], tmp_path: Path) -> Desk:
+    """One desk over the small archive."""
+    return desk_in(tmp_path / "desk")
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run the command line in this process, which is quicker than `Desk.cli`."""
+    from slidecube.pipeline import cli  # noqa: PLC0415
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's process keeps its own
+
+    def run(*args: object) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return Outcome(code=left.value.code, out=out, err=err)
+
+    return run

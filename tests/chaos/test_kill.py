@@ -1,0 +1,307 @@
+"""Kill -9 at random moments, then the same command: nothing lost, nothing done twice, every byte the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slidecube.pipeline.ledger import VOLATILE
+
+SEED = 20180906
+DASK = {"profile": "dask-local", "workers": 2, "mem_gb": 4.0}
+FORMATS = {"formats": ["parquet", "gpkg", "cog", "stac"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(desk_in, tmp_path_factory):
+    """A run that nobody disturbed, and how long it took from its first file to its last."""
+    desk = desk_in(tmp_path_factory.mktemp("undisturbed") / "desk", output=FORMATS)
+    process, began = started(desk)
+    assert process.wait(120) == 0
+    return desk, time.monotonic() - began
+
+
+def started(desk) -> tuple[subprocess.Popen[str], float]:
+    """Start a run, and wait until it has begun to plan: what comes before leaves nothing behind."""
+    process = desk.start("run", desk.toml, "--quiet", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (desk.workspace / "locks").exists() and process.poll() is None:
+        time.sleep(0.01)
+    return process, time.monotonic()
+
+
+def kill(desk, after_s: float, whom: str) -> bool:
+    """Start a run and kill it; tells whether it was still alive to be killed."""
+    process, began = started(desk)
+    while process.poll() is None and time.monotonic() - began < after_s:
+        time.sleep(0.005)
+    if process.poll() is not None:
+        return False
+    children = psutil.Process(process.pid).children(recursive=True)
+    if whom == "group":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive, "workers outlived their driver"
+    return True
+
+
+def snapshot(desk) -> dict[str, tuple[int, int]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in desk.workspace.rglob("*")
+        if path.is_file()
+    }
+
+
+def records(desk) -> dict[str, bytes]:
+    """The finished records as they lie on the disk."""
+    found = desk.files("layers", "inventories")
+    return {
+        name: text
+        for name, text in found.items()
+        if name.endswith(".json") and ".ledger/" in name and json.loads(text)["state"] != "failed"
+    }
+
+
+def without_volatile(text: bytes) -> dict[str, object]:
+    return {key: value for key, value in json.loads(text).items() if key not in VOLATILE}
+
+
+def assert_same(desk, reference) -> None:
+    """Every array, record, object and file name as if nothing had happened."""
+    for folders in (("layers",), ("inventories",)):
+        found, expected = desk.files(*folders), reference.files(*folders)
+        assert sorted(found) == sorted(expected)
+        for name, data in expected.items():
+            if ".ledger/" in name:
+                assert without_volatile(found[name]) == without_volatile(data), name
+            else:
+                assert found[name] == data, name
+    found, expected = desk.files("products", "plans"), reference.files("products", "plans")
+    assert sorted(found) == sorted(expected)
+    exact = [name for name in expected if name.endswith((".parquet", ".tif", ".qml"))]
+    assert any(name.endswith("landslides.parquet") for name in exact)
+    assert not [name for name in exact if found[name] != expected[name]]
+    assert not list(desk.workspace.rglob("*.partial"))
+    assert not (desk.workspace / "locks" / "driver.json").exists()
+
+
+def assert_told_once(desk) -> None:
+    """Each task was done once, and told once, whoever was killed before telling."""
+    told = Counter(
+        (e["layer"], e["epoch"], e["tile"], e["key"])
+        for e in desk.events()
+        if e["event"] == "task" and e["status"] != "failed"
+    )
+    assert told
+    assert set(told.values()) == {1}
+    assert len(told) == len(records(desk))
+
+
+def kill_and_resume(desk, undisturbed, moments_s, whom: str) -> int:
+    """Kill one run again and again, resume it, and compare; returns how often it was alive to be killed."""
+    reference, _ = undisturbed
+    kills = 0
+    for after_s in moments_s:
+        before = records(desk) if desk.workspace.exists() else {}
+        kills += kill(desk, after_s, whom)
+        here = snapshot(desk)
+        now = records(desk)
+        assert {name: now.get(name) for name in before} == before, "a finished record was written again"
+        time.sleep(0.7)
+        assert snapshot(desk) == here, "something went on writing after its driver was killed"
+    before = records(desk)
+    last = desk.cli("run", desk.toml, "--quiet")
+    assert last.code == 0, last
+    assert {name: records(desk)[name] for name in before} == before, "a finished tile was done again"
+    assert_same(desk, reference)
+    assert_told_once(desk)
+    state = json.loads(desk.cli("status", desk.workspace, "--json").out)
+    assert state["complete"]
+    assert state["scene_reads"] == sum(e.get("scene_reads", 0) for e in desk.events())
+    return kills
+
+
+def moments(n: int, span_s: float, seed: int) -> list[float]:
+    """Random moments, one in each n-th of a span."""
+    rng = random.Random(seed)
+    return [(i + rng.random()) / n * span_s for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("profile", "whom", "times"),
+    [
+        ("threads", "group", 3),
+        ("dask-local", "driver", 2),
+        pytest.param("dask-local", "group", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed(desk_in, tmp_path, undisturbed, profile, whom, times):
+    """Again and again in one workspace: what was done is not done again, so each attempt gets further."""
+    cluster = DASK if profile == "dask-local" else {}
+    desk = desk_in(tmp_path / "desk", output=FORMATS, cluster=cluster)
+    start_s = 6.0 if cluster else 0.0  # of workers
+
+    kills = kill_and_resume(
+        desk, undisturbed, [start_s + m for m in moments(times, undisturbed[1] / 2, SEED)], whom
+    )
+
+    assert kills >= times - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize(
+    ("profile", "whom"), [("threads", "group"), ("dask-local", "group"), ("dask-local", "driver")]
+)
+def test_killed_once_at_any_moment(desk_in, tmp_path, undisturbed, profile, whom, number):
+    cluster = DASK if profile == "dask-local" else {}
+    desk = desk_in(tmp_path / "desk", output=FORMATS, cluster=cluster)
+    span_s = undisturbed[1] * (3 if cluster else 1)
+
+    kill_and_resume(desk, undisturbed, [moments(10, span_s, SEED + len(whom))[number]], whom)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_alone_is_replaced(desk_in, tmp_path, undisturbed: tuple[object, float]):
+    """As the kernel does when memory ends: the driver goes on, and the tile is tried again."""
+    desk = desk_in(tmp_path / "desk", output=FORMATS, cluster=DASK)
+    process, _ = started(desk)
+    events = desk.workspace / "events"
+    deadline = time.monotonic() + 60
+    while not any('"task"' in path.read_text() for path in events.glob("*.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in cmdline(p)]
+    os.kill(workers[0].pid, signal.SIGKILL)
+
+    assert process.wait(120) == 0
+    assert_same(desk, undisturbed[0])
+    assert_told_once(desk)
+
+
+def cmdline(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+ZYGOTE = """
+import importlib, json, os, signal, sys, threading
+import slidecube.pipeline.cli as cli
+for name in ("plan", "run", "status", "mosaic_stage", "layers", "publish", "cog", "tile"):
+    importlib.import_module("slidecube.pipeline." + name)
+import zarr.storage._local as local
+
+def kill_at(target, number):
+    "Kill this process where a function is called for so many times; a file is left half written."
+    module, _, path = target.partition(":")
+    holder = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for owner in owners:
+        holder = getattr(holder, owner)
+    real, calls = getattr(holder, name), []
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < number:
+            return real(*args, **kwargs)
+        if name == "_put":
+            args[0].parent.mkdir(parents=True, exist_ok=True)
+            args[0].with_suffix(".0123.partial").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    for module in list(sys.modules.values()):  # wherever it was imported to
+        if getattr(module, "__name__", "").startswith(("slidecube", "zarr.storage")) and not owners:
+            if getattr(module, name, None) is real:
+                setattr(module, name, counted)
+    setattr(holder, name, counted)
+
+for line in sys.stdin:
+    argv, target, number = json.loads(line)
+    assert threading.active_count() == 1
+    child = os.fork()
+    if not child:
+        if target:
+            kill_at(target, number)
+        cli.main(argv)
+    print(json.dumps(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+STEPS = (
+    # where, and at which call of what is left to do
+    ("slidecube.catalog.scenes:SceneTable.to_parquet", 1),  # half a plan
+    ("slidecube.pipeline.plan:_Index.remember", 1),  # a plan that no index knows
+    ("slidecube.pipeline.store:create_arrays", 3),  # some stores
+    ("zarr.storage._local:_put", 7),  # an array's metadata half written
+    ("slidecube.pipeline.inventory:_coordinate", 2),  # an inventory without coordinates
+    ("slidecube.pipeline.events:write_event", 1),  # nothing told
+    ("zarr.storage._local:_put", 30),  # a shard half written
+    ("slidecube.pipeline.store:_flush", 5),  # some bands of a tile
+    ("slidecube.pipeline.ledger:Ledger.write", 2),  # data without its record
+    ("slidecube.pipeline.events:write_event", 5),  # a record that was not told
+    ("slidecube.pipeline.ledger:Ledger.write", 9),  # a detection without its record
+    ("slidecube.pipeline.publish:write_products", 1),  # no table
+    ("slidecube.pipeline.cog:write_cog", 2),  # some rasters
+    ("slidecube.pipeline.mosaic_stage:_remove_stale", 1),  # products without their record
+    ("slidecube.pipeline.lock:Lock.__exit__", 1),  # a lock that nobody gave back
+)
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    """A process that has imported everything and forks for each command: (argv, target, number) -> wait status."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ZYGOTE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def call(argv: list[object], target: str = "", number: int = 0) -> int:
+            process.stdin.write(json.dumps([[str(a) for a in argv], target, number]) + "\n")
+            process.stdin.flush()
+            while not (line := process.stdout.readline()).strip().isdigit():
+                assert line, process.stderr.read()
+            return int(line)
+
+        yield call
+        process.stdin.close()
+
+
+def test_killed_between_any_two_steps(desk_in, tmp_path, undisturbed, zygote):
+    """Where a random moment seldom falls: between data, checksum, record and event, and inside a file."""
+    desk = desk_in(tmp_path / "desk", output=FORMATS)
+    argv = ["run", desk.toml, "--quiet"]
+    for target, number in (*STEPS, ("", 0)):
+        before = records(desk)
+        status = zygote(argv, target, number)
+        now = records(desk)
+        assert {name: now[name] for name in before} == before, f"done again: killed at {target} {number}"
+        assert (os.WTERMSIG(status) == signal.SIGKILL) == bool(target), f"never reached: {target} {number}"
+
+    assert status == 0
+    assert_same(desk, undisturbed[0])
+    assert_told_once(desk)
+
+
+def test_records_are_the_same_text_each_time(undisturbed):
+    """Sorted keys, fixed layout: a record can be compared as text once its volatile fields are gone."""
+    desk, _ = undisturbed
+    for name, text in records(desk).items():
+        record = json.loads(text)
+        assert text.decode() == json.dumps(record, sort_keys=True, indent=1), name
+        assert record["attempts"] == 1
+        assert Path(name).stem == record["tile"]
