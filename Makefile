@@ -13,6 +13,7 @@ OUT ?= demo
 SEED ?= 0
 WORKERS ?= 2
 PYTEST_ARGS ?=
+DATA ?= ../shared/data
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c \
 	'import sys; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
 
@@ -40,6 +41,10 @@ bench: $(VENV)/.dev ## Measure memory against the plan's prediction, and speed b
 .PHONY: simulation-report
 simulation-report: $(VENV)/.dev ## Score the detectors on simulated archives of five seeds: docs/simulation-report.md
 	@"$(BIN)/python" -m slidecube.pipeline.simulate docs/simulation-report.md
+
+.PHONY: real-data
+real-data: $(VENV)/.dev ## Make docs/real-data.md, its numbers and pictures from DATA, the folder of real fixtures
+	@"$(BIN)/python" docs/real_data "$(DATA)"
 
 .PHONY: check
 check: $(VENV)/.dev ## Check style, types and the import rule
