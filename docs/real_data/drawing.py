@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from PIL import Image
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
@@ -46,10 +47,15 @@ def true_colour(red: np.ndarray, green: np.ndarray, blue: np.ndarray, *, white: 
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a PNG of at most `MAX_BYTES`, coarser where it needs that."""
+    """Write a PNG of at most `MAX_BYTES`: in 256 colours, and coarser, where it needs that."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for dpi in (110, 95, 80, 65):
         figure.savefig(path, dpi=dpi, metadata={"Software": None})
+        if path.stat().st_size > MAX_BYTES:
+            picture = Image.open(path).convert("RGB")
+            picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+                path, optimize=True
+            )
         if path.stat().st_size <= MAX_BYTES:
             break
     plt.close(figure)

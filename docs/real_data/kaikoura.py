@@ -127,22 +127,33 @@ def _each(change: Change) -> list[dict[str, float]]:
 
 
 def _draw(change: Change, found: dict[str, Any], limit: float, path: Path) -> None:
-    figure, axes = drawing.panels(3, width=4.6, height=4.6)
-    for axis, title in (
-        (axes[0], "NDVI lost (before minus after), 2016"),
-        (axes[1], "around the largest polygons"),
+    figure, axes = drawing.panels(3, width=4.4, height=4.9)
+    for axis, step, title in (
+        (axes[0], 2, "NDVI lost (before minus after)"),
+        (axes[1], 1, "around the largest polygon"),
     ):
-        shown = axis.imshow(change.loss_yx, extent=change.extent, cmap="BrBG_r", vmin=-0.6, vmax=0.6)
+        shown = axis.imshow(
+            change.loss_yx[::step, ::step],
+            extent=change.extent,
+            cmap="BrBG_r",
+            vmin=-0.6,
+            vmax=0.6,
+        )
         hit = np.nan_to_num(change.loss_yx, nan=-1) >= limit
         axis.contour(
-            hit, levels=[0.5], colors="crimson", linewidths=0.6, extent=change.extent, origin="upper"
+            hit,
+            levels=[0.5],
+            colors="crimson",
+            linewidths=0.4 * (3 - step),
+            extent=change.extent,
+            origin="upper",
         )
-        change.polygons.boundary.plot(ax=axis, color="black", linewidth=1.2)
-        drawing.plain(axis, f"{title}\nred: loss of {limit:.3f} or more, black: drawn by hand")
-    left, bottom, right, top = change.polygons.total_bounds
-    axes[1].set_xlim(left - 300, right - 1700)
-    axes[1].set_ylim(bottom - 100, top + 700)
-    figure.colorbar(shown, ax=axes[0], location="bottom", shrink=0.8)
+        change.polygons.boundary.plot(ax=axis, color="black", linewidth=1.5)
+        drawing.plain(axis, f"{title}\nred: {limit:.3f} or more, black: drawn by hand")
+        figure.colorbar(shown, ax=axis, location="bottom", shrink=0.8)
+    middle = change.polygons.geometry[change.polygons.area.idxmax()].centroid
+    axes[1].set_xlim(middle.x - 700, middle.x + 700)
+    axes[1].set_ylim(middle.y - 700, middle.y + 700)
     curve = found["curve"]
     thresholds = [point["threshold"] for point in curve]
     for key, of, label in (
@@ -151,16 +162,8 @@ def _draw(change: Change, found: dict[str, Any], limit: float, path: Path) -> No
     ):
         axes[2].plot(thresholds, [100 * p[key] / p[of] for p in curve], marker="o", markersize=3, label=label)
     axes[2].plot(thresholds, [p["flagged_pct"] for p in curve], "--", color="grey", label="the whole scene")
-    axes[2].axvline(limit, color="crimson", linewidth=0.8)
-    axes[2].annotate(
-        "fixed\nbeforehand",
-        (limit, 92),
-        xytext=(4, 0),
-        textcoords="offset points",
-        fontsize=8,
-        color="crimson",
-    )
+    axes[2].axvline(limit, color="crimson", linewidth=0.8, label="fixed beforehand")
     axes[2].set(xlabel="threshold on the NDVI lost", ylabel="flagged, %", ylim=(-3, 103))
     axes[2].set_title("recall, and how much is flagged anyway", fontsize=10)
-    axes[2].legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.85))
+    axes[2].legend(fontsize=8)
     drawing.save(figure, path)
