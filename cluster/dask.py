@@ -7,17 +7,20 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
 import dask
 import psutil
-from distributed import Client, LocalCluster, WorkerPlugin, as_completed
+from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.scheduler import KilledWorker
 
+from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import Profile
 from slidecube.cluster.runner import Results, TaskFunction, TaskResult, TileTask, failed
 
@@ -25,6 +28,7 @@ _IN_FLIGHT_PER_WORKER = 2  # one running, one waiting: a worker never idles, and
 
 
 _LONE_ATTEMPTS = 2
+_NO_WORKERS_S = 60.0  # starting one takes seconds, and half a minute on a busy machine
 _SCRATCH = "slidecube-dask-"
 
 
@@ -112,27 +116,45 @@ class DaskRunner:
         assert self._client is not None
         client, waiting = self._client, deque(tasks)
         in_flight: dict[Any, TileTask] = {}
-        running = as_completed(raise_errors=False)
+        finished: SimpleQueue[Any] = SimpleQueue()
 
         def submit() -> None:
             task = waiting.popleft()
             key = f"{task.stage}-{task.layer}-{task.epoch}-{task.tile}-{task.key}-{os.urandom(4).hex()}"
             future = client.submit(function, task, key=key, pure=False, retries=0)
             in_flight[future] = task
-            running.add(future)
+            future.add_done_callback(finished.put)
 
         try:
             for _ in range(min(len(waiting), width)):
                 submit()
-            for future in running:
-                yield in_flight[future], _result(future, in_flight[future])
-                del in_flight[future]
+            while in_flight:
+                future = self._next(finished)
+                task = in_flight.pop(future)
+                result = _result(future, task)
                 future.release()
                 if waiting:
                     submit()
+                yield task, result
         finally:
             if in_flight:  # given up in the middle: what has not begun shall not begin
                 client.cancel(list(in_flight), force=True)
+
+    def _next(self, finished: SimpleQueue[Any]) -> Any:
+        """Wait for a finished future, but not for workers that never come back."""
+        scheduler: Any = self._cluster.scheduler  # type: ignore[union-attr]
+        alone_since = time.monotonic()
+        while True:
+            try:
+                return finished.get(timeout=1.0)
+            except Empty:
+                if scheduler.workers:
+                    alone_since = time.monotonic()
+            if time.monotonic() - alone_since > _NO_WORKERS_S:
+                raise ClusterError(
+                    f"All {self._profile.workers} workers ended and none came back in {_NO_WORKERS_S:.0f} s; "
+                    "start with `slidecube doctor`, raise mem_gb, or use profile 'threads'"
+                )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
