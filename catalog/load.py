@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pystac
@@ -31,7 +32,7 @@ from slidecube.catalog.errors import AssetReadError, CatalogError
 from slidecube.catalog.grid import BLOCK_PX
 from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import asset_bands, sign_href
-from slidecube.catalog.zoom import magnification, read_magnified
+from slidecube.catalog.zoom import magnification, on_binary_grid, read_magnified
 
 DTYPES: Mapping[str, str] = {"SCL": "uint8", "elevation": "float32"}
 """Band -> dtype as delivered; every other band is uint16."""
@@ -48,6 +49,7 @@ for _name in ("odc.loader._rio", "rasterio._env", "rasterio._err"):
 
 _READ_ATTEMPTS = 3
 _WHOLE = ("uint8", "uint16")
+
 _GDAL_OPTIONS = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_HTTP_MAX_RETRY": "5",
@@ -104,7 +106,7 @@ def load(
     records = [_slim(scene, bands) for scene in scenes]
     if not records:
         raise CatalogError("No scenes to load; widen the window or raise max_cloud_pct")
-    blocks, crop = _on_lattice(geobox, block_px)
+    blocks, crop = on_lattice(geobox, block_px)
     names = {uri: name for record in records for uri, name in record.names.items()}
     with rasterio.Env(**_GDAL_OPTIONS):
         cube = odc_load(
@@ -199,7 +201,7 @@ def _kernel(band: str, resampling: Mapping[str, str] | None) -> str:
     return table.get(band, table["*"])
 
 
-def _on_lattice(geobox: GeoBox, block_px: int) -> tuple[GeoBox, tuple[slice, slice]]:
+def on_lattice(geobox: GeoBox, block_px: int) -> tuple[GeoBox, tuple[slice, slice]]:
     """Grow a GeoBox to whole blocks of the lattice, and say where it lies in the grown one.
 
     The lattice is anchored at the origin of the CRS (the corner of every frame lies on it). A GeoBox whose pixels do
@@ -259,7 +261,7 @@ class _NamingReader(RioReader):
         for attempt in range(1, _READ_ATTEMPTS + 1):
             src = self._src.patch(uri=sign_href(self._src.uri, self._name.source))
             try:
-                with rasterio.open(src.uri, sharing=False) as asset:
+                with rasterio.open(src.uri, sharing=False, driver=driver_of(src.uri)) as asset:
                     return np.s_[0 : geobox.shape[0], 0 : geobox.shape[1]], _onto(
                         asset, src.band, cfg, geobox
                     )
@@ -273,6 +275,15 @@ class _NamingReader(RioReader):
         raise AssertionError
 
 
+def driver_of(href: str) -> str:
+    """GDAL driver that opens an asset: GeoTIFF, or JPEG 2000 by its ending, and no other.
+
+    Left to itself GDAL goes by the content, and some formats follow addresses in it: a hostile catalogue could have
+    this machine's own files read.
+    """
+    return "JP2OpenJPEG" if urlsplit(href).path.lower().endswith(".jp2") else "GTiff"
+
+
 def _onto(asset: rasterio.DatasetReader, band: int, cfg: RasterLoadParams, geobox: GeoBox) -> np.ndarray:
     """Read an asset onto a block: by copying or magnifying where its pixels allow, else by a warp as gdalwarp's.
 
@@ -282,7 +293,11 @@ def _onto(asset: rasterio.DatasetReader, band: int, cfg: RasterLoadParams, geobo
     nodata = asset.nodata if asset.nodata is not None else cfg.src_nodata_fallback
     fill = cfg.fill_value if cfg.fill_value is not None else nodata
     factor = magnification(asset, geobox)
-    exact = factor == 1 or cfg.resampling == "nearest" or (factor == 2 and asset.dtypes[band - 1] in _WHOLE)
+    exact = (
+        factor == 1
+        or cfg.resampling == "nearest"
+        or (factor == 2 and asset.dtypes[band - 1] in _WHOLE and on_binary_grid(asset))
+    )
     # a DEM that declares no nodata still has none beyond its edge: a height of 0 there would hide the next tile's
     outside = fill if nodata is None else nodata
     holds = outside is None or not np.isnan(outside) or np.dtype(asset.dtypes[band - 1]).kind == "f"

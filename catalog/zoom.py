@@ -31,6 +31,16 @@ def magnification(asset: rasterio.DatasetReader, geobox: GeoBox) -> int | None:
     return factor if all(abs(shift - round(shift)) < _EXACT for shift in shifts) else None
 
 
+def on_binary_grid(asset: rasterio.DatasetReader) -> bool:
+    """Tell whether the origin is a whole number of quarter pixels, as those of Sentinel-2's products are.
+
+    Only then are pixel positions exact in binary, and GDAL's halves the halves of whole-number arithmetic.
+    """
+    a = asset.transform
+    quarters = (4 * a.c / a.a, 4 * a.f / a.e)
+    return all(q == round(q) for q in quarters)
+
+
 def read_magnified(
     asset: rasterio.DatasetReader,
     band: int,

@@ -21,7 +21,7 @@ from odc.geo.xr import xr_coords
 from rasterio.enums import Resampling
 
 from slidecube.catalog.grid import BLOCK_PX
-from slidecube.catalog.load import ReadLog, load
+from slidecube.catalog.load import ReadLog, driver_of, load
 from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import sign_href
 from slidecube.pipeline.errors import PipelineError
@@ -218,7 +218,8 @@ def _native_grid(scene: Scene) -> tuple[Affine, str]:
         f"EPSG:{properties['proj:epsg']}" if properties.get("proj:epsg") else None
     )
     if transform is None or crs is None:
-        with rasterio.open(sign_href(asset["href"], scene.source)) as src:
+        href = asset["href"]
+        with rasterio.open(sign_href(href, scene.source), driver=driver_of(href)) as src:
             return src.transform, str(src.crs)
     return Affine(*transform[:6]), str(crs)
 

@@ -29,8 +29,8 @@ from odc.geo.geobox import GeoBox
 
 from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import Tile, cuts
-from slidecube.catalog.load import ReadLog, load
-from slidecube.catalog.scenes import Scene
+from slidecube.catalog.load import ReadLog, load, on_lattice
+from slidecube.catalog.scenes import Scene, SceneTable
 from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.errors import ModelError
 from slidecube.models.predict import predict
@@ -49,7 +49,7 @@ from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
 from slidecube.pipeline.plan import RunPlan, read_plan
 from slidecube.pipeline.store import Workspace, erase_tile, geobox_of, read_window, stored_bytes, write_tile
-from slidecube.pipeline.terrain import terrain
+from slidecube.pipeline.terrain import SLOPE_NODATA, terrain
 
 FENCED = "fenced: another driver holds the workspace now"
 """Reason of a tile that was not written because this driver was believed dead and its workspace taken over."""
@@ -160,7 +160,30 @@ def clear_observations(
     halo = block_px if mask.dilation_px else 0
     around = geobox.pad(halo) if halo else geobox
     scl = load(scenes, around, ["SCL"], block_px=block_px, log=log)["SCL"].data
-    return clear_mask(scl, mask, halo_px=halo)
+    clear = clear_mask(scl, mask, halo_px=halo)
+    touches_tji = _touching(scenes, geobox, clear, block_px)
+    only: da.Array = clear.map_blocks(
+        lambda part, block_id: part & touches_tji[:, block_id[1], block_id[2], None, None], dtype=bool
+    )
+    return only
+
+
+def _touching(scenes: Sequence[Scene], geobox: GeoBox, blocks: da.Array, block_px: int) -> np.ndarray:
+    """Which scene's footprint touches which block: (t, rows of blocks, columns of blocks) bool.
+
+    A scene is read on a tile when its footprint touches the tile. Pixels beyond the footprint may exist; taking them
+    where the tile is large and not where it is small would make the result depend on the tiling.
+    """
+    row_ends, col_ends = (np.cumsum(sizes).tolist() for sizes in blocks.chunks[1:])
+    boxes = [
+        on_lattice(geobox[r - h : r, c - w : c], block_px)[0]
+        for r, h in zip(row_ends, blocks.chunks[1], strict=True)
+        for c, w in zip(col_ends, blocks.chunks[2], strict=True)
+    ]
+    found = SceneTable(scenes=tuple(scenes)).touching_each(boxes)
+    ids = [{id(scene) for scene in table} for table in found]
+    touches = [[id(scene) in there for there in ids] for scene in scenes]
+    return np.array(touches, bool).reshape(len(scenes), len(row_ends), len(col_ends))
 
 
 def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
@@ -484,7 +507,10 @@ def _observable(layers: Layers, probability: np.ndarray) -> tuple[np.ndarray, np
     pre, post = layers.pre["clear_count"].values > 0, layers.post["clear_count"].values > 0
     reason = np.zeros(probability.shape, np.uint8)
     reason[probability == PROBABILITY_NODATA] = 5
-    reason[np.isnan(layers.terrain["elevation"].values)] = 4
+    no_terrain = np.isnan(layers.terrain["elevation"].values)
+    if "slope_deg" in layers.terrain:  # the rim of a DEM has heights, and no slope
+        no_terrain |= layers.terrain["slope_deg"].values == SLOPE_NODATA
+    reason[no_terrain] = 4
     reason[pre & ~post] = 2
     reason[~pre & post] = 1
     reason[~pre & ~post] = 3

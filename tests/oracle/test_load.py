@@ -16,7 +16,7 @@ from rasterio.transform import from_origin
 from rasterio.vrt import WarpedVRT
 
 from slidecube.catalog.errors import AssetReadError, CatalogError
-from slidecube.catalog.load import ReadLog, load
+from slidecube.catalog.load import ReadLog, load, on_lattice
 from slidecube.catalog.scenes import Offset, Scene
 
 WEST, NORTH, SIDE_M = 399_960.0, 5_300_040.0, 30_720
@@ -143,3 +143,71 @@ def test_unknown_band_and_no_scenes_are_one_line(scene):
         load([scene], box, ["B13"])
     with pytest.raises(CatalogError, match="No scenes"):
         load([], box, ["B04"])
+
+
+@pytest.mark.parametrize("kernel", ["nearest", "bilinear"])
+@pytest.mark.parametrize(
+    "origin", [(199_980.0, 3_600_000.0), (399_960.0, 5_300_040.0), (300_010.0, 5_300_030.0)]
+)
+@pytest.mark.parametrize("resolution", [20, 200])
+def test_magnification_equals_the_warp_at_any_origin(tmp_path, scene, kernel, origin, resolution):
+    """Where pixel positions are not exact in binary, GDAL's halves fall either way: the warp itself is used there."""
+    rng = np.random.default_rng(7)
+    path = tmp_path / "x.tif"
+    profile = {
+        "driver": "GTiff", "width": 300, "height": 300, "count": 1, "dtype": "uint16", "crs": "EPSG:32633", "nodata": 0,
+        "transform": from_origin(*origin, resolution, resolution),
+    }  # fmt: skip
+    with rasterio.open(path, "w", **profile) as out:
+        out.write(rng.integers(0, 4, (300, 300)).astype("uint16") * 1001, 1)
+    half = resolution / 2
+    box = GeoBox(
+        (512, 512), from_origin(origin[0] + 3 * half, origin[1] - 5 * half, half, half), "EPSG:32633"
+    )
+    item = {
+        **scene.item,
+        "assets": {"B11": {"href": str(path)}},
+        "geometry": shapely.geometry.mapping(
+            GeoBox((300, 300), profile["transform"], "EPSG:32633").extent.to_crs("EPSG:4326").geom.buffer(0.1)
+        ),
+    }
+    got = load([item], box, ["B11"], resampling={"B11": kernel})["B11"].values[0]
+    # the lattice puts a block's corner elsewhere: compare block by block as `load` reads them
+    blocks, (rows, cols) = on_lattice(box, 512)
+    want = np.zeros(blocks.shape, "uint16")
+    for r in range(0, blocks.shape[0], 512):
+        for c in range(0, blocks.shape[1], 512):
+            part = blocks[r : r + 512, c : c + 512]
+            with (
+                rasterio.open(path) as src,
+                WarpedVRT(
+                    src,
+                    crs="EPSG:32633",
+                    transform=part.affine,
+                    width=512,
+                    height=512,
+                    resampling=Resampling[kernel],
+                    nodata=0,
+                ) as vrt,
+            ):
+                want[r : r + 512, c : c + 512] = vrt.read(1)
+    np.testing.assert_array_equal(got, want[rows, cols])
+
+
+def test_an_asset_that_points_elsewhere_is_not_followed(scene, tmp_path):
+    """A file named .tif whose content is a virtual raster of this machine's own files."""
+    private = scene.item["assets"]["B04"]["href"]
+    evil = tmp_path / "B04.tif"
+    with rasterio.open(private) as src:
+        t, n = src.transform, src.width
+    evil.write_text(
+        f'<VRTDataset rasterXSize="{n}" rasterYSize="{n}"><SRS>EPSG:32633</SRS>'
+        f"<GeoTransform>{t.c}, {t.a}, 0, {t.f}, 0, {t.e}</GeoTransform>"
+        f'<VRTRasterBand dataType="UInt16" band="1"><SimpleSource><SourceFilename>{private}</SourceFilename>'
+        "<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    with rasterio.open(evil) as src:
+        assert src.read(1).any(), "GDAL itself follows it"
+    item = {**scene.item, "assets": {"B04": {"href": str(evil)}}}
+    with pytest.raises(AssetReadError, match="asset 'B04' of item 'S2A_TEST'"):
+        load([item], _block("EPSG:32633"), ["B04"]).compute(scheduler="synchronous")
