@@ -7,6 +7,7 @@ tile, so results do not depend on the tile size (ADR 2).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ class TileGrid:
     @property
     def key(self) -> str:
         """Short name of the grid, safe as a folder name."""
-        return f"{_crs_slug(self.crs)}-{self.resolution_m:g}m-{self.tile_px}px-b{self.block_px}"
+        return f"{_crs_slug(self.crs)}-{self.resolution_m:.15g}m-{self.tile_px}px-b{self.block_px}"
 
     @property
     def tile_m(self) -> float:
@@ -160,7 +161,7 @@ def choose_crs(aoi: Aoi) -> str:
         return f"EPSG:{(32700 if south else 32600) + zone % 60 + 1}"
     lon0 = (round((lon_min + lon_max) / 2) + 180) % 360 - 180
     lat0 = round((lat_min + lat_max) / 2)
-    return f"+proj=laea +lat_0={lat0} +lon_0={lon0} +x_0=0 +y_0=0 +datum=WGS84 +units=m +no_defs"
+    return _equal_area(lat0, lon0)
 
 
 def lattice(
@@ -182,18 +183,20 @@ def cuts(size: int, offset: int, block: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
+def _equal_area(lat: int, lon: int) -> str:
+    return f"+proj=laea +lat_0={lat} +lon_0={lon} +x_0=0 +y_0=0 +datum=WGS84 +units=m +no_defs"
+
+
 def _crs_slug(crs: str) -> str:
-    match = re.fullmatch(r"epsg:(\d+)", crs.strip(), re.IGNORECASE)
-    if match:
-        return f"epsg{match[1]}"
-    laea = re.search(r"\+proj=laea \+lat_0=(-?\d+) \+lon_0=(-?\d+) \+x_0=0 ", crs)
-    if laea:
-        lat, lon = int(laea[1]), int(laea[2])
+    """Name a CRS shortly where the short name says all of it, and by a hash otherwise."""
+    code = re.fullmatch(r"epsg:(\d+)", crs.strip(), re.IGNORECASE)
+    if code:
+        return f"epsg{code[1]}"
+    laea = re.match(r"\+proj=laea \+lat_0=(-?\d+) \+lon_0=(-?\d+) ", crs)
+    if laea and crs == _equal_area(lat := int(laea[1]), lon := int(laea[2])):
         return f"laea-{'ns'[lat < 0]}{abs(lat):02d}{'ew'[lon < 0]}{abs(lon):03d}"
     wkt = pyproj.CRS.from_user_input(crs).to_wkt()
-    import hashlib  # noqa: PLC0415
-
-    return "crs" + hashlib.blake2b(wkt.encode(), digest_size=4).hexdigest()
+    return "crs" + hashlib.blake2b(wkt.encode(), digest_size=6).hexdigest()
 
 
 @lru_cache(maxsize=64)

@@ -31,7 +31,7 @@ from rasterio.vrt import WarpedVRT
 from slidecube.catalog.errors import AssetReadError, CatalogError
 from slidecube.catalog.grid import BLOCK_PX
 from slidecube.catalog.scenes import Scene
-from slidecube.catalog.sources import asset_bands, sign_href
+from slidecube.catalog.sources import REFLECTANCE_BANDS, asset_bands, sign_href
 from slidecube.catalog.zoom import magnification, on_binary_grid, read_magnified
 
 DTYPES: Mapping[str, str] = {"SCL": "uint8", "elevation": "float32"}
@@ -144,6 +144,11 @@ class _AssetName:
 
 def _slim(scene: Scene | dict[str, Any] | pystac.Item, bands: Sequence[str]) -> _Record:
     """Reduce a scene to what the reader needs: the wanted assets under their canonical names."""
+    unknown = [band for band in bands if band not in {*REFLECTANCE_BANDS, *DTYPES}]
+    if unknown:
+        raise CatalogError(
+            f"Band {', '.join(unknown)} cannot be loaded; bands: {', '.join((*REFLECTANCE_BANDS, *DTYPES))}"
+        )
     if isinstance(scene, Scene):
         item, source, assets = scene.item, scene.source, scene.bands
     else:

@@ -55,13 +55,13 @@ def _crawl(
         if kind == "Feature":
             yield document, here.parent
         elif kind == "FeatureCollection":
-            yield from (
-                (item, here.parent) for item in document.get("features") or [] if isinstance(item, dict)
-            )
+            yield from ((item, here.parent) for item in _objects(document.get("features")))
         elif kind in ("Catalog", "Collection") or "links" in document:
             published = published or _published(document, here, root)
             links = [
-                link for link in document.get("links") or [] if link.get("rel") in ("child", "item", "items")
+                link
+                for link in _objects(document.get("links"))
+                if link.get("rel") in ("child", "item", "items")
             ]
             stack.extend(
                 _target(str(link.get("href", "")), here, root, published) for link in reversed(links)
@@ -70,8 +70,13 @@ def _crawl(
             raise CatalogError(f"{str(here)!r} is no STAC catalogue, item or ItemCollection (type {kind!r})")
 
 
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """Take the JSON objects of what should be a list of them."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
 def _published(document: dict[str, Any], here: Path, root: Path) -> str | None:
-    for link in document.get("links") or []:
+    for link in _objects(document.get("links")):
         href = str(link.get("href", ""))
         if link.get("rel") == "self" and href.startswith(("http://", "https://")):
             inside = here.relative_to(root).as_posix()
@@ -82,7 +87,10 @@ def _published(document: dict[str, Any], here: Path, root: Path) -> str | None:
 def _target(href: str, here: Path, root: Path, published: str | None) -> Path:
     if published and href.startswith(published):
         href = os.path.relpath(root / href[len(published) :], here.parent)
-    parts = urlsplit(href)
+    try:
+        parts = urlsplit(href)
+    except ValueError as error:
+        raise CatalogError(f"{str(here)!r} links to {href[:200]!r}, which is no address ({error})") from None
     if parts.scheme not in ("", "file"):
         raise CatalogError(
             f"{str(here)!r} links to {href!r}; a local catalogue must be whole: copy the linked file"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyproj
 import pystac
 import pystac_client
 import shapely
@@ -173,7 +174,7 @@ def _near(
     shapely.prepare(area)
     items = _items(wanted.source, area, wanted.windows, retries)
     while batch := list(itertools.islice(items, _BATCH)):
-        scenes = list(_scenes(batch, wanted, counts, refused))
+        scenes = _with_outlines(_scenes(batch, wanted, counts, refused), refused)
         if scenes:
             hit = shapely.intersects(area, footprints(scenes))
             counts["outside_area"] += int(np.count_nonzero(~hit))
@@ -238,6 +239,18 @@ def scenes_by_tile(scenes: Iterable[Scene], windows: Sequence[Window]) -> list[T
 _Raw = tuple[dict[str, Any], Path | None, Path | None]
 
 
+# what a field of a wrong type or value ends in, anywhere between the catalogue's JSON and a Scene
+_MALFORMED = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    pyproj.exceptions.ProjError,
+    shapely.errors.ShapelyError,
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
     """What is asked of every item, whatever a server has filtered already."""
@@ -264,14 +277,39 @@ def _scenes(
 ) -> Iterator[Scene]:
     for item, folder, root in batch:
         counts["seen"] += 1
-        if reason := wanted.reason_against(item):
-            counts[reason] += 1
-            continue
-        kept = normalised(item, wanted.source, folder=folder, root=root)
+        name = str(item.get("id"))[:200]
         try:
+            if reason := wanted.reason_against(item):
+                counts[reason] += 1
+                continue
+            kept = normalised(item, wanted.source, folder=folder, root=root)
             yield scene_of(kept, wanted.source, wanted.role)
         except CatalogError as error:
-            refused[str(item["id"])] = str(error)
+            refused[name] = str(error)
+        except _MALFORMED as error:
+            refused[name] = _malformed(name, error)
+
+
+def _with_outlines(scenes: Iterable[Scene], refused: dict[str, str]) -> list[Scene]:
+    """Leave out scenes whose footprint cannot be made; one broken geometry must not stop a nation's search."""
+    batch = list(scenes)
+    try:
+        footprints(batch)
+    except (CatalogError, *_MALFORMED):
+        whole = []
+        for scene in batch:
+            try:
+                footprints([scene])
+                whole.append(scene)
+            except (CatalogError, *_MALFORMED) as error:
+                refused[scene.id] = _malformed(scene.id, error)
+        return whole
+    return batch
+
+
+def _malformed(name: str, error: Exception) -> str:
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"Item {name!r} is no valid STAC item ({what}); report it to the catalogue's provider"
 
 
 def _items(

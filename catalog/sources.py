@@ -219,6 +219,12 @@ def find_source(name: str, *, kind: Kind = "optical") -> Source:
         if source.kind != kind:
             raise CatalogError(f"Source {name!r} holds {source.kind} data, not {kind}; {_of_kind(kind)}")
         return source
+    address = urlsplit(name)
+    if address.scheme in ("http", "https") and ("@" in address.netloc or address.query or address.fragment):
+        raise CatalogError(
+            f"Source at {address.hostname!r} carries a user, a password or a query in its address, which would be "
+            "written into plans and events; give the plain address"
+        )
     api = re.fullmatch(r"(https?://.+?)/collections/([^/]+)/?", name)
     if api:
         return _unlisted(name, api[1], api[2], kind)

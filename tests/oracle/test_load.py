@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from rasterio.vrt import WarpedVRT
 
 from slidecube.catalog.errors import AssetReadError, CatalogError
 from slidecube.catalog.load import ReadLog, load, on_lattice
-from slidecube.catalog.scenes import Offset, Scene
+from slidecube.catalog.scenes import Offset, Scene, SceneTable
+from slidecube.pipeline.composite import MaskRule
+from slidecube.pipeline.tile import optical_layer
 
 WEST, NORTH, SIDE_M = 399_960.0, 5_300_040.0, 30_720
 LAEA = "+proj=laea +lat_0=48 +lon_0=14 +x_0=0 +y_0=0 +datum=WGS84 +units=m +no_defs"
@@ -139,7 +142,9 @@ def test_a_truncated_asset_is_named_and_with_a_log_only_its_blocks_are_lost(scen
 
 def test_unknown_band_and_no_scenes_are_one_line(scene):
     box = _block("EPSG:32633")
-    with pytest.raises(CatalogError, match="no band B13; it has: B04, B09, B11, SCL"):
+    with pytest.raises(CatalogError, match="no band B12; it has: B04, B09, B11, SCL"):
+        load([scene], box, ["B12"])
+    with pytest.raises(CatalogError, match="Band B13 cannot be loaded; bands: B01"):
         load([scene], box, ["B13"])
     with pytest.raises(CatalogError, match="No scenes"):
         load([], box, ["B04"])
@@ -211,3 +216,39 @@ def test_an_asset_that_points_elsewhere_is_not_followed(scene, tmp_path):
     item = {**scene.item, "assets": {"B04": {"href": str(evil)}}}
     with pytest.raises(AssetReadError, match="asset 'B04' of item 'S2A_TEST'"):
         load([item], _block("EPSG:32633"), ["B04"]).compute(scheduler="synchronous")
+
+
+def test_pixels_beyond_the_outline_count_on_no_tile_size(scene):
+    """The outline ends before a block's edge and the pixels go on: four small windows equal the large one."""
+    box = _block("EPSG:32633").pad(0)[0:512, 0:512]
+    large = GeoBox((1024, 1024), box.affine, "EPSG:32633")
+    west, _, east, north = large.boundingbox.bbox
+    outline = shapely.box(west - 5000, large.boundingbox.bottom - 5000, west + 4800, north + 5000)
+    lonlat = shapely.transform(
+        outline,
+        lambda xy: np.column_stack(
+            Transformer.from_crs("EPSG:32633", "EPSG:4326", always_xy=True).transform(*xy.T)
+        ),
+    )
+    assert east > west + 5120
+    short = replace(
+        scene,
+        item={**scene.item, "geometry": shapely.geometry.mapping(lonlat), "bbox": list(lonlat.bounds)},
+    )
+    mask = MaskRule(scl_classes=(11,), dilation_px=2)
+
+    def made(window):
+        touching = list(SceneTable(scenes=(short,)).touching(window))
+        if not touching:
+            return np.zeros(window.shape, "uint16")
+        return optical_layer(touching, window, ["B04"], method="median", mask=mask, block_px=512)[
+            "B04"
+        ].values
+
+    whole = made(large)
+    assert whole[:, :512].any()
+    for r in (0, 512):
+        for c in (0, 512):
+            np.testing.assert_array_equal(
+                made(large[r : r + 512, c : c + 512]), whole[r : r + 512, c : c + 512]
+            )
