@@ -94,7 +94,7 @@ def _machine_error(error: BaseException) -> tuple[int, str] | None:
         what = f"{link.filename}: {link.strerror}" if link.filename else str(link.strerror or link)
         if link.errno in (errno.ENOSPC, errno.EDQUOT):
             return INCOMPLETE, f"{_one_line(what)}; free some space and run the same command to resume"
-        if link.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if link.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR):
             return USER_ERROR, f"{_one_line(what)}; name a folder that you may write to"
     return None
 

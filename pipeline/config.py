@@ -122,7 +122,7 @@ class Area(_Section):
         None, description="[west, south, east, north] in degrees of WGS84, south below north"
     )
     crs: str | None = Field(None, min_length=1, description="a projected CRS in metres, such as 'EPSG:32632'")
-    resolution_m: float = Field(10.0, gt=0, description="a number of metres above 0")
+    resolution_m: float = Field(10.0, ge=0.1, le=1000, description="a number of metres, 0.1 to 1000")
 
 
 class Epoch(_Section):
@@ -313,7 +313,7 @@ class Config:
         return {
             "area": self._area_terms(),
             "windows": sorted({str(window) for epoch in self.epochs for window in (epoch.pre, epoch.post)}),
-            "sources": self.sources.model_dump(mode="json"),
+            "sources": self._source_terms(),
             "max_cloud_pct": self.cube.max_cloud_pct,
         }
 
@@ -335,10 +335,14 @@ class Config:
         return {
             "area": self._area_terms(),
             "epochs": epochs,
-            "sources": self.sources.model_dump(mode="json"),
+            "sources": self._source_terms(),
             "cube": self.cube.model_dump(mode="json"),
             "detect": self.detect.model_dump(mode="json"),
         }
+
+    def _source_terms(self) -> dict[str, str]:
+        """Sources as the catalogue takes them: the same words in two folders may mean two local catalogues."""
+        return {role: self.source(name) for role, name in self.sources.model_dump(mode="json").items()}
 
     def _area_terms(self) -> dict[str, Any]:
         aoi = self.aoi

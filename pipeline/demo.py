@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from slidecube.pipeline.config import load_config
-from slidecube.pipeline.errors import IncompleteError
+from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.report_stage import evaluate_workspace, evaluation_json, report_workspace
 from slidecube.pipeline.run import run
@@ -57,7 +57,12 @@ def demo(out: Path, *, seed: int = 0, size: str = "default", say: TextIO | None 
         clock = now
 
     toml, stamp = out / "demo.toml", f"# SIMULATED archive: seed {seed}, size {size}\n"
-    if not (toml.exists() and toml.read_text(encoding="utf-8").startswith(stamp)):
+    if toml.exists() and not toml.read_text(encoding="utf-8").startswith(stamp):
+        there = toml.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        raise PipelineError(
+            f"{out} holds another demonstration ({there}); name another folder with --out, or empty it"
+        )
+    if not toml.exists():
         print(f"simulating an archive of scenes (seed {seed}) ...", file=told)
         archive = simulate_archive(out, seed=seed, size=size)
         toml.write_text(stamp + archive_toml(archive), encoding="utf-8")

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 State = Literal["done", "empty", "failed"]
 
@@ -115,7 +115,7 @@ def write_atomic(path: Path, text: str) -> None:
 def _parse(path: Path) -> Record:
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Record(
+        record = Record(
             **{
                 **raw,
                 "scenes": tuple(raw["scenes"]),
@@ -123,5 +123,10 @@ def _parse(path: Path) -> Record:
             }
         )
     except (ValueError, TypeError, KeyError) as error:
-        # one bad file must not stop a nation: under an empty key it is nobody's work, so the tile is done again
-        return Record(tile=path.stem, key="", state="failed", reason=f"damaged record {path.name}: {error}")
+        return _damaged(path, str(error))
+    return record if record.state in get_args(State) else _damaged(path, f"unknown state {record.state!r}")
+
+
+def _damaged(path: Path, why: str) -> Record:
+    """One bad file must not stop a nation: under an empty key it is nobody's work, so the tile is done again."""
+    return Record(tile=path.stem, key="", state="failed", reason=f"damaged record {path.name}: {why}")

@@ -15,25 +15,18 @@ import pandas as pd
 
 from slidecube.catalog.sources import SOURCES
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.inventory import open_stored
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
-from slidecube.pipeline.ledger import Ledger, write_atomic
+from slidecube.pipeline.ledger import write_atomic
 from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene, slidecube_version
 from slidecube.pipeline.mosaic import TileRasters, label_objects
+from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.plan import EpochPlan, RunPlan
 from slidecube.pipeline.publish import write_products
 from slidecube.pipeline.report_stage import write_plan_report
 from slidecube.pipeline.store import read_window
-from slidecube.pipeline.tile import detect_keys
 
 RECORD = "products.json"
-
-
-def detected(plan: RunPlan, epoch: str) -> dict[str, str]:
-    """Tiles of an epoch whose detection is done under the plan's key, and that key."""
-    ledger = Ledger.of(plan.workspace.inventory(plan.inventory), epoch)
-    keys = detect_keys(plan, epoch)
-    return {tile: key for tile, key in keys.items() if ledger.complete(tile, key)}
+_JUDGEMENTS = ("evaluation.json", "inventory.png")  # of the inventory before, written by the demonstration
 
 
 def products_key(plan: RunPlan) -> str:
@@ -87,7 +80,7 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
     paths = write_products(
         folder,
         objects=objects,
-        inventory=open_stored(inventory),
+        inventory=open_detected(plan),
         inventory_path=inventory,
         lineage=made,
         formats=formats,
@@ -96,7 +89,7 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
     if "report" in plan.config.output.formats:
         paths["report"] = write_plan_report(plan, objects=objects)
     products = sorted(str(p.relative_to(folder)) for p in paths.values() if p.is_relative_to(folder))
-    _remove_stale(folder, set(_read_record(folder)["products"]) - set(products))
+    _remove_stale(folder, {*_read_record(folder)["products"], *_JUDGEMENTS} - set(products))
     record = {
         "key": key,
         "formats": sorted(plan.config.output.formats),

@@ -14,6 +14,7 @@ from slidecube.pipeline.inventory import CF, Observability, open_stored
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.plan import RunPlan, current_run, read_plan
 from slidecube.pipeline.store import Workspace
+from slidecube.pipeline.tile import detect_keys
 
 
 def open_plan(where: str | Path) -> RunPlan:
@@ -35,46 +36,61 @@ def open_inventory(path: str | Path) -> xr.Dataset:
     Returns (epoch, y, x): `probability` and `spread` float32, NaN = unknown; `landslide` uint8, 1 yes, 0 no,
     255 unknown; `observability` uint8, see its flags ("no landslide" is `landslide == 0` where it is 3); `reason`
     uint8, why a pixel is not observable; with x, y (centres, metres) and `spatial_ref`. Tiles without a finished
-    record are shown as not processed, whatever lies on the disk.
+    record (of a workspace: under the current plan's key) are shown as not processed, whatever lies on the disk.
     Raises PipelineError when there is no inventory.
     """
     group = Path(path)
     if group.suffix != ".zarr":
-        plan = open_plan(group)
-        group = plan.workspace.inventory(plan.inventory)
+        return _decoded(open_detected(open_plan(group)))
+    stored = _open(group)
+    epochs = [str(name) for name in stored["epoch"].values]
+    done = [{r.tile for r in Ledger.of(group, epoch) if r.complete} for epoch in epochs]
+    return _decoded(_masked(stored, done))
+
+
+def open_detected(plan: RunPlan) -> xr.Dataset:
+    """Open a plan's inventory as stored, lazily; what is not detected under the plan's keys is not processed.
+
+    This is the one way in which products, reports and evaluations read it.
+    """
+    stored = _open(plan.workspace.inventory(plan.inventory))
+    return _masked(stored, [set(detected(plan, epoch.name)) for epoch in plan.epochs])
+
+
+def detected(plan: RunPlan, epoch: str) -> dict[str, str]:
+    """Tiles of an epoch whose detection is done under the plan's key, and that key."""
+    ledger = Ledger.of(plan.workspace.inventory(plan.inventory), epoch)
+    keys = detect_keys(plan, epoch)
+    return {tile: key for tile, key in keys.items() if ledger.complete(tile, key)}
+
+
+def _open(group: Path) -> xr.Dataset:
     if not (group / "zarr.json").is_file():
         raise PipelineError(f"There is no inventory {group}; make it with `slidecube run FILE.toml`")
     stored = open_stored(group)
-    try:
-        first, px = stored.attrs["slidecube:first_tile"], int(stored.attrs["slidecube:tile_px"])
-    except KeyError as missing:
-        raise PipelineError(
-            f"{group} has no attribute {missing}; it is not an inventory of slidecube"
-        ) from None
-    done = _recorded(group, [str(name) for name in stored["epoch"].values], first, px, stored)
-    return _decoded(stored if done is None else _without_unrecorded(stored, done))
+    if "slidecube:first_tile" not in stored.attrs:
+        raise PipelineError(f"{group} does not say which tiles it holds; it is not an inventory of slidecube")
+    return stored
 
 
-def _recorded(
-    group: Path, epochs: list[str], first: list[int], px: int, stored: xr.Dataset
-) -> da.Array | None:
-    """Mask (epoch, y, x) of the pixels with a finished record, None when that is all of them."""
+def _masked(stored: xr.Dataset, done: list[set[str]]) -> xr.Dataset:
+    """Hide what is not done; done : of each epoch, keys of tiles."""
+    (row0, col0), px = stored.attrs["slidecube:first_tile"], int(stored.attrs["slidecube:tile_px"])
     rows, cols = stored.sizes["y"] // px, stored.sizes["x"] // px
-    done = np.zeros((len(epochs), rows, cols), bool)
-    for e, epoch in enumerate(epochs):
-        for record in Ledger.of(group, epoch):
-            row, _, col = record.tile.removeprefix("r").partition("c")
-            at = int(row) - first[0], int(col) - first[1]
-            if record.complete and 0 <= at[0] < rows and 0 <= at[1] < cols:
-                done[(e, *at)] = True
-    if done.all():
-        return None
-    tiles = da.from_array(done, chunks=1)
-    mask: da.Array = tiles.map_blocks(
-        lambda tile: np.broadcast_to(tile, (1, px, px)),
-        chunks=((1,) * len(epochs), (px,) * rows, (px,) * cols),
+    there = np.array(
+        [
+            [[f"r{row0 + r:03d}c{col0 + c:03d}" in tiles for c in range(cols)] for r in range(rows)]
+            for tiles in done
+        ],
+        bool,
     )
-    return mask
+    if there.all():
+        return stored
+    mask = da.from_array(there, chunks=1).map_blocks(
+        lambda tile: np.broadcast_to(tile, (1, px, px)),
+        chunks=((1,) * len(done), (px,) * rows, (px,) * cols),
+    )
+    return _without_unrecorded(stored, mask)
 
 
 def _without_unrecorded(stored: xr.Dataset, done: da.Array) -> xr.Dataset:

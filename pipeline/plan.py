@@ -242,7 +242,7 @@ def current_run(workspace: Workspace) -> str | None:
 
 
 def known_runs(workspace: Workspace) -> dict[str, str]:
-    """Plans that a TOML can still ask for: the newest of each TOML, by its stem."""
+    """Plans that a TOML can still ask for: the newest of each TOML, by its path."""
     index = _Index.read(workspace)
     return dict(index.newest)
 
@@ -279,10 +279,10 @@ class _Index:
 
     def note(self, made: RunPlan) -> None:
         """Take a plan in."""
-        stem = made.config.stem
-        self.runs[f"{stem} {content_key(made.config.science())}"] = made.run
-        self.searches[_search_key(made.config, made.tiles)] = made.run
-        self.newest[stem] = made.run
+        config = made.config
+        self.runs[f"{config.stem} {content_key(config.science())}"] = made.run
+        self.searches[_search_key(config, made.tiles)] = made.run
+        self.newest[str(config.path)] = made.run
         self.latest = made.run
 
 

@@ -13,10 +13,10 @@ import pyogrio
 from slidecube.pipeline.composite import SCALE, SHIFT
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.evaluate import Evaluation, evaluate
-from slidecube.pipeline.inventory import open_stored
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lineage import Lineage
-from slidecube.pipeline.open import open_plan
+from slidecube.pipeline.lock import Lock
+from slidecube.pipeline.open import open_detected, open_plan
 from slidecube.pipeline.plan import RunPlan
 from slidecube.pipeline.report import EpochView, Picture, render_picture, write_report
 from slidecube.pipeline.store import read_window
@@ -47,9 +47,10 @@ def evaluate_workspace(
     simulated : of the reference; left out, it is what the scenes say of themselves
     """
     plan = open_plan(where)
-    objects = read_objects(plan)
     reference = read_reference(truth)
-    inventory = open_stored(plan.workspace.inventory(plan.inventory))
+    _require_current(plan)
+    objects = read_objects(plan)
+    inventory = open_detected(plan)
     flag = _lineage(plan).simulated if simulated is None else simulated
     if "epoch" in reference.columns and not set(reference["epoch"]) & set(plan.by_epoch):
         named = ", ".join(sorted({str(name) for name in reference["epoch"]}))
@@ -75,7 +76,9 @@ def report_workspace(
     picture : also draw the first epoch into this PNG
     """
     plan = open_plan(where)
-    return write_plan_report(plan, evaluations=evaluations, picture=picture)
+    _require_current(plan)
+    with Lock(plan.workspace.locks, run=f"report of {plan.run}"):
+        return write_plan_report(plan, evaluations=evaluations, picture=picture)
 
 
 def write_plan_report(
@@ -88,7 +91,7 @@ def write_plan_report(
     """Write the report of a plan's inventory; see `report_workspace`."""
     folder = plan.workspace.products(plan.inventory)
     table = read_objects(plan) if objects is None else objects
-    inventory = open_stored(plan.workspace.inventory(plan.inventory))
+    inventory = open_detected(plan)
     lineage = _lineage(plan)
     views = [
         EpochView(
@@ -142,7 +145,22 @@ def read_reference(path: str | Path) -> gpd.GeoDataFrame:
         raise PipelineError(
             f"{str(path)!r} cannot be read as polygons: {' '.join(str(error).split())}"
         ) from None
+    if not isinstance(table, gpd.GeoDataFrame) or table.geometry.isna().all():
+        raise PipelineError(
+            f"{str(path)!r} holds no geometries; give polygons, such as GeoJSON, GeoPackage or GeoParquet"
+        )
     return table
+
+
+def _require_current(plan: RunPlan) -> None:
+    """Refuse to judge or show objects that are older than the detections."""
+    from slidecube.pipeline.mosaic_stage import mosaic_due  # noqa: PLC0415
+
+    if mosaic_due(plan, formats=["parquet"]):
+        raise PipelineError(
+            f"The products of {plan.inventory} are missing or older than its detections; run `slidecube mosaic` "
+            "first, with 'parquet' in [output] formats"
+        )
 
 
 def _lineage(plan: RunPlan) -> Lineage:

@@ -58,7 +58,11 @@ class Workspace:
             raise PipelineError(
                 f"Workspace {str(where)!r} is no folder; object stores are not supported yet, give a local path"
             )
-        return cls(root=Path(where).absolute())
+        root = Path(where).absolute()
+        first = next(folder for folder in (root, *root.parents) if folder.exists())
+        if not first.is_dir():
+            raise PipelineError(f"Workspace {str(where)!r} is no folder: {first} is a file; name a folder")
+        return cls(root=root)
 
     def layer(self, grid: TileGrid, name: str) -> Path:
         """Path of a layer's Zarr group."""

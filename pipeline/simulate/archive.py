@@ -260,6 +260,7 @@ def _granule(world: World, folder: Path, part: _Part, seen: Observed) -> Path:
         cloud_pct=100 * float(np.isin(scl, (8, 9, 10)).sum()) / valid,
         nodata_pct=100 * float((scl == 0).mean()),
         new_style=float(baseline) >= 4 and part.overpass.platform.endswith("a"),
+        seed=world.seed,
     )
     # aerosol is retrieved a tile at a time: neighbours differ a little where they overlap
     rng = fields.generator(world.seed, "tile", part.tile, part.overpass.day, baseline)

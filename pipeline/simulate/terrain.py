@@ -80,7 +80,9 @@ def read_dem(source: Path, geobox: GeoBox) -> np.ndarray:
     try:
         opened = rasterio.open(source)
     except rasterio.errors.RasterioIOError as error:
-        raise PipelineError(f"DEM {str(source)!r} cannot be opened: {error}; give a raster of heights") from None
+        raise PipelineError(
+            f"DEM {str(source)!r} cannot be opened: {error}; give a raster of heights"
+        ) from None
     with opened as file:
         heights = file.read(1).astype(np.float32)
         nodata = file.nodata

@@ -52,6 +52,7 @@ class Granule:
     cloud_pct: float
     nodata_pct: float
     new_style: bool
+    seed: int = 0
 
     @property
     def sensed(self) -> dt.datetime:
@@ -60,9 +61,12 @@ class Granule:
 
     @property
     def generated(self) -> dt.datetime:
-        """When the simulated ground segment made it: Collection 1 comes years later."""
+        """When the simulated ground segment made it: Collection 1 comes years later.
+
+        Another seed is another version of the same acquisition, and must not pass for this one.
+        """
         late = dt.timedelta(days=1826) if float(self.baseline) >= 4 else dt.timedelta(hours=5)
-        return self.sensed + late
+        return self.sensed + late + dt.timedelta(minutes=self.seed)
 
     @property
     def craft(self) -> str:
