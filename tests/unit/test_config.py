@@ -140,7 +140,7 @@ REFUSED = {
     "unknown crs": (MINIMAL.replace("[area]", '[area]\ncrs = "EPSG:1"'), ["area.crs:", "'EPSG:1'"]),
     "no resolution": (
         MINIMAL.replace("[area]", "[area]\nresolution_m = 0"),
-        ["area.resolution_m: got 0", "above 0"],
+        ["area.resolution_m: got 0", "0.1 to 1000"],
     ),
     "nan": (MINIMAL.replace("[area]", "[area]\nresolution_m = nan"), ["area.resolution_m: got nan"]),
     "slug": (
