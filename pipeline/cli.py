@@ -280,7 +280,7 @@ def simulate(
     event: dt.datetime | None,
     dem: Path | None,
 ) -> None:
-    """Simulate an archive of scenes with known landslides, or implant landslides into real scenes."""
+    """Simulate scenes with known landslides, or implant some."""
     from slidecube.pipeline.simulate import into, simulate_archive
 
     if catalog is None:
