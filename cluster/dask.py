@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -28,6 +29,7 @@ _IN_FLIGHT_PER_WORKER = 2  # one running, one waiting: a worker never idles, and
 
 
 _LONE_ATTEMPTS = 2
+_CLOSE_S = 10.0  # after a worker was killed, closing hangs now and then
 _NO_WORKERS_S = 60.0  # starting one takes seconds, and half a minute on a busy machine
 _SCRATCH = "slidecube-dask-"
 
@@ -130,6 +132,12 @@ class DaskRunner:
                 submit()
             while in_flight:
                 future = self._next(finished)
+                if future.status in (
+                    "pending",
+                    "lost",
+                ):  # its worker died with the result: done anew elsewhere
+                    future.add_done_callback(finished.put)
+                    continue
                 task = in_flight.pop(future)
                 result = _result(future, task)
                 future.release()
@@ -159,13 +167,20 @@ class DaskRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the workers."""
-        if self._client is not None:
-            self._client.close()
-        if self._cluster is not None:
-            self._cluster.close(timeout=10)
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        """Stop the workers, by force when they do not end in time: what a run has done stays done."""
+        pids = [] if self._cluster is None else [nanny.pid for nanny in self._cluster.workers.values()]
+        try:
+            if self._client is not None:
+                self._client.close(timeout=_CLOSE_S)
+            if self._cluster is not None:
+                self._cluster.close(timeout=_CLOSE_S)
+        except TimeoutError:
+            for pid in filter(None, pids):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        finally:
+            if self._scratch is not None:
+                self._scratch.cleanup()
 
 
 def _result(future: Any, task: TileTask) -> TaskResult | None:
