@@ -1,0 +1,164 @@
+"""The lock of a workspace: one driver, a dead one is taken over, and what it left running is fenced."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slidecube.pipeline import lock as lock_module
+from slidecube.pipeline.errors import IncompleteError, PipelineError
+from slidecube.pipeline.lock import Lock, alive, holds, read_lock
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lock_module, "BEAT_S", 0.05)
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.4)
+
+
+def foreign(folder: Path, **changes: object) -> dict[str, object]:
+    """Write the lock of another driver."""
+    folder.mkdir(exist_ok=True)
+    me = psutil.Process()
+    lock = {
+        "token": "other",
+        "run": "hokkaido-1",
+        "host": lock_module.socket.gethostname(),
+        "machine": lock_module._machine(),
+        "pid": me.pid,
+        "started": me.create_time(),
+        "beat": 3,
+        "running": 1,
+    } | changes
+    (folder / "driver.json").write_text(json.dumps(lock))
+    return lock
+
+
+def test_one_driver_at_a_time_and_the_lock_is_given_back(tmp_path):
+    with Lock(tmp_path / "locks", run="a-1") as first:
+        assert holds(first.path, first.token)
+        assert alive(read_lock(first.path))
+        with pytest.raises(PipelineError, match=rf"in use by run 'a-1' \(process {os.getpid()} on "):
+            Lock(tmp_path / "locks", run="b-1").__enter__()
+        assert holds(first.path, first.token), "the refused one must not harm the first"
+    assert not first.path.exists()
+    with Lock(tmp_path / "locks", run="b-1"):
+        pass
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path):
+    def fail() -> None:
+        with Lock(tmp_path, run="a"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert not (tmp_path / "driver.json").exists()
+
+
+def test_the_heart_beats_and_says_what_runs(tmp_path, quick):
+    with Lock(tmp_path, run="a") as lock:
+        lock.set_running(3)
+        deadline = time.monotonic() + 5
+        while (found := read_lock(lock.path))["beat"] < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+        assert found["beat"] >= 3
+        assert found["running"] == 3
+
+
+def test_a_dead_driver_of_this_machine_is_taken_over_at_once(tmp_path):
+    died = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    foreign(tmp_path, pid=int(died.stdout))
+    began = time.monotonic()
+    with Lock(tmp_path, run="a") as lock:
+        assert holds(lock.path, lock.token)
+    assert time.monotonic() - began < 1
+
+
+def test_a_process_number_that_is_used_again_is_another_process(tmp_path):
+    foreign(tmp_path, started=psutil.Process().create_time() - 3600)
+    with Lock(tmp_path, run="a") as lock:
+        assert holds(lock.path, lock.token)
+
+
+@pytest.mark.parametrize("elsewhere", [{"host": "node-7"}, {"machine": "another container"}])
+def test_a_silent_driver_elsewhere_is_taken_over_after_a_while(tmp_path, quick, elsewhere):
+    foreign(tmp_path, pid=1, **elsewhere)
+    began = time.monotonic()
+    with Lock(tmp_path, run="a") as lock:
+        assert holds(lock.path, lock.token)
+    assert time.monotonic() - began >= 0.4
+
+
+@pytest.mark.parametrize("sign", [{"beat": 4}, {"token": "a third"}])
+def test_a_driver_elsewhere_that_shows_life_is_left_alone(tmp_path, quick, monkeypatch, sign):
+    other = foreign(tmp_path, host="node-7")
+    naps = []
+
+    def sleep(_: float) -> None:
+        naps.append(1)
+        foreign(tmp_path, **{**other, **sign})
+
+    monkeypatch.setattr(lock_module.time, "sleep", sleep)
+    with pytest.raises(PipelineError, match="in use by run 'hokkaido-1' on host node-7; wait for it"):
+        Lock(tmp_path, run="a").__enter__()
+
+    assert len(naps) == 1
+    assert read_lock(tmp_path / "driver.json") == {**other, **sign}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"token": "x"}', "null"])
+def test_a_damaged_lock_is_nobodys(tmp_path, text):
+    (tmp_path / "driver.json").write_text(text)
+
+    assert read_lock(tmp_path / "driver.json") is None
+    assert not holds(tmp_path / "driver.json", "x")
+    with Lock(tmp_path, run="a") as lock:
+        assert holds(lock.path, lock.token)
+
+
+def test_who_was_taken_over_is_fenced_and_takes_nothing_back(tmp_path, quick):
+    with Lock(tmp_path, run="a") as lock:
+        lock.require()
+        other = foreign(tmp_path)  # someone believed us dead
+
+        assert not holds(lock.path, lock.token)
+        with pytest.raises(IncompleteError, match="was taken over by another driver"):
+            lock.require()
+        time.sleep(0.3)
+        assert read_lock(lock.path) == other, "our heart must not beat over the other's"
+    assert read_lock(tmp_path / "driver.json") == other, "nor may we give back what is not ours"
+
+
+def test_left_over_temporary_files_of_a_dead_driver_go(tmp_path):
+    (tmp_path / ".driver.json.0123.partial").write_text("{")
+    (tmp_path / "mine.partial").write_text("")
+    with Lock(tmp_path, run="a"):
+        assert sorted(p.name for p in tmp_path.glob("*.partial")) == ["mine.partial"]
+        assert not list(tmp_path.glob(".driver*.partial"))
+
+
+def test_a_full_disk_does_not_stop_the_heart(tmp_path, quick, monkeypatch):
+    with Lock(tmp_path, run="a") as lock:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lock_module, "write_atomic", full)
+            time.sleep(0.2)
+        beat = read_lock(lock.path)["beat"]
+        deadline = time.monotonic() + 5
+        while read_lock(lock.path)["beat"] == beat and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert read_lock(lock.path)["beat"] > beat
