@@ -11,7 +11,6 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -586,11 +585,3 @@ def _account(href: str) -> str:
     """Return the storage account of an Azure href, "" of any other."""
     host = urlsplit(href).hostname or ""
     return host.split(".")[0] if host.endswith(".blob.core.windows.net") else ""
-
-
-def signed_item(item: Mapping[str, Any], source: Source | str) -> dict[str, Any]:
-    """Return a copy of an item whose hrefs can be read now."""
-    copy = deepcopy(dict(item))
-    for asset in copy.get("assets", {}).values():
-        asset["href"] = sign_href(asset["href"], source)
-    return copy
