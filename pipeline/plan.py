@@ -27,6 +27,7 @@ from slidecube.catalog.aoi import Aoi, read_aoi
 from slidecube.catalog.grid import Tile, TileGrid, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
 from slidecube.catalog.search import search
+from slidecube.catalog.sources import SOURCES
 from slidecube.models.predict import Detector
 from slidecube.models.zoo import build_model
 from slidecube.pipeline.composite import DATE_VARIABLES
@@ -414,7 +415,7 @@ def _optical_layer(config: Config, grid: TileGrid, window: Window) -> LayerPlan:
         "optical",
         SCHEMA_VERSION,
         grid.key,
-        _source_term(config, config.sources.optical),
+        _source_term(config.sources.optical),
         sorted(cube.bands),
         {"classes": sorted(cube.mask.scl_classes), "dilation_px": cube.mask.dilation_px},
         cube.composite,
@@ -424,13 +425,13 @@ def _optical_layer(config: Config, grid: TileGrid, window: Window) -> LayerPlan:
 
 
 def _terrain_layer(config: Config, grid: TileGrid) -> LayerPlan:
-    key = content_key("terrain", SCHEMA_VERSION, grid.key, _source_term(config, config.sources.dem))
+    key = content_key("terrain", SCHEMA_VERSION, grid.key, _source_term(config.sources.dem))
     return LayerPlan(name=f"terrain-{key[:8]}", kind="terrain", key=key)
 
 
-def _source_term(config: Config, name: str) -> str:
-    """What of a source counts in a key: its name; a local catalogue may move, its scenes count by themselves."""
-    return "local" if config.resolve(name).exists() else name
+def _source_term(name: str) -> str:
+    """What of a source counts in a key: its name; a local one may move or be gone, its scenes count themselves."""
+    return name if name in SOURCES else "local"
 
 
 def _detect_key(layers: tuple[LayerPlan, ...], model: Detector) -> str:
