@@ -33,9 +33,11 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            event = json.loads(line)
         except ValueError:
             continue
+        if isinstance(event, dict) and {"time", "event"} <= set(event):
+            yield event
 
 
 def unfinished(path: Path) -> tuple[set[str], str]:

@@ -5,7 +5,8 @@ Dimensions are (epoch, y, x). Everything is a small integer; CF attributes say h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,17 @@ CONVENTIONS: list[dict[str, str]] = [
 """The Zarr conventions that the group follows, as their registries name them."""
 
 
+@contextmanager
+def reading(path: Path, remedy: str = "remove it, and what it held is made anew") -> Iterator[None]:
+    """Name a damaged store in one line; the libraries say what they stumbled over, but not where."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise PipelineError(
+            f"Store {path} is damaged ({' '.join(str(error).split())[:160]}); {remedy}"
+        ) from None
+
+
 def finish_inventory(path: Path, *, geobox: GeoBox, epochs: Sequence[str]) -> None:
     """Give an inventory its coordinates, grid mapping and attributes, so that any CF or GeoZarr reader places it.
 
@@ -145,7 +157,8 @@ def geozarr_attrs(geobox: GeoBox) -> dict[str, Any]:
 
 def open_stored(path: Path) -> xr.Dataset:
     """Open an inventory lazily, with its values as they are stored."""
-    inventory: xr.Dataset = xr.open_zarr(path, consolidated=False, mask_and_scale=False, chunks={})
+    with reading(path):
+        inventory: xr.Dataset = xr.open_zarr(path, consolidated=False, mask_and_scale=False, chunks={})
     return inventory
 
 

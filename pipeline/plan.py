@@ -7,6 +7,7 @@ work. Workers read it and never search. An unchanged TOML finds its plan again; 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from slidecube.catalog.grid import Tile, TileGrid, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
 from slidecube.catalog.search import search
 from slidecube.catalog.sources import SOURCES
+from slidecube.models.card import ModelCard
 from slidecube.models.predict import Detector
 from slidecube.models.zoo import build_model
 from slidecube.pipeline.composite import DATE_VARIABLES
@@ -153,6 +155,25 @@ def model_of(config: Config) -> Detector:
     return model
 
 
+def minimum_size_px(min_area_m2: float, resolution_m: float) -> int:
+    """Fewest pixels of an object of at least so many square metres."""
+    return max(1, math.ceil(min_area_m2 / resolution_m**2 - 1e-9))
+
+
+def halo_px(card: ModelCard, grid: TileGrid) -> int:
+    """Pixels beyond its edges that a tile's detection reads: cut objects count whole, and networks look around."""
+    return minimum_size_px(card.min_area_m2, grid.resolution_m) - 1 + card.window_px // 2
+
+
+def _require_halo(model: Detector, grid: TileGrid) -> None:
+    halo = halo_px(model.card, grid)
+    if halo > grid.tile_px:
+        raise PipelineError(
+            f"min_area_m2={model.card.min_area_m2:g} needs a halo of {halo} px, wider than a tile of "
+            f"{grid.tile_px} px; lower it or raise tile_px"
+        )
+
+
 def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     """Make the plan of a configuration, or find the one that it already has.
 
@@ -170,6 +191,7 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     aoi = read_aoi(config.aoi)
     crs = config.area.crs or choose_crs(aoi)
     grid = TileGrid(crs=crs, resolution_m=config.area.resolution_m, tile_px=config.cube.tile_px)
+    _require_halo(model, grid)
     tiles = grid.tiles(aoi)
     if not tiles:
         raise PipelineError(
@@ -260,11 +282,13 @@ class _Index:
     @classmethod
     def read(cls, workspace: Workspace) -> _Index:
         try:
-            return cls(**json.loads((workspace.root / "plans" / "index.json").read_text(encoding="utf-8")))
+            index = cls(**json.loads((workspace.root / "plans" / "index.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return cls()
         except (ValueError, TypeError):  # only speeds things up: a damaged one is made anew
             return cls()
+        tables = (index.runs, index.searches, index.newest)
+        return index if all(isinstance(table, dict) for table in tables) else cls()
 
     def remember(self, workspace: Workspace, made: RunPlan) -> None:
         before = asdict(self)

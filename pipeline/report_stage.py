@@ -129,7 +129,12 @@ def read_objects(plan: RunPlan) -> gpd.GeoDataFrame:
         raise PipelineError(
             f"There is no {path}; run `slidecube mosaic` first, with 'parquet' in [output] formats"
         )
-    table: gpd.GeoDataFrame = gpd.read_parquet(path)
+    try:
+        table: gpd.GeoDataFrame = gpd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise PipelineError(
+            f"{path} cannot be read ({' '.join(str(error).split())[:160]}); remove it and run again"
+        ) from None
     return table
 
 

@@ -24,7 +24,7 @@ from zarr.codecs import ZstdCodec
 
 from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.inventory import geozarr_attrs
+from slidecube.pipeline.inventory import geozarr_attrs, reading
 
 _WRITTEN = ("layers", "inventories", "products")
 """Folders of a workspace that only the holder of its lock writes to."""
@@ -107,7 +107,10 @@ def create_arrays(
     geobox : pixels that each array covers; leading : dimensions before (y, x), one chunk a step, such as epoch
     """
     lead = dict(leading or {})
-    group = zarr.open_group(path, mode="a", zarr_format=3)
+    with reading(path):
+        group = zarr.open_group(path, mode="a", zarr_format=3)
+        for name in variables:  # opened now, so that a damaged one is named before anything is computed
+            group.get(name)
     if any(name not in group for name in variables):
         shutil.rmtree(path.with_suffix(".ledger"), ignore_errors=True)
     group.attrs.update({**attrs, **geozarr_attrs(geobox)})
@@ -131,7 +134,8 @@ def geobox_of(path: Path) -> GeoBox:
     """Pixels that a group's arrays cover."""
     from affine import Affine  # noqa: PLC0415
 
-    attrs = zarr.open_group(path, mode="r").attrs
+    with reading(path):
+        attrs = zarr.open_group(path, mode="r").attrs
     try:
         transform, shape, wkt = attrs["spatial:transform"], attrs["spatial:shape"], attrs["proj:wkt2"]
     except KeyError as missing:
@@ -198,27 +202,24 @@ def read_window(
 
     window : rows and columns of the arrays; they may be negative or too large (a halo at the frame's edge)
     """
-    group = zarr.open_group(path, mode="r")
-    found = {}
-    for name in names:
-        array = group[name]
-        assert isinstance(array, zarr.Array)
-        rows, cols = array.shape[-2:]
-        inner = (
-            slice(max(window[0].start, 0), max(min(window[0].stop, rows), 0)),
-            slice(max(window[1].start, 0), max(min(window[1].stop, cols), 0)),
-        )
-        out = np.full(
-            (window[0].stop - window[0].start, window[1].stop - window[1].start),
-            array.fill_value,
-            array.dtype,
-        )
-        if inner[0].start < inner[0].stop and inner[1].start < inner[1].stop:
-            at = tuple(slice(i.start - w.start, i.stop - w.start) for i, w in zip(inner, window, strict=True))
-            region: tuple[int | slice, ...] = (*leading, *inner)
-            out[at] = array[region]
-        found[name] = out
-    return found
+    remedy = f"remove it or its records in {path.with_suffix('.ledger').name}, and its tiles are made anew"
+    with reading(path, remedy):
+        group = zarr.open_group(path, mode="r")
+        return {name: _window_of(group[name], window, leading) for name in names}
+
+
+def _window_of(array: Any, window: tuple[slice, slice], leading: tuple[int, ...]) -> np.ndarray:
+    rows, cols = array.shape[-2:]
+    inner = (
+        slice(max(window[0].start, 0), max(min(window[0].stop, rows), 0)),
+        slice(max(window[1].start, 0), max(min(window[1].stop, cols), 0)),
+    )
+    shape = (window[0].stop - window[0].start, window[1].stop - window[1].start)
+    out = np.full(shape, array.fill_value, array.dtype)
+    if inner[0].start < inner[0].stop and inner[1].start < inner[1].stop:
+        at = tuple(slice(i.start - w.start, i.stop - w.start) for i, w in zip(inner, window, strict=True))
+        out[at] = array[(*leading, *inner)]
+    return out
 
 
 def open_layer(path: Path, *, tiles: list[Tile] | None = None) -> xr.Dataset:

@@ -47,7 +47,7 @@ from slidecube.pipeline.inventory import (
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
-from slidecube.pipeline.plan import RunPlan, read_plan
+from slidecube.pipeline.plan import RunPlan, halo_px, minimum_size_px, read_plan
 from slidecube.pipeline.store import Workspace, erase_tile, geobox_of, read_window, stored_bytes, write_tile
 from slidecube.pipeline.terrain import SLOPE_NODATA, terrain
 
@@ -261,12 +261,7 @@ def _detect(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
             )
     card = plan.model.card
     minimum_px = minimum_size_px(card.min_area_m2, plan.grid.resolution_m)
-    halo = max(minimum_px - 1, 0) + card.window_px // 2
-    if halo > plan.grid.tile_px:
-        raise PipelineError(
-            f"min_area_m2={card.min_area_m2:g} needs a halo of {halo} px, wider than a tile of {plan.grid.tile_px} px; "
-            "lower it or raise tile_px"
-        )
+    halo = halo_px(card, plan.grid)
     window = tile.geobox.pad(halo) if halo else tile.geobox
     layers = _read_layers(plan, epoch.name, tile, halo)
     inside = _aoi_mask(plan, window)
@@ -334,11 +329,6 @@ def detect_keys(plan: RunPlan, epoch: str) -> dict[str, str]:
         )
         for tile in plan.tiles
     }
-
-
-def minimum_size_px(min_area_m2: float, resolution_m: float) -> int:
-    """Fewest pixels of an object of at least so many square metres."""
-    return max(1, math.ceil(min_area_m2 / resolution_m**2 - 1e-9))
 
 
 def without_small(hit_yx: np.ndarray, minimum_px: int) -> np.ndarray:
@@ -470,7 +460,11 @@ def _read_around(plan: RunPlan, layer: str, names: list[str], tile: Tile, halo: 
         cols = slice(max(col0, neighbour.col * px), min(col0 + n, (neighbour.col + 1) * px))
         if rows.start >= rows.stop or cols.start >= cols.stop:
             continue
-        part = read_window(path, names, window=(rows, cols))
+        try:
+            part = read_window(path, names, window=(rows, cols))
+        except PipelineError as error:
+            ledger.forget(neighbour.key)  # it vouches for what cannot be read
+            raise PipelineError(f"{error}; done so for tile {neighbour.key} of {layer}: run again") from None
         at = np.s_[rows.start - row0 : rows.stop - row0, cols.start - col0 : cols.stop - col0]
         for name, values in part.items():
             out[name][at] = values
