@@ -14,6 +14,8 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 from rasterio.windows import Window
 
+from slidecube.pipeline.disk import naming_a_full_disk
+
 WINDOW_PX = 2048
 BLOCK_PX = 512
 
@@ -49,17 +51,19 @@ def write_cog(
     plain = path.with_name(f".{path.name}.{secrets.token_hex(4)}.plain.partial")
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        _write_plain(plain, values, geobox, spec, tags or {})
-        rasterio.shutil.copy(
-            str(plain),
-            str(partial),
-            driver="COG",
-            compress="DEFLATE",
-            predictor="YES",
-            blocksize=BLOCK_PX,
-            bigtiff="IF_SAFER",
-            overview_resampling=spec.overview,
-        )
+        with naming_a_full_disk(path.parent):
+            _write_plain(plain, values, geobox, spec, tags or {})
+            rasterio.shutil.copy(
+                str(plain),
+                str(partial),
+                driver="COG",
+                compress="DEFLATE",
+                predictor="YES",
+                blocksize=BLOCK_PX,
+                bigtiff="IF_SAFER",
+                overview_resampling=spec.overview,
+            )
+            _require_whole(partial, plain)
         partial.replace(path)
     finally:
         for leftover in (plain, partial):
@@ -101,6 +105,15 @@ def _write_plain(
                 1,
                 window=Window(cols.start, rows.start, cols.stop - cols.start, rows.stop - rows.start),
             )
+
+
+def _require_whole(made: Path, source: Path) -> None:
+    """Read a raster back: GDAL may close a file that it could not write to its end without a word."""
+    with rasterio.open(made) as one, rasterio.open(source) as two:
+        for rows, cols in _windows(*one.shape):
+            window = Window(cols.start, rows.start, cols.stop - cols.start, rows.stop - rows.start)
+            if not np.array_equal(one.read(1, window=window), two.read(1, window=window)):
+                raise OSError(f"{made.name} differs from what was written")
 
 
 def _windows(height: int, width: int) -> Iterator[tuple[slice, slice]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from slidecube.catalog.sources import SOURCES
+from slidecube.pipeline.disk import naming_a_full_disk
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.ledger import write_atomic
@@ -87,7 +88,8 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
         footprint=plan.aoi.to_crs("EPSG:4326"),
     )
     if "report" in plan.config.output.formats:
-        paths["report"] = write_plan_report(plan, objects=objects)
+        with naming_a_full_disk(folder):
+            paths["report"] = write_plan_report(plan, objects=objects)
     products = sorted(str(p.relative_to(folder)) for p in paths.values() if p.is_relative_to(folder))
     _remove_stale(folder, {*_read_record(folder)["products"], *_JUDGEMENTS} - set(products))
     record = {

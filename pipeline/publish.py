@@ -16,6 +16,7 @@ from shapely.geometry.base import BaseGeometry
 
 from slidecube.pipeline import styles
 from slidecube.pipeline.cog import CogSpec, write_cog
+from slidecube.pipeline.disk import naming_a_full_disk
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.inventory import (
     LANDSLIDE_NODATA,
@@ -166,7 +167,8 @@ def _whole(path: Path, write: Callable[[Path], None], *, suffix: str = "") -> Pa
     folder.mkdir()
     try:
         partial = folder / f"new{suffix or path.suffix}"
-        write(partial)
+        with naming_a_full_disk(folder):
+            write(partial)
         partial.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -165,6 +165,32 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_finish(desk, command, small_
     assert json.loads(command("status", small_disk / "ws", "--json").out)["complete"]
 
 
+@pytest.mark.parametrize("free_kib", [8, 200, 600])
+def test_a_disk_that_fills_up_under_the_products_leaves_no_half_of_one(desk, command, small_disk, free_kib):
+    """GDAL and SQLite close what they could not write to its end without a word, or with another reason."""
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    desk.write(
+        output={"workspace": str(small_disk / "ws"), "formats": ["parquet", "gpkg", "cog", "stac", "report"]}
+    )
+    assert command("cube", desk.toml, "--quiet").code == 0
+    assert command("detect", desk.toml, "--quiet").code == 0
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - free_kib * 1024))
+
+    full = command("mosaic", desk.toml, "--quiet")
+
+    assert full.code == 2, full
+    assert "No space left on device" in full.refusal
+    filler.unlink()
+    assert command("mosaic", desk.toml, "--quiet").code == 0
+    assert not list(small_disk.rglob("*.partial"))
+    products = [p for p in (small_disk / "ws" / "products").rglob("*") if p.suffix == ".tif"]
+    assert products
+    for path in products:
+        with rasterio.open(path) as cog:
+            cog.read()
+
+
 def test_a_read_only_workspace(desk, command, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     desk.write(output={"workspace": str(small_disk / "ws")})
