@@ -26,7 +26,9 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
     except PipelineError:
         raise
     except Exception as error:
-        told = isinstance(error, OSError) and error.errno is not None  # rasterio's CPLE errors number differently
+        told = (
+            isinstance(error, OSError) and error.errno is not None
+        )  # rasterio's CPLE errors number differently
         if not told and shutil.disk_usage(folder).free < _NO_ROOM_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise

@@ -14,7 +14,7 @@ from slidecube.pipeline.inventory import CF, Observability, open_stored
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.plan import RunPlan, current_run, read_plan
 from slidecube.pipeline.store import Workspace
-from slidecube.pipeline.tile import detect_keys
+from slidecube.pipeline.tasks import detect_keys
 
 
 def open_plan(where: str | Path) -> RunPlan:

@@ -26,7 +26,8 @@ from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import RunPlan, plan
 from slidecube.pipeline.store import remove_partials
-from slidecube.pipeline.tile import FENCED, TileContext, run_task, tasks_of
+from slidecube.pipeline.tasks import FENCED, TileContext, tasks_of
+from slidecube.pipeline.tile import run_task
 
 STAGES = ("cube", "detect", "mosaic")
 _ENOSPC = os.strerror(errno.ENOSPC)

@@ -17,7 +17,7 @@ from slidecube.pipeline.lock import Lock, alive, read_lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
 from slidecube.pipeline.plan import current_run, known_runs, read_plan
 from slidecube.pipeline.store import Workspace
-from slidecube.pipeline.tile import tasks_of
+from slidecube.pipeline.tasks import tasks_of
 
 STATES = ("done", "due", "failed", "running")
 

@@ -1,0 +1,108 @@
+"""Tasks: what a plan asks for, each with its key and its ledger, and the one way in which a tile is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from slidecube.cluster.runner import TileTask
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.keys import content_key
+from slidecube.pipeline.ledger import Ledger
+from slidecube.pipeline.lock import holds
+from slidecube.pipeline.plan import RunPlan
+from slidecube.pipeline.store import erase_tile, geobox_of, stored_bytes, write_tile
+
+FENCED = "fenced: another driver holds the workspace now"
+"""Reason of a tile that was not written because this driver was believed dead and its workspace taken over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileContext:
+    """What a worker needs to know beside the task.
+
+    workspace, run : where the plan is; token : of the driver's lock; threads : of one tile
+    """
+
+    workspace: Path
+    run: str
+    token: str
+    threads: int
+
+
+def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:
+    """Ledger that holds a task's record."""
+    if task.stage == "cube":
+        return Ledger.of(plan.workspace.layer(plan.grid, task.layer))
+    return Ledger.of(plan.workspace.inventory(plan.inventory), task.epoch)
+
+
+def tasks_of(plan: RunPlan, *stages: str) -> Iterator[tuple[TileTask, Ledger]]:
+    """Yield all tasks of a plan, or those of some stages, done or not, each with the ledger of its record."""
+    if "cube" in (stages or ("cube",)):
+        for layer in plan.layers:
+            for tile, (key, _) in plan.tasks[layer.name].items():
+                task = TileTask(stage="cube", layer=layer.name, epoch="", tile=tile, key=key)
+                yield task, ledger_of(plan, task)
+    if "detect" in (stages or ("detect",)):
+        for epoch in plan.epochs:
+            for tile, key in detect_keys(plan, epoch.name).items():
+                task = TileTask(stage="detect", layer=plan.inventory, epoch=epoch.name, tile=tile, key=key)
+                yield task, ledger_of(plan, task)
+
+
+def detect_keys(plan: RunPlan, epoch: str) -> dict[str, str]:
+    """Key of each tile's detection: what is detected, and the records of the 3 x 3 tiles that it reads."""
+    made = plan.by_epoch[epoch]
+    read: dict[str, list[tuple[str, str, str, bool]]] = {}
+    for tile in plan.tiles:
+        keys = [(name, plan.tasks[name][tile.key][0]) for name in (made.pre, made.post, made.terrain)]
+        read[tile.key] = [
+            (name, tile.key, key, layer_ledger(plan, name).complete(tile.key, key)) for name, key in keys
+        ]
+    return {
+        tile.key: content_key(
+            made.detect_key,
+            plan.inventory,
+            tile.key,
+            [entry for neighbour in plan.neighbours(tile) for entry in read[neighbour.key]],
+        )
+        for tile in plan.tiles
+    }
+
+
+def layer_ledger(plan: RunPlan, name: str) -> Ledger:
+    """Ledger of a layer of the plan."""
+    return Ledger.of(plan.workspace.layer(plan.grid, name))
+
+
+def store_tile(
+    plan: RunPlan, task: TileTask, data: dict[str, np.ndarray], context: TileContext
+) -> tuple[dict[str, str], int]:
+    """Write a tile where it belongs in its group, if this driver still may; returns checksums and bytes stored.
+
+    data : of all variables, or {} to remove what another key left there
+    """
+    require_lock(plan, context)
+    # of another key: while its data changes below it, it would vouch for a mixture
+    ledger_of(plan, task).forget(task.tile)
+    path, leading = plan.workspace.layer(plan.grid, task.layer), cast("tuple[int, ...]", ())
+    if task.stage == "detect":
+        path = plan.workspace.inventory(plan.inventory)
+        leading = ([e.name for e in plan.epochs].index(task.epoch),)
+    corner, first = geobox_of(path).affine, plan.by_tile[task.tile].geobox.affine
+    at = (round((first.f - corner.f) / corner.e), round((first.c - corner.c) / corner.a))
+    if not data:
+        erase_tile(path, at_px=at, shard=plan.grid.tile_px, leading=leading)
+    checksums = write_tile(path, data, at_px=at, leading=leading)
+    return checksums, stored_bytes(path, list(data), at_px=at, shard=plan.grid.tile_px, leading=leading)
+
+
+def require_lock(plan: RunPlan, context: TileContext) -> None:
+    """Raise PipelineError when this driver does not hold the workspace any more."""
+    if not holds(plan.workspace.locks / "driver.json", context.token):
+        raise PipelineError(FENCED)
