@@ -1,64 +1,210 @@
-"""The protocol that every detector follows, and its lazy application to a cube."""
+"""The protocol that every detector follows, and its application to a cube on the grid's lattice.
+
+Axes: n patch, f feature, y row, x column.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, Self
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 
 from slidecube.models.card import ModelCard
 from slidecube.models.errors import ModelError
 
+UNIT_PX = 128
+"""Side of what a detector computes at once. Units lie on a lattice that starts at global pixel 0 and all have one
+shape, because the bits of a convolution depend on both (cae on one core: .13 s/Mpx at 64, .10 at 128, .09 at 512)."""
+CHUNK_PX = 512
+"""Side of a Dask chunk, 4 x 4 units: one task each would be all overhead."""
+
 
 class Detector(Protocol):
     """A detector of landslides.
 
-    It reads features by name, one lattice block at a time with `card.window_px // 2` pixels of context on each side,
-    and returns the probability of a landslide in each pixel.
+    It reads features by name, with `card.window_px // 2` pixels of context on each side, and returns the probability of
+    a landslide in each pixel. It is a value: `fit` and `restore` return another one.
     """
 
     @property
     def card(self) -> ModelCard:
-        """What it is, what it reads, and its threshold."""
+        """What it is, what it reads, its threshold, and how many patches it learns from."""
         ...
 
-    def fit(self, features: xr.Dataset) -> Self:
-        """Learn what is learnt from the cube itself (cluster centres, normalisation); rules return themselves."""
+    def fit(self, patches_nfyx: np.ndarray, *, checkpoint: Path | None = None) -> Self:
+        """Learn from patches; rules return themselves.
+
+        patches_nfyx : (n, feature, window_px, window_px) float32 in the units and the order of `card.inputs`; the
+            centres are known, their surroundings may be NaN. Equal patches in equal order give equal bits.
+        checkpoint : a file in which long learning keeps its state; what is killed goes on from there to the same bits
+        Raises ModelError when nothing can be learnt from them.
+        """
         ...
 
     def predict_block(self, features_fyx: np.ndarray) -> np.ndarray:
         """Probability of one block.
 
-        features_fyx : (feature, y, x) float32 in the order of `card.inputs.names`, NaN = unknown
-        Returns (y, x) float32 in [0, 1], NaN where it cannot be said.
+        features_fyx : (feature, y + 2 c, x + 2 c) float32 with c = window_px // 2, NaN = unknown
+        Returns (y, x) float32 in [0, 1], NaN where it cannot be said. Several threads may call at once.
+        Raises ModelError when something had to be learnt first.
         """
         ...
 
+    def save(self, folder: Path) -> None:
+        """Write what `fit` learned into a folder; rules write nothing."""
+        ...
 
-def predict(detector: Detector, features: xr.Dataset) -> xr.Dataset:
+    def restore(self, folder: Path) -> Self:
+        """Take what `save` wrote; raises ModelError for what is missing, damaged or of another model."""
+        ...
+
+
+def predict(detector: Detector, features: xr.Dataset, *, origin_px: tuple[int, int] = (0, 0)) -> xr.Dataset:
     """Apply a detector to a cube of features, lazily where the cube is lazy.
 
     features : (y, x) variables, at least those of the card; in Dask chunks or in memory
-    Returns `probability` (y, x) float32, NaN = not observable.
+    origin_px : row and column of the first pixel on the grid; may be negative
+    Returns `probability` (y, x) float32, NaN = not observable. A pixel's value is the same to the bit whatever the
+    chunks and whatever the window, as long as the window holds the pixel's context; beyond it all is unknown.
     Raises ModelError when a feature is missing.
     """
-    names = detector.card.inputs.names
-    missing = [name for name in names if name not in features]
+    found = on_lattice(
+        detector.predict_block, features, card=detector.card, origin_px=origin_px, unknown=np.float32(np.nan)
+    )
+    found.attrs.update(long_name="landslide probability", units="1")
+    return xr.Dataset({"probability": found})
+
+
+def on_lattice(
+    block_function: Callable[[np.ndarray], np.ndarray],
+    features: xr.Dataset,
+    *,
+    card: ModelCard,
+    origin_px: tuple[int, int],
+    unknown: np.generic,
+) -> xr.DataArray:
+    """Apply a function of one block, such as `Detector.predict_block`, unit by unit on the lattice.
+
+    unknown : what it returns where nothing is known, and thereby the type of the result
+    """
+    missing = [name for name in card.inputs.names if name not in features]
     if missing:
         raise ModelError(
-            f"Model {detector.card.address} needs the features {', '.join(names)}; missing: {', '.join(missing)}"
+            f"Model {card.address} needs the features {', '.join(card.inputs.names)}; missing: {', '.join(missing)}"
         )
-    if detector.card.window_px != 1:
+    planes = [features[name] for name in card.inputs.names]
+    if planes[0].ndim != 2 or any(plane.dims != planes[0].dims for plane in planes):
+        dims = ", ".join(f"{plane.name} {plane.dims}" for plane in planes)
+        raise ModelError(f"Model {card.address} needs features of two and the same dimensions; got {dims}")
+    context_px = card.window_px // 2
+    if context_px > CHUNK_PX:
         raise ModelError(
-            f"Model {detector.card.address} needs context of {detector.card.window_px} px; "
-            "predict applies it with its halo only through the tile program"
+            f"Model {card.address} needs context of {card.window_px} px; up to {2 * CHUNK_PX + 1} are supported"
         )
-    probability: xr.DataArray = xr.apply_ufunc(
-        lambda *planes: detector.predict_block(np.stack(planes)),
-        *(features[name].astype(np.float32) for name in names),
-        dask="parallelized",
-        output_dtypes=[np.float32],
+    run = partial(_run_units, block_function, context_px=context_px, unknown=unknown)
+    lazy = any(isinstance(plane.data, da.Array) for plane in planes)
+    values = (_lazy if lazy else _eager)(run, [plane.data for plane in planes], context_px, origin_px)
+    return xr.DataArray(values, dims=planes[0].dims, coords=planes[0].coords)
+
+
+def _eager(
+    run: Callable[..., np.ndarray], planes: list[np.ndarray], context_px: int, origin_px: tuple[int, int]
+) -> np.ndarray:
+    del context_px
+    return run([np.asarray(plane, np.float32) for plane in planes], origin_px=origin_px)
+
+
+def _lazy(
+    run: Callable[..., np.ndarray], planes: list[Any], context_px: int, origin_px: tuple[int, int]
+) -> da.Array:
+    """Chunks on the lattice with their context.
+
+    The window is filled up to whole chunks, because `overlap` would merge a narrow one with its neighbour, and cut out
+    again.
+    """
+    stack_fyx = da.stack([da.asarray(plane).astype(np.float32) for plane in planes])
+    before = [first % CHUNK_PX for first in origin_px]
+    after = [-(first + size) % CHUNK_PX for first, size in zip(origin_px, stack_fyx.shape[1:], strict=True)]
+    filled = stack_fyx
+    for axis, widths in enumerate(zip(before, after, strict=True), start=1):
+        filled = _between(filled, widths, axis)
+    filled = filled.rechunk({0: -1, 1: CHUNK_PX, 2: CHUNK_PX})
+    around = filled
+    if context_px:
+        around = da.overlap.overlap(
+            filled, depth={0: 0, 1: context_px, 2: context_px}, boundary={0: "none", 1: np.nan, 2: np.nan}
+        )
+    unknown = run.keywords["unknown"]  # type: ignore[attr-defined]
+    found = around.map_blocks(
+        _run_chunk,
+        run,
+        context_px=context_px,
+        drop_axis=0,
+        chunks=filled.chunks[1:],
+        dtype=unknown.dtype,
+        meta=np.empty((0, 0), unknown.dtype),
     )
-    probability.attrs.update(long_name="landslide probability", units="1")
-    return xr.Dataset({"probability": probability})
+    (top, left), (height, width) = before, stack_fyx.shape[1:]
+    return found[top : top + height, left : left + width]
+
+
+def _between(array_fyx: da.Array, widths: tuple[int, int], axis: int) -> da.Array:
+    """An array between unknown pixels; `da.pad` would cut them as small as the smallest chunk."""
+    shapes = [(*array_fyx.shape[:axis], width, *array_fyx.shape[axis + 1 :]) for width in widths]
+    before, after = (da.full(shape, np.nan, np.float32, chunks=CHUNK_PX) for shape in shapes)
+    return da.concatenate([before, array_fyx, after], axis=axis)
+
+
+def _run_chunk(around_fyx: np.ndarray, run: Callable[..., np.ndarray], *, context_px: int) -> np.ndarray:
+    """One chunk with its context; it begins at a multiple of units, wherever it lies."""
+    return run(list(around_fyx), origin_px=(0, 0), margin_px=context_px)
+
+
+def _run_units(
+    block_function: Callable[[np.ndarray], np.ndarray],
+    planes_yx: list[np.ndarray],
+    *,
+    context_px: int,
+    unknown: np.generic,
+    origin_px: tuple[int, int],
+    margin_px: int = 0,
+) -> np.ndarray:
+    """Apply the function to every unit of the lattice that touches the core, each filled up to its whole shape.
+
+    margin_px : of the planes around the core; what lies beyond the planes is NaN
+    origin_px : global row and column of the core's first pixel
+    """
+    height, width = (size - 2 * margin_px for size in planes_yx[0].shape)
+    out_yx = np.full((height, width), unknown)
+    side = UNIT_PX + 2 * context_px
+    for top in _unit_starts(origin_px[0], height):
+        for left in _unit_starts(origin_px[1], width):
+            unit_fyx = np.full((len(planes_yx), side, side), np.nan, np.float32)
+            rows, in_rows = _shared(top - context_px + margin_px, side, planes_yx[0].shape[0])
+            cols, in_cols = _shared(left - context_px + margin_px, side, planes_yx[0].shape[1])
+            for unit_yx, plane_yx in zip(unit_fyx, planes_yx, strict=True):
+                unit_yx[in_rows, in_cols] = plane_yx[rows, cols]
+            core = slice(context_px, context_px + UNIT_PX)
+            if np.isnan(unit_fyx[:, core, core]).all():
+                continue
+            rows, in_rows = _shared(top, UNIT_PX, height)
+            cols, in_cols = _shared(left, UNIT_PX, width)
+            out_yx[rows, cols] = block_function(unit_fyx)[in_rows, in_cols]
+    return out_yx
+
+
+def _unit_starts(first: int, size: int) -> Iterator[int]:
+    """Where units begin, counted from the core's first pixel: the first one begins at or before it."""
+    yield from range(-(first % UNIT_PX), size, UNIT_PX)
+
+
+def _shared(start: int, length: int, size: int) -> tuple[slice, slice]:
+    """What `start .. start + length` shares with `0 .. size`: as a slice of the whole, and of the part."""
+    low = max(start, 0)
+    high = max(min(start + length, size), low)
+    return slice(low, high), slice(low - start, high - start)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
-import xarray as xr
 
-from slidecube.models.card import FeatureSpec, ModelCard
+from slidecube.models.card import FeatureSpec, ModelCard, merged_parameters
 from slidecube.models.errors import ModelError
 
 RDNDVI_DEFAULTS: Mapping[str, float] = {
@@ -37,9 +37,17 @@ class RdNdvi:
 
     card: ModelCard
 
-    def fit(self, features: xr.Dataset) -> Self:
+    def fit(self, patches_nfyx: np.ndarray, *, checkpoint: Path | None = None) -> Self:
         """Return itself: a rule learns nothing."""
-        del features
+        del patches_nfyx, checkpoint
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write nothing: all that it knows is on its card."""
+
+    def restore(self, folder: Path) -> Self:
+        """Return itself."""
+        del folder
         return self
 
     def predict_block(self, features_fyx: np.ndarray) -> np.ndarray:
@@ -54,12 +62,7 @@ class RdNdvi:
 
 def rdndvi(*, threshold: float | None, min_area_m2: float | None, parameters: Mapping[str, float]) -> RdNdvi:
     """Build the detector; unknown parameters are refused with the list of known ones."""
-    unknown = sorted(set(parameters) - set(RDNDVI_DEFAULTS))
-    if unknown:
-        raise ModelError(
-            f"Model 'rdndvi' has no parameter {', '.join(unknown)}; it has: {', '.join(RDNDVI_DEFAULTS)}"
-        )
-    merged = {**RDNDVI_DEFAULTS, **parameters}
+    merged = merged_parameters("rdndvi", RDNDVI_DEFAULTS, parameters)
     bad = [
         k
         for k, v in merged.items()
