@@ -9,6 +9,7 @@ from typing import Protocol
 from slidecube.models.errors import ModelError
 from slidecube.models.predict import Detector
 from slidecube.models.rules import rdndvi
+from slidecube.models.unsupervised import cae_kmeans, cae_kmeans_change, kmeans, kmeans_change
 
 
 class Builder(Protocol):
@@ -21,7 +22,13 @@ class Builder(Protocol):
         ...
 
 
-ZOO: Mapping[str, Builder] = {"rdndvi": rdndvi}
+ZOO: Mapping[str, Builder] = {
+    "rdndvi": rdndvi,
+    "cae-kmeans": cae_kmeans,
+    "cae-kmeans-change": cae_kmeans_change,
+    "kmeans": kmeans,
+    "kmeans-change": kmeans_change,
+}
 
 
 def build_model(
