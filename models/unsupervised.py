@@ -43,8 +43,9 @@ KMEANS_DEFAULTS: Mapping[str, float] = {
 CAE_DEFAULTS: Mapping[str, float] = {
     # "the best results ... with four classes using deep features" for two sites of three (section 4.3)
     "k": 4.0,
-    # 1 = cluster the inputs beside the deep features; the paper says both
-    "deep_and_inputs": 0.0,
+    # 1 = cluster the inputs beside the deep features, 0 = the deep features alone. The paper says both, and pictures
+    # the first (Figures 12 to 14); alone, their clusters differed wholly from seed to seed on a made hillside
+    "deep_and_inputs": 1.0,
     "sample": 200_000.0,
     # Optimum of the paper's search (section 4.2)
     "epochs": 100.0,
@@ -73,6 +74,7 @@ class Fitted:
     """What `fit` learned. Plain values: equal when every bit is, and small in a pickle.
 
     mean, std : of the inputs at the patches' centres, in their units; std is 1 where an input is constant
+    spread : what the clustered features are divided by
     centres : of the clusters, in canonical order, in the space that is clustered
     shares : of the sample that each cluster holds
     network : weights of the auto-encoder as safetensors, b"" without one; losses : its mean Huber loss in each epoch
@@ -81,6 +83,7 @@ class Fitted:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    spread: tuple[float, ...]
     centres: tuple[tuple[float, ...], ...]
     shares: tuple[float, ...]
     network: bytes
@@ -89,15 +92,11 @@ class Fitted:
 
     def content(self) -> bytes:
         """All numbers as one safetensors file."""
-        tensors = (
-            {f"network.{k}": v for k, v in safetensors.numpy.load(self.network).items()}
-            if self.network
-            else {}
-        )
-        tensors |= {
-            "mean": np.array(self.mean), "std": np.array(self.std), "shares": np.array(self.shares),
-            "centres": np.array(self.centres, np.float32),
-        }  # fmt: skip
+        network = safetensors.numpy.load(self.network) if self.network else {}
+        tensors = {f"network.{name}": tensor for name, tensor in network.items()}
+        for name in ("mean", "std", "spread", "shares"):
+            tensors[name] = np.array(getattr(self, name))
+        tensors["centres"] = np.array(self.centres, np.float32)
         return safetensors.numpy.save(tensors)
 
 
@@ -128,12 +127,15 @@ class Kmeans:
         x_nfyx = _standardised(patches_nfyx, mean, std, axis=1)
         network, losses = self._learn(x_nfyx, checkpoint)
         features_nc = self._sample_features(x_nfyx, network)
+        spread = self._spread(features_nc)
+        features_nc /= spread.astype(np.float32)
         seed, k = int(self.card.parameters["seed"]), int(self.card.parameters["k"])
         vegetation_n = centre_nf[:, next(i for i, n in enumerate(self.card.inputs.names) if n in _VEGETATION)]
         centres_kc, shares = _ordered(_centres(features_nc, k, seed), features_nc, vegetation_n)
         fitted = Fitted(
             mean=tuple(mean.tolist()),
             std=tuple(std.tolist()),
+            spread=tuple(spread.tolist()),
             centres=tuple(tuple(row) for row in centres_kc.tolist()),
             shares=shares,
             network=network,
@@ -202,11 +204,18 @@ class Kmeans:
             )
         inputs, k = len(self.card.inputs.names), int(self.card.parameters["k"])
         network = self._network_shapes()
-        own = {"mean": (inputs,), "std": (inputs,), "shares": (k,), "centres": (k, self._clustered())}
+        own = {
+            "mean": (inputs,),
+            "std": (inputs,),
+            "spread": (self._clustered(),),
+            "shares": (k,),
+            "centres": (k, self._clustered()),
+        }
         tensors = tensors_of(content, str(folder / WEIGHTS_FILE), own | network)
         fitted = Fitted(
             mean=tuple(tensors["mean"].tolist()),
             std=tuple(tensors["std"].tolist()),
+            spread=tuple(tensors["spread"].tolist()),
             centres=tuple(tuple(row) for row in tensors["centres"].tolist()),
             shares=tuple(tensors["shares"].tolist()),
             network=safetensors.numpy.save({n.removeprefix("network."): tensors[n] for n in network})
@@ -229,9 +238,10 @@ class Kmeans:
         height, width = (size - 2 * context for size in features_fyx.shape[1:])
         core_fyx = features_fyx[:, context : context + height, context : context + width]
         x_fyx = _standardised(features_fyx, np.array(fitted.mean), np.array(fitted.std), axis=0)
-        return squared_distances(
-            self._features(x_fyx, fitted.network), np.array(fitted.centres, np.float32)
-        ), np.isnan(core_fyx).any(axis=0)
+        features_cyx = self._features(x_fyx, fitted.network)
+        features_cyx /= np.array(fitted.spread, np.float32)[:, None, None]
+        distances_kyx = squared_distances(features_cyx, np.array(fitted.centres, np.float32))
+        return distances_kyx, np.isnan(core_fyx).any(axis=0)
 
     # What `CaeKmeans` does otherwise
 
@@ -250,6 +260,10 @@ class Kmeans:
         del network
         return x_fyx
 
+    def _spread(self, features_nc: np.ndarray) -> np.ndarray:
+        """What the features that are clustered are divided by."""
+        return np.ones(features_nc.shape[1])
+
     def _clustered(self) -> int:
         """How many features are clustered."""
         return len(self.card.inputs.names)
@@ -263,8 +277,9 @@ class CaeKmeans(Kmeans):
     """Mini-batch k-means on the deep features of a convolutional auto-encoder: the paper's method.
 
     What is unknown in a pixel's context counts as the mean (0 when standardised), in training as in detection.
-    Deep features are clustered as the network gives them, without a further standardisation: none is published, and
-    batch norm gives the twelve one scale. With `deep_and_inputs` the standardised inputs stand beside them.
+    Alone, deep features are clustered as the network gives them: no standardisation is published. Beside the
+    standardised inputs (`deep_and_inputs`) they are divided by their standard deviation, because their own scale is an
+    accident of training, a tenth or so: undivided, they would hardly count.
 
     Source: Shahabi et al. 2021, sections 3.4 and 3.5.
     """
@@ -296,6 +311,16 @@ class CaeKmeans(Kmeans):
         deep_cyx = cae.encode_dense(network, x_fyx)
         c = self.card.window_px // 2
         return np.concatenate([deep_cyx, x_fyx[:, c:-c, c:-c]]) if self._with_inputs else deep_cyx
+
+    def _spread(self, features_nc: np.ndarray) -> np.ndarray:
+        from slidecube.models.nets import cae  # noqa: PLC0415
+
+        spread_c = np.ones(features_nc.shape[1])
+        if self._with_inputs:
+            deep_nc = features_nc[:, : cae.DEEP].astype(np.float64)
+            varies = deep_nc.max(axis=0) > deep_nc.min(axis=0)
+            spread_c[: cae.DEEP] = np.where(varies, deep_nc.std(axis=0), 1.0)
+        return spread_c
 
     @property
     def _with_inputs(self) -> bool:
