@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import cloudpickle
 import dask.array as da
 import numpy as np
 import xarray as xr
@@ -12,22 +15,27 @@ from slidecube.pipeline.moments import moments
 
 BANDS = ("B02", "B03", "B04", "B08")
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import a test
 
-def block(block_info=None):
+
+def block(bands, block_info=None):
     """Stored numbers by their place alone, with holes."""
     (y0, y1), (x0, x1) = block_info[None]["array-location"][-2:]
     y, x = np.mgrid[y0:y1, x0:x1].astype(np.uint64)
     hashed = ((y * 2654435761 + x * 40503) ** 2 >> np.uint64(7)) & np.uint64(0xFFFFFFFF)
-    waves = [2000 + 900 * np.sin(y / 40) + 500 * np.cos(x / (20 + 7 * b)) for b in range(len(BANDS))]
-    noise = [((hashed >> np.uint64(5 * b)) % 97).astype(float) for b in range(len(BANDS))]
+    waves = [2000 + 900 * np.sin(y / 40) + 500 * np.cos(x / (20 + 7 * b)) for b in range(bands)]
+    noise = [((hashed >> np.uint64(5 * b)) % 97).astype(float) for b in range(bands)]
     values = np.stack([(w + n).astype(np.uint16) for w, n in zip(waves, noise, strict=True)])
     values[:, hashed % 11 == 0] = 0
     return values
 
 
 def cube(chunk):
+    def local(block_info=None):  # pickled by value, as workers need it: they cannot import a test
+        return block(len(BANDS), block_info)
+
     array = da.map_blocks(
-        block, chunks=((len(BANDS),), *da.core.normalize_chunks(chunk, (300, 450))), dtype=np.uint16
+        local, chunks=((len(BANDS),), *da.core.normalize_chunks(chunk, (300, 450))), dtype=np.uint16
     )
     return xr.Dataset({name: (("y", "x"), array[i]) for i, name in enumerate(BANDS)})
 
