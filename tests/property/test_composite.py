@@ -19,6 +19,9 @@ from slidecube.pipeline.composite import (
     SCL_DILATED,
     SCL_MASKED,
     MaskRule,
+    _harmonised,
+    _sort_columns,
+    _sorting_network,
     clear_mask,
     composite,
     median_of_positive,
@@ -302,3 +305,40 @@ def test_block_cuts_change_nothing(method):
         whole = whole or got
         for name, values in whole.items():
             np.testing.assert_array_equal(got[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("n", [*range(1, 15), 24, 61, 128, 200])
+def test_the_sorting_network_sorts_columns(n):
+    """All columns of zeros and ones for few rows, which proves it for all numbers; random ones for many."""
+    if n < 15:
+        columns = (np.arange(2**n) >> np.arange(n)[:, None] & 1).astype(np.uint16)
+    else:
+        columns = np.random.default_rng(n).integers(0, 2 * n, (n, 500)).astype(np.uint16)
+    expected = np.sort(columns, axis=0)
+    _sort_columns(columns)
+
+    assert np.array_equal(columns, expected)
+    assert all(a.stop - a.start == b.stop - b.start and a.stop <= b.start for a, b in _sorting_network(n))
+
+
+def test_a_median_of_many_strips_is_numpys():
+    rng = np.random.default_rng(5)
+    values = rng.integers(0, 65536, (9, 150, 331)).astype(np.uint16)
+    values[rng.random(values.shape) < 0.5] = 0
+    values[:, 3, 4] = 0
+    known = np.where(values == 0, np.nan, values.astype(np.float64))
+    known[:, (values == 0).all(axis=0)] = 0
+
+    assert np.array_equal(median_of_positive(values), np.rint(np.nanmedian(known, axis=0)))
+    assert np.array_equal(median_of_positive(values[:, ::2, ::-1]), median_of_positive(values)[::2, ::-1])
+
+
+@pytest.mark.parametrize("shift", [0, 1, 1000, -1, -1000, -50_000, 64_535, 65_535, 90_000, -65_535, -90_000])
+def test_numbers_are_shifted_as_whole_numbers_and_kept_from_nodata(shift):
+    dn = np.array([[[0, 1, 2, 999, 1000, 1001, 40_000, 64_535, 65_534, 65_535]]], np.uint16)
+    valid = dn > 0
+
+    got = _harmonised(dn, valid, np.array([shift], np.int32))
+
+    assert got.dtype == np.uint16
+    assert np.array_equal(got, np.where(valid, np.clip(dn.astype(np.int64) + shift, 1, 65535), 0))
