@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COMPLETE, USER_ERROR, INCOMPLETE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
 
-STAGES = ("cube", "detect", "mosaic")
+STAGES = ("cube", "fit", "detect", "mosaic")
 
 TomlFile = click.Path(path_type=Path)
 Folder = click.Path(path_type=Path)
@@ -204,6 +204,14 @@ def status(workspace: Path, *, as_json: bool) -> None:
 def cube(file: Path, *, quiet: bool) -> None:
     """Build the layers only: composites and terrain."""
     _run(file, ("cube",), quiet=quiet)
+
+
+@cli.command()
+@click.argument("file", type=TomlFile)
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def fit(file: Path, *, quiet: bool) -> None:
+    """Fit what the model learns from the layers, and freeze it."""
+    _run(file, ("fit",), quiet=quiet)
 
 
 @cli.command()

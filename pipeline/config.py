@@ -131,23 +131,33 @@ class Epoch(_Section):
     name: Slug = Field(
         description="lower-case letters, digits, '-' and '_', at most 63, such as 'iburi-2018'"
     )
-    pre: Days = Field(description='two days, first and last, such as ["2018-05-01", "2018-09-05"]')
+    pre: Days | None = Field(
+        None,
+        description='two days, first and last, such as ["2018-05-01", "2018-09-05"]; left out, no scene from before '
+        "the event is read, and the model must not need one",
+    )
     post: Days = Field(description='two days, first and last, such as ["2018-09-07", "2018-11-15"]')
     event: Day | None = Field(None, description='the day of the event, such as "2018-09-06"')
 
     @pydantic.model_validator(mode="after")
     def _in_order(self) -> Epoch:
-        if self.pre.end >= self.post.start:
+        before = None if self.pre is None else self.pre.end
+        if before is not None and before >= self.post.start:
             raise ValueError(
-                f"pre ends {self.pre.end}, which is not before post starts, {self.post.start}; "
+                f"pre ends {before}, which is not before post starts, {self.post.start}; "
                 "the two windows may not share a day"
             )
-        if self.event is not None and not self.pre.end <= self.event <= self.post.start:
+        if self.event is not None and not (before or self.event) <= self.event <= self.post.start:
             raise ValueError(
-                f"event {self.event} does not lie between the end of pre, {self.pre.end}, "
+                f"event {self.event} does not lie between the end of pre, {before}, "
                 f"and the start of post, {self.post.start}"
             )
         return self
+
+    @property
+    def windows(self) -> dict[str, Window]:
+        """Windows of time by side, "pre" (where there is one) and "post"."""
+        return {side: w for side, w in (("pre", self.pre), ("post", self.post)) if w is not None}
 
 
 class Sources(_Section):
@@ -215,6 +225,24 @@ class Detect(_Section):
         default_factory=dict,
         description="a table of numbers, the model's own parameters; its card names them",
     )
+    landslide_clusters: (
+        Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_distinct)] | None
+    ) = Field(
+        None,
+        description="a list of clusters by their numbers on the cluster sheet, none twice, [] for none; of models that "
+        "cluster; left out, a rule names them",
+    )
+
+
+class Fit(_Section):
+    """What the model learns from the cube itself."""
+
+    statistics: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{16}$",
+        description="the key of statistics that were fitted earlier in this workspace, such as '0123456789abcdef'; "
+        "left out, they are fitted to the layers of each epoch",
+    )
 
 
 class Output(_Section):
@@ -258,6 +286,7 @@ class Sections(_Section):
     )
     sources: Sources = Field(default_factory=Sources, description="a table")
     cube: Cube = Field(default_factory=Cube, description="a table")
+    fit: Fit = Field(default_factory=Fit, description="a table")
     detect: Detect = Field(default_factory=Detect, description="a table")
     output: Output = Field(default_factory=Output, description="a table")
     cluster: Cluster = Field(default_factory=Cluster, description="a table")
@@ -277,6 +306,7 @@ class Config:
     epochs: tuple[Epoch, ...]
     sources: Sources
     cube: Cube
+    fit: Fit
     detect: Detect
     output: Output
     cluster: Cluster
@@ -312,7 +342,7 @@ class Config:
         """Return what decides the scene search, as canonical JSON types: area, windows, sources, cloud limit."""
         return {
             "area": self._area_terms(),
-            "windows": sorted({str(window) for epoch in self.epochs for window in (epoch.pre, epoch.post)}),
+            "windows": sorted({str(w) for epoch in self.epochs for w in epoch.windows.values()}),
             "sources": self._source_terms(),
             "max_cloud_pct": self.cube.max_cloud_pct,
         }
@@ -326,7 +356,7 @@ class Config:
         epochs = [
             {
                 "name": epoch.name,
-                "pre": str(epoch.pre),
+                "pre": None if epoch.pre is None else str(epoch.pre),
                 "post": str(epoch.post),
                 "event": None if epoch.event is None else epoch.event.isoformat(),
             }
@@ -337,6 +367,7 @@ class Config:
             "epochs": epochs,
             "sources": self._source_terms(),
             "cube": self.cube.model_dump(mode="json"),
+            "fit": self.fit.model_dump(mode="json"),
             "detect": self.detect.model_dump(mode="json"),
         }
 

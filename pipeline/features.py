@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xarray as xr
 
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.composite import reflectance
+from slidecube.pipeline.config import DEFAULT_BANDS
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import dndvi, ndvi, rdndvi
+from slidecube.pipeline.mnf import Mnf
 from slidecube.pipeline.terrain import SLOPE_NODATA, SLOPE_SCALE
 
 
@@ -19,12 +22,17 @@ from slidecube.pipeline.terrain import SLOPE_NODATA, SLOPE_SCALE
 class Layers:
     """The layers that features are made of, as stored, on one and the same window (y, x).
 
-    pre, post : optical layers before and after the event; terrain : elevation, slope and aspect
+    pre, post : optical layers before and after the event; pre is empty where no scene from before is read
+    terrain : elevation, slope and aspect
+    mnf : "post", "pre" or "change" -> the frozen MNF of that image, for features that need one
+    components : MNF components, by name; `build_features` makes them from `mnf`, once for all that are wanted
     """
 
     pre: xr.Dataset
     post: xr.Dataset
     terrain: xr.Dataset
+    mnf: Mapping[str, Mnf] = field(default_factory=dict)
+    components: xr.Dataset = field(default_factory=xr.Dataset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +90,10 @@ INDEX_FEATURES: Mapping[str, Feature] = {
         build=lambda s: s.terrain["elevation"], unit="m", source="DEM", reads=("terrain.elevation",)
     ),
 }
-"""Features that are not plain reflectances; those are named "B04_pre", "B11_post", ..."""
+"""Features that are neither reflectances ("B04_pre", "B11_post", ...) nor MNF components ("mnf1_post", ...)."""
+
+MNF_BANDS = DEFAULT_BANDS
+"""Bands of the MNF: CAE's, on Level 2A, which has no cirrus band (METHODS, section 1)."""
 
 
 def feature(name: str) -> Feature:
@@ -97,9 +108,56 @@ def feature(name: str) -> Feature:
             source="Sentinel-2 reflectance",
             reads=(f"{side}.{band}",),
         )
+    component = _mnf_component(name)
+    if component is not None and component[0] <= len(MNF_BANDS):
+        image = component[1]
+        sides = ("pre", "post") if image == "change" else (image,)
+        return Feature(
+            build=lambda s: s.components[name],
+            unit="noise standard deviation",
+            source="Green et al. 1988",
+            reads=tuple(f"{side}.{b}" for side in sides for b in MNF_BANDS),
+        )
     raise PipelineError(
-        f"No feature {name!r}; features: {', '.join(INDEX_FEATURES)}, and reflectances such as B04_pre, B11_post"
+        f"No feature {name!r}; features: {', '.join(INDEX_FEATURES)}, reflectances such as B04_pre, B11_post, and MNF "
+        f"components such as mnf1_post, mnf3_change (1 to {len(MNF_BANDS)}, of pre, post or change)"
     )
+
+
+def _mnf_component(name: str) -> tuple[int, str] | None:
+    match = re.fullmatch(r"mnf([1-9]\d?)_(pre|post|change)", name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def mnf_images(spec: FeatureSpec) -> dict[str, int]:
+    """Images whose MNF a spec needs, "pre", "post" or "change", and how many of its components."""
+    images: dict[str, int] = {}
+    for number, image in filter(None, map(_mnf_component, spec.names)):
+        images[image] = max(number, images.get(image, 0))
+    return dict(sorted(images.items()))
+
+
+def mnf_image(image: str, layers: Layers) -> xr.Dataset:
+    """Bands of the image that an MNF is fitted to, on the stored scale: (y, x) float32, NaN = unknown.
+
+    image : "pre", "post", or "change", which is post minus pre, band by band
+    """
+    sides = [layers.post, layers.pre] if image == "change" else [getattr(layers, image)]
+    known = [{b: side[b].astype(np.float32).where(side[b] != 0) for b in MNF_BANDS} for side in sides]
+    if len(known) == 1:
+        return xr.Dataset(known[0])
+    return xr.Dataset({b: known[0][b] - known[1][b] for b in MNF_BANDS})
+
+
+def _with_components(layers: Layers, spec: FeatureSpec) -> Layers:
+    components = xr.Dataset()
+    for image in mnf_images(spec):
+        if image not in layers.mnf:
+            raise PipelineError(
+                f"Features mnf1_{image}, ... need the fitted MNF of {image}; run `slidecube fit` first"
+            )
+        components.update(layers.mnf[image].transform(mnf_image(image, layers), suffix=image))
+    return replace(layers, components=components)
 
 
 def build_features(spec: FeatureSpec, layers: Layers) -> xr.Dataset:
@@ -111,16 +169,15 @@ def build_features(spec: FeatureSpec, layers: Layers) -> xr.Dataset:
     held = {
         f"{side}.{name}" for side in ("pre", "post", "terrain") for name in getattr(layers, side).data_vars
     }
-    out = {}
-    for name in spec.names:
-        made = feature(name)
-        missing = [v for v in made.reads if v not in held]
+    made = {name: feature(name) for name in spec.names}
+    for name, one in made.items():
+        missing = [v for v in one.reads if v not in held]
         if missing:
             raise PipelineError(
                 f"Feature {name!r} needs {', '.join(missing)}, which the layers do not hold; add it to [cube] bands"
             )
-        out[name] = made.build(layers).astype(np.float32)
-    return xr.Dataset(out)
+    whole = _with_components(layers, spec)
+    return xr.Dataset({name: one.build(whole).astype(np.float32) for name, one in made.items()})
 
 
 def required_variables(spec: FeatureSpec) -> dict[str, list[str]]:

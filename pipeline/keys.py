@@ -15,7 +15,7 @@ from typing import Any
 
 from slidecube.catalog.scenes import Scene
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of what layers and inventories hold; a change makes every tile due."""
 
 KEY_HEX = 16

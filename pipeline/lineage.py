@@ -6,6 +6,7 @@ import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from slidecube.catalog.scenes import Window
 
@@ -35,10 +36,10 @@ class LineageScene:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineageEpoch:
-    """One epoch: the two windows, both ends inclusive, UTC."""
+    """One epoch: the two windows, both ends inclusive, UTC; pre is None where a single image was looked at."""
 
     name: str
-    pre: Window
+    pre: Window | None
     post: Window
 
 
@@ -71,3 +72,8 @@ class Lineage:
     def model_name(self) -> str:
         """Name and version of the model."""
         return f"{self.model.get('name', 'unknown')}@{self.model.get('version', '?')}"
+
+
+def is_simulated(item: dict[str, Any]) -> bool:
+    """Tell whether a STAC item says that its pixels are simulated."""
+    return bool(item["properties"].get("slidecube:simulated", False))

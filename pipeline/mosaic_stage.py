@@ -16,9 +16,10 @@ import pandas as pd
 from slidecube.catalog.sources import SOURCES
 from slidecube.pipeline.disk import naming_a_full_disk
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.fit import fit_state
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.ledger import write_atomic
-from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene, slidecube_version
+from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene, is_simulated, slidecube_version
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.plan import EpochPlan, RunPlan
@@ -127,6 +128,8 @@ def lineage(plan: RunPlan) -> Lineage:
     scenes: dict[tuple[str, str], LineageScene] = {}
     for epoch in plan.epochs:
         for use, layer in (("pre", epoch.pre), ("post", epoch.post), ("dem", epoch.terrain)):
+            if layer is None:
+                continue
             label = f"{use} {epoch.name}" if several and use != "dem" else use
             for positions in plan.tasks[layer].values():
                 for i in positions[1]:
@@ -156,7 +159,9 @@ def lineage(plan: RunPlan) -> Lineage:
         created=dt.datetime.now(dt.UTC).replace(microsecond=0),
         grid=plan.grid.key,
         epochs=tuple(
-            LineageEpoch(name=e.name, pre=_window(plan, e.pre), post=_window(plan, e.post))
+            LineageEpoch(
+                name=e.name, pre=None if e.pre is None else _window(plan, e.pre), post=_window(plan, e.post)
+            )
             for e in plan.epochs
         ),
         model={
@@ -167,6 +172,7 @@ def lineage(plan: RunPlan) -> Lineage:
             "threshold": card.threshold,
             "min_area_m2": card.min_area_m2,
             **card.parameters,
+            **_clusters(plan),
             "training": card.training,
             "metrics": card.metrics,
             "source": card.source,
@@ -174,6 +180,7 @@ def lineage(plan: RunPlan) -> Lineage:
         },
         keys={
             **{f"detect {e.name}": e.detect_key for e in plan.epochs},
+            **{f"statistics {e.name}": e.stat_key for e in plan.epochs if e.stat_key},
             **{la.name: la.key for la in plan.layers},
         },
         scenes=tuple(scenes[k] for k in sorted(scenes)),
@@ -183,9 +190,14 @@ def lineage(plan: RunPlan) -> Lineage:
     )
 
 
-def is_simulated(item: dict[str, Any]) -> bool:
-    """Tell whether a STAC item says that its pixels are simulated."""
-    return bool(item["properties"].get("slidecube:simulated", False))
+def _clusters(plan: RunPlan) -> dict[str, str]:
+    """Which clusters are landslides, and who said so."""
+    said = {}
+    for fit in (fit_state(plan, epoch) for epoch in plan.epochs if epoch.stat_key):
+        if fit["named_by"]:
+            names = ", ".join(map(str, fit["clusters"])) or "none"
+            said[f"landslide clusters of {fit['epoch']}"] = f"{names}, named by {fit['named_by']}"
+    return said
 
 
 def _self_href(item: dict[str, Any]) -> str:
@@ -226,7 +238,9 @@ def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]
                 ("pre_date", epoch.pre, "date_last"),
                 ("post_date", epoch.post, "date_first"),
             )
+            if store is not None
         }
+        layer.setdefault("pre_date", np.zeros_like(layer["post_date"]))  # no scene from before was looked at
         yield TileRasters(
             key=tile.key,
             offset_px=(tile.row * px, tile.col * px),

@@ -31,15 +31,17 @@ from slidecube.catalog.search import search
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
 from slidecube.models.predict import Detector
+from slidecube.models.unsupervised import Kmeans
 from slidecube.models.zoo import build_model
 from slidecube.pipeline.composite import DATE_VARIABLES
 from slidecube.pipeline.config import Config, load_config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate, estimate
-from slidecube.pipeline.features import required_variables
+from slidecube.pipeline.features import mnf_images, required_variables
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
 from slidecube.pipeline.ledger import write_atomic
 from slidecube.pipeline.lock import guard
+from slidecube.pipeline.statistics import load_statistics
 from slidecube.pipeline.store import Workspace
 
 TERRAIN_VARIABLES = ("elevation", "slope_deg", "aspect_deg")
@@ -60,13 +62,22 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochPlan:
-    """One epoch: its three layers by name, and the key of its detection."""
+    """One epoch: its layers by name, and the keys of its statistics and its detection.
+
+    pre : None where no scene from before the event is read; stat_key : "" where the model learns nothing from the cube
+    """
 
     name: str
-    pre: str
+    pre: str | None
     post: str
     terrain: str
+    stat_key: str
     detect_key: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that it reads."""
+        return tuple(name for name in (self.pre, self.post, self.terrain) if name is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +157,52 @@ def model_of(config: Config) -> Detector:
         min_area_m2=detect.min_area_m2,
         parameters=detect.parameters,
     )
+    needed = required_variables(model.card.inputs)
     for side in ("pre", "post"):
-        for band in required_variables(model.card.inputs)[side]:
+        for band in needed[side]:
             if band not in config.cube.bands:
                 raise PipelineError(
                     f"Model {model.card.address} needs band {band}; [cube] bands holds {', '.join(config.cube.bands)}"
                 )
+    for epoch in config.epochs:
+        if needed["pre"] and epoch.pre is None:
+            raise PipelineError(
+                f"Model {model.card.address} compares with scenes from before the event, and epoch {epoch.name!r} has "
+                "no pre window; give it one, or choose a model of a single image, such as 'cae-kmeans'"
+            )
+    _require_clusters(model, detect.landslide_clusters)
     return model
+
+
+def _require_clusters(model: Detector, clusters: tuple[int, ...] | None) -> None:
+    if clusters is None:
+        return
+    if not isinstance(model, Kmeans):
+        raise PipelineError(
+            f"Model {model.card.address} does not cluster; leave landslide_clusters out of [detect]"
+        )
+    k = int(model.card.parameters["k"])
+    unknown = [c for c in clusters if c >= k]
+    if unknown:
+        raise PipelineError(
+            f"Model {model.card.address} has clusters 0 to {k - 1}; got {unknown[0]} in landslide_clusters"
+        )
+
+
+def _require_statistics(workspace: Workspace, config: Config, model: Detector) -> None:
+    """Refuse now statistics that are not there, or of another model."""
+    if config.fit.statistics is None:
+        return
+    if not learns(model.card):
+        raise PipelineError(
+            f"Model {model.card.address} learns nothing from the cube; leave [fit] statistics out"
+        )
+    load_statistics(workspace.statistics(config.fit.statistics), model)
+
+
+def learns(card: ModelCard) -> bool:
+    """Tell whether a model needs anything that is fitted to the cube: an MNF, or what it learns from patches."""
+    return bool(mnf_images(card.inputs)) or card.sample_patches > 0
 
 
 def minimum_size_px(min_area_m2: float, resolution_m: float) -> int:
@@ -188,6 +238,7 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
         index.remember(workspace, found)
         return replace(found, reused_scenes=True)
     model = model_of(config)
+    _require_statistics(workspace, config, model)
     aoi = read_aoi(config.aoi)
     crs = config.area.crs or choose_crs(aoi)
     grid = TileGrid(crs=crs, resolution_m=config.area.resolution_m, tile_px=config.cube.tile_px)
@@ -325,7 +376,7 @@ def _tiled(aoi: Aoi, tiles: tuple[Tile, ...]) -> Aoi:
 
 def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
     """Find the scenes and the DEM of all tiles; an epoch without any scene over the area itself is refused."""
-    windows = sorted({w for e in config.epochs for w in (e.pre, e.post)}, key=str)
+    windows = sorted({w for e in config.epochs for w in e.windows.values()}, key=str)
     optical = search(
         config.source(config.sources.optical),
         tiled,
@@ -338,7 +389,7 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
     area = aoi.to_crs("EPSG:4326")
     over = list(compress(optical, shapely.intersects(area, footprints(optical)))) if optical else []
     for epoch in config.epochs:
-        for side, window in (("pre", epoch.pre), ("post", epoch.post)):
+        for side, window in epoch.windows.items():
             if not any(scene.datetime in window for scene in over):
                 raise PipelineError(
                     f"Epoch {epoch.name!r} has no {side}-event scene between {window.start} and {window.end} "
@@ -380,31 +431,40 @@ def _assemble(
     scenes: SceneTable,
     model: Detector,
 ) -> RunPlan:
-    layers: dict[str, LayerPlan] = {}
-    epochs = []
     terrain = _terrain_layer(config, grid)
-    layers[terrain.name] = terrain
-    for epoch in config.epochs:
-        pre, post = (_optical_layer(config, grid, w) for w in (epoch.pre, epoch.post))
-        layers |= {pre.name: pre, post.name: post}
+    sides = [
+        {side: _optical_layer(config, grid, w) for side, w in epoch.windows.items()}
+        for epoch in config.epochs
+    ]
+    layers = {la.name: la for la in (terrain, *(la for by in sides for la in by.values()))}
+    tasks = {layer.name: _tasks(layer, tiles, scenes) for layer in layers.values()}
+    # the outline counts, too: it decides what is looked at, and another one is another inventory
+    outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
+    epochs = []
+    for epoch, by in zip(config.epochs, sides, strict=True):
+        read = (*by.values(), terrain)
+        contributing = [[tasks[layer.name][tile.key][0] for layer in read] for tile in tiles]
+        stat_key = (
+            config.fit.statistics or _stat_key(read, model.card, contributing, outline)
+            if learns(model.card)
+            else ""
+        )
         epochs.append(
             EpochPlan(
                 name=epoch.name,
-                pre=pre.name,
-                post=post.name,
+                pre=by["pre"].name if "pre" in by else None,
+                post=by["post"].name,
                 terrain=terrain.name,
-                detect_key=_detect_key((pre, post, terrain), model),
+                stat_key=stat_key,
+                detect_key=_detect_key(read, model.card, stat_key, config.detect.landslide_clusters),
             )
         )
-    tasks = {layer.name: _tasks(layer, tiles, scenes) for layer in layers.values()}
     extent = [
         min(t.row for t in tiles),
         min(t.col for t in tiles),
         max(t.row for t in tiles),
         max(t.col for t in tiles),
     ]
-    # the outline counts, too: it decides what is looked at, and another one is another inventory
-    outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
     inventory_key = content_key(
         "inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent, outline
     )
@@ -458,12 +518,31 @@ def _source_term(name: str) -> str:
     return name if name in SOURCES else "local"
 
 
-def _detect_key(layers: tuple[LayerPlan, ...], model: Detector) -> str:
-    card = model.card
+def _stat_key(
+    layers: tuple[LayerPlan, ...], card: ModelCard, contributing: list[list[str]], outline: list[str]
+) -> str:
+    """Key of what is fitted to the layers of an epoch; contributing : task keys of each tile."""
+    return content_key(
+        "statistics",
+        SCHEMA_VERSION,
+        [layer.key for layer in layers],
+        card.address,
+        asdict(card.inputs),
+        dict(card.parameters),
+        contributing,
+        outline,
+    )
+
+
+def _detect_key(
+    layers: tuple[LayerPlan, ...], card: ModelCard, stat_key: str, clusters: tuple[int, ...] | None
+) -> str:
     return content_key(
         "detect",
         SCHEMA_VERSION,
         [layer.key for layer in layers],
+        stat_key,
+        None if clusters is None else sorted(clusters),
         card.address,
         card.architecture,
         asdict(card.inputs),
@@ -471,7 +550,7 @@ def _detect_key(layers: tuple[LayerPlan, ...], model: Detector) -> str:
         card.weights_sha256,
         card.threshold,
         card.min_area_m2,
-        {"backend": "numpy", "dtype": "float32"},
+        {"backend": "numpy" if card.window_px == 1 else "torch", "dtype": "float32"},
     )
 
 

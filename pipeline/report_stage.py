@@ -97,7 +97,7 @@ def write_plan_report(
         EpochView(
             name=epoch.name,
             index=index,
-            pre=_pictures(plan, epoch.pre),
+            pre=_pictures(plan, epoch.pre) if epoch.pre else {},
             post=_pictures(plan, epoch.post),
             evaluation=(evaluations or {}).get(epoch.name),
         )

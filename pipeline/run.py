@@ -20,16 +20,18 @@ from slidecube.cluster.runner import Runner, TaskResult, TileTask, open_runner
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import unfinished, write_event
+from slidecube.pipeline.fit import contributing, fit_epoch, fit_state
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
-from slidecube.pipeline.plan import RunPlan, plan
+from slidecube.pipeline.plan import EpochPlan, RunPlan, plan
+from slidecube.pipeline.statistics import frozen_digest
 from slidecube.pipeline.store import remove_partials
-from slidecube.pipeline.tasks import FENCED, TileContext, tasks_of
+from slidecube.pipeline.tasks import FENCED, FIT_STAGES, TileContext, tasks_of
 from slidecube.pipeline.tile import run_task
 
-STAGES = ("cube", "detect", "mosaic")
+STAGES = ("cube", "fit", "detect", "mosaic")
 _ENOSPC = os.strerror(errno.ENOSPC)
 _EDQUOT = os.strerror(errno.EDQUOT)
 _LOG_EVERY_S = 30.0
@@ -41,6 +43,7 @@ class RunReport:
 
     complete : nothing is due any more, or the failures lie within the budget
     done, failed : tiles of this run by stage; reasons : of the failures, with their tiles; products : folder or None
+    statistics : what is fitted, an entry an epoch as of `fit_state`
     """
 
     run: str
@@ -50,6 +53,7 @@ class RunReport:
     reasons: tuple[tuple[str, str], ...] = ()
     scene_reads: int = 0
     products: Path | None = None
+    statistics: tuple[dict[str, Any], ...] = ()
 
 
 def run(
@@ -101,13 +105,13 @@ class _Driver:
         self._recover_events()
         self._event("run_started", stages=list(stages), profile=self.profile.name)
         # nothing due starts no workers; what is due of detect shows when the cubes are done
-        if any(due(self.plan, stage) for stage in ("cube", "detect") if stage in stages):
+        if any(due(self.plan, stage) for stage in ("cube", "detect") if stage in stages) or (
+            "fit" in stages and unfitted(self.plan)
+        ):
             with open_runner(self.profile) as runner:
                 if runner.address and self.progress:
                     print(f"Dask dashboard: {runner.address}", file=self.say)
-                for stage in ("cube", "detect"):
-                    if stage in stages:
-                        self._stage(stage, due(self.plan, stage), runner)
+                self._on(runner, stages)
         products = None
         if "mosaic" in stages:
             products = self._mosaic()
@@ -121,7 +125,42 @@ class _Driver:
             reasons=tuple(self.reasons),
             scene_reads=self.scene_reads,
             products=products,
+            statistics=tuple(fit_state(self.plan, e) for e in self.plan.epochs if e.stat_key),
         )
+
+    def _on(self, runner: Runner, stages: Sequence[str]) -> None:
+        if "cube" in stages:
+            self._stage("cube", due(self.plan, "cube"), runner)
+        if "fit" in stages:
+            self._fit(runner)
+        waiting = unfitted(self.plan)
+        if "detect" in stages and waiting and not self.reasons:
+            raise PipelineError(
+                f"Nothing is fitted yet for epoch {waiting[0].name!r}, and {self.plan.model.card.address} learns from "
+                "the cube; run `slidecube fit` first"
+            )
+        if "detect" in stages and not waiting:
+            self._stage("detect", due(self.plan, "detect"), runner)
+
+    def _fit(self, runner: Runner) -> None:
+        """Fit what is not frozen yet; tiles without layers may be missing up to the failure budget, and not beyond."""
+        for epoch in unfitted(self.plan):
+            lacking = {tile.key for tile in self.plan.tiles} - contributing(self.plan, epoch)
+            if len(lacking) > self.plan.config.cluster.failure_budget:
+                self.lost_tiles |= lacking
+                self.reasons += [
+                    (f"fit {tile}", "not fitted: the tile's layers are not done") for tile in sorted(lacking)
+                ]
+                return
+            self._event("fit_started", epoch=epoch.name, key=epoch.stat_key)
+            folder = fit_epoch(
+                self.plan,
+                epoch,
+                lambda stage, tasks: self._stage(stage, tasks, runner),
+                threads=self.profile.worker.cpus,
+            )
+            self.done["fit"] += 1
+            self._event("fit_frozen", epoch=epoch.name, key=epoch.stat_key, digest=frozen_digest(folder))
 
     def _stage(self, stage: str, tasks: list[TileTask], runner: Runner) -> None:
         context = TileContext(
@@ -160,7 +199,8 @@ class _Driver:
         self.scene_reads += result.scene_reads
         self._task_event(task, result)
         if result.status != "failed":
-            self.done[task.stage] += 1
+            if task.stage not in FIT_STAGES:  # which count as one fit
+                self.done[task.stage] += 1
             return
         self.failed[task.stage] += 1
         self.lost_tiles.add(task.tile)
@@ -219,6 +259,15 @@ class _Driver:
 
     def _event(self, event: str, **fields: Any) -> None:
         write_event(self.plan.workspace.events(self.plan.run), event, **fields)
+
+
+def unfitted(made: RunPlan) -> list[EpochPlan]:
+    """List the epochs whose statistics the model needs and that are not frozen yet."""
+    return [
+        epoch
+        for epoch in made.epochs
+        if epoch.stat_key and not frozen_digest(made.workspace.statistics(epoch.stat_key))
+    ]
 
 
 def due(made: RunPlan, stage: str) -> list[TileTask]:

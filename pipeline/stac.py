@@ -95,7 +95,7 @@ def inventory_item(
         geometry=shapely.geometry.mapping(shape),
         bbox=bbox_lonlat(shape),
         datetime=None,
-        start_datetime=min(_midnight(e.pre.start) for e in lineage.epochs),
+        start_datetime=min(_midnight((e.pre or e.post).start) for e in lineage.epochs),
         end_datetime=max(_midnight(e.post.end) + dt.timedelta(days=1, seconds=-1) for e in lineage.epochs),
         properties=_properties(lineage, geobox),
         stac_extensions=list(EXTENSIONS),
@@ -174,7 +174,11 @@ def _properties(lineage: Lineage, geobox: GeoBox) -> dict[str, Any]:
         "slidecube:run": lineage.run,
         "slidecube:grid": lineage.grid,
         "slidecube:epochs": [
-            {"name": e.name, "pre": _ends(e.pre.start, e.pre.end), "post": _ends(e.post.start, e.post.end)}
+            {
+                "name": e.name,
+                "pre": None if e.pre is None else _ends(e.pre.start, e.pre.end),
+                "post": _ends(e.post.start, e.post.end),
+            }
             for e in lineage.epochs
         ],
         "slidecube:model": dict(lineage.model),
@@ -190,11 +194,13 @@ def _properties(lineage: Lineage, geobox: GeoBox) -> dict[str, Any]:
 
 def _story(lineage: Lineage) -> str:
     windows = "; ".join(
-        f"epoch {e.name}: {e.pre.start} to {e.pre.end} against {e.post.start} to {e.post.end}"
+        f"epoch {e.name}: "
+        + (f"{e.pre.start} to {e.pre.end} against " if e.pre else "")
+        + f"{e.post.start} to {e.post.end}"
         for e in lineage.epochs
     )
     return (
-        f"{len(lineage.scenes)} scenes, composited before and after the event ({windows}), "
+        f"{len(lineage.scenes)} scenes, composited by window ({windows}), "
         f"classified by {lineage.model_name}, joined into objects by slidecube {lineage.version}."
     )
 

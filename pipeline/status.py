@@ -11,6 +11,7 @@ from typing import Any
 from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.events import read_events
+from slidecube.pipeline.fit import fit_state
 from slidecube.pipeline.inventory import REASONS, Observability
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.lock import Lock, alive, read_lock
@@ -53,7 +54,8 @@ def status(where: str | Path) -> dict[str, Any]:
     """Say where the current plan of a workspace stands.
 
     Returns {"run", "inventory", "tiles": {stage: {"done", "due", "failed", "running"}}, "scene_reads",
-    "scene_reads_last_run", "observability": {name: pixels}, "not_observable": {reason: pixels},
+    "scene_reads_last_run", "statistics": [{epoch, key, frozen, clusters, reasons, repaired_tiles, sheet}],
+    "observability": {name: pixels}, "not_observable": {reason: pixels},
     "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}], "complete", "running"}.
     `scene_reads` counts over the life of the workspace.
     """
@@ -71,9 +73,17 @@ def status(where: str | Path) -> dict[str, Any]:
     lock = read_lock(workspace.locks / "driver.json")
     running = lock if alive(lock) else None
     if running is not None and running["run"] == made.run:
-        stage = "cube" if tiles["cube"]["due"] else "detect"
+        stage = "cube" if tiles["cube"]["due"] else "detect"  # while it fits, what is to be detected waits
         tiles[stage]["running"] = min(running["running"], tiles[stage]["due"])
         tiles[stage]["due"] -= tiles[stage]["running"]
+    fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]
+    if fits:
+        frozen = sum(fit["frozen"] for fit in fits)
+        tiles = {
+            "cube": tiles["cube"],
+            "fit": {"done": frozen, "due": len(fits) - frozen, "failed": 0, "running": 0},
+            "detect": tiles["detect"],
+        }
     due = mosaic_due(made, formats=())  # the plan's TOML may be older than the one that was run
     tiles["mosaic"] = {"done": int(not due), "due": int(due), "failed": 0, "running": 0}
     total, last = _scene_reads(workspace, made.run)
@@ -83,6 +93,7 @@ def status(where: str | Path) -> dict[str, Any]:
         "tiles": tiles,
         "scene_reads": total,
         "scene_reads_last_run": last,
+        "statistics": fits,
         "observability": {v.name.lower(): tally.observed[v.name.lower()] for v in Observability},
         "not_observable": {reason: tally.unseen[reason] for i, reason in REASONS.items() if i},
         "failures": tally.failures,
@@ -110,9 +121,11 @@ def clean(where: str | Path, *, dry_run: bool = False) -> list[tuple[Path, int]]
             stores.append(workspace.inventory(made.inventory))
             keep |= {workspace.plan(name), workspace.products(made.inventory), *stores}
             keep |= {store.with_suffix(".ledger") for store in stores}
+            keep |= {workspace.statistics(epoch.stat_key) for epoch in made.epochs if epoch.stat_key}
         candidates = [
             *(p for p in (workspace.root / "plans").glob("*") if p.is_dir()),
             *(workspace.root / "layers").glob("*/*"),
+            *(workspace.root / "statistics").glob("*"),
             *(workspace.root / "inventories").glob("*"),
             *(workspace.root / "products").glob("*"),
         ]

@@ -26,7 +26,7 @@ from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.inventory import geozarr_attrs, reading
 
-_WRITTEN = ("layers", "inventories", "products")
+_WRITTEN = ("layers", "statistics", "inventories", "products")
 """Folders of a workspace that only the holder of its lock writes to."""
 
 
@@ -79,6 +79,10 @@ class Workspace:
     def plan(self, run: str) -> Path:
         """Folder of a plan."""
         return self.root / "plans" / run
+
+    def statistics(self, stat_key: str) -> Path:
+        """Folder of what was fitted to the layers of an epoch."""
+        return self.root / "statistics" / stat_key
 
     def events(self, run: str) -> Path:
         """File of a run's events, one JSON a line."""

@@ -46,12 +46,29 @@ def run_summary(report: RunReport) -> str:
     """Describe what a run did."""
     done = ", ".join(f"{stage} {n}" for stage, n in report.done.items()) or "nothing was due"
     lines = [f"run         {report.run}", f"done        {done}", f"scene reads {report.scene_reads}"]
+    lines += [line for fit in report.statistics for line in fit_lines(fit)]
     if report.products is not None:
         lines.append(f"products    {report.products}")
         page = report.products / "report" / "index.html"
         if page.exists():
             lines.append(f"report      {page}")
     return "\n".join(lines)
+
+
+def fit_lines(fit: dict[str, Any]) -> list[str]:
+    """Describe what was fitted for an epoch, as `fit_state` has it."""
+    if not fit["frozen"]:
+        return [f"statistics  {fit['epoch']}: {fit['key']}, not fitted yet"]
+    lines = [f"statistics  {fit['epoch']}: {fit['key']}, frozen"]
+    if fit["named_by"]:
+        names = ", ".join(map(str, fit["clusters"])) or "none"
+        lines.append(f"clusters    {fit['epoch']}: landslide = {names} (named by {fit['named_by']})")
+    if fit["sheet"]:
+        lines.append(f"sheet       {fit['sheet']}")
+    if fit["repaired_tiles"]:
+        n = _count(len(fit["repaired_tiles"]), "tile")
+        lines.append(f"            {n} made or mended after the freeze took no part in it")
+    return lines
 
 
 def failure_line(report: RunReport, workspace: Path) -> str:
@@ -67,6 +84,7 @@ def status_summary(state: dict[str, Any]) -> str:
     rows = [(stage, *(str(counts[name]) for name in columns)) for stage, counts in state["tiles"].items()]
     lines = [f"run         {state['run']}", *_table(("stage", *columns), rows)]
     lines.append(f"scene reads {state['scene_reads']}")
+    lines += [line for fit in state["statistics"] for line in fit_lines(fit)]
     lines += _shares("pixels", state["observability"])
     lines += _shares("not observable", state["not_observable"])
     lines += _listed("failed", (f"{f['stage']} {f['tile']}: {f['reason']}" for f in state["failures"]))
@@ -85,9 +103,7 @@ def clean_summary(removed: Sequence[tuple[Path, int]], *, dry_run: bool) -> str:
 
 
 def _scene_rows(made: RunPlan) -> list[tuple[str, ...]]:
-    windows = {
-        w: f"{e.name} {side}" for e in made.config.epochs for side, w in (("pre", e.pre), ("post", e.post))
-    }
+    windows = {w: f"{e.name} {side}" for e in made.config.epochs for side, w in e.windows.items()}
     return [
         (
             f"  {windows[group.window]}",

@@ -14,8 +14,12 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import holds
-from slidecube.pipeline.plan import RunPlan
+from slidecube.pipeline.plan import EpochPlan, RunPlan
+from slidecube.pipeline.statistics import Statistics, cached_statistics, frozen_digest
 from slidecube.pipeline.store import erase_tile, geobox_of, stored_bytes, write_tile
+
+FIT_STAGES = ("moments", "sample")
+"""Steps of the fit that run tile by tile."""
 
 FENCED = "fenced: another driver holds the workspace now"
 """Reason of a tile that was not written because this driver was believed dead and its workspace taken over."""
@@ -38,6 +42,8 @@ def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:
     """Ledger that holds a task's record."""
     if task.stage == "cube":
         return Ledger.of(plan.workspace.layer(plan.grid, task.layer))
+    if task.stage in FIT_STAGES:
+        return Ledger.of(plan.workspace.statistics(task.layer) / task.stage)
     return Ledger.of(plan.workspace.inventory(plan.inventory), task.epoch)
 
 
@@ -58,21 +64,47 @@ def tasks_of(plan: RunPlan, *stages: str) -> Iterator[tuple[TileTask, Ledger]]:
 def detect_keys(plan: RunPlan, epoch: str) -> dict[str, str]:
     """Key of each tile's detection: what is detected, and the records of the 3 x 3 tiles that it reads."""
     made = plan.by_epoch[epoch]
+    digest = frozen_digest(plan.workspace.statistics(made.stat_key)) if made.stat_key else ""
+    return _keys(plan, made, made.detect_key, plan.inventory, digest)
+
+
+def fit_tasks(plan: RunPlan, epoch: str, stage: str, *terms: str) -> Iterator[tuple[TileTask, Ledger]]:
+    """Yield the tasks of a step of the fit, one a tile, each with the ledger of its record.
+
+    stage : of `FIT_STAGES`; terms : what they depend on beside the layers
+    """
+    made = plan.by_epoch[epoch]
+    for tile, key in _keys(plan, made, stage, made.stat_key, *terms).items():
+        task = TileTask(stage=stage, layer=made.stat_key, epoch=epoch, tile=tile, key=key)
+        yield task, ledger_of(plan, task)
+
+
+def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
+    """Keys of tasks that read all layers of the 3 x 3 tiles around a tile."""
     read: dict[str, list[tuple[str, str, str, bool]]] = {}
     for tile in plan.tiles:
-        keys = [(name, plan.tasks[name][tile.key][0]) for name in (made.pre, made.post, made.terrain)]
+        keys = [(name, plan.tasks[name][tile.key][0]) for name in epoch.layers]
         read[tile.key] = [
             (name, tile.key, key, layer_ledger(plan, name).complete(tile.key, key)) for name, key in keys
         ]
     return {
         tile.key: content_key(
-            made.detect_key,
-            plan.inventory,
-            tile.key,
-            [entry for neighbour in plan.neighbours(tile) for entry in read[neighbour.key]],
+            *terms, tile.key, [entry for neighbour in plan.neighbours(tile) for entry in read[neighbour.key]]
         )
         for tile in plan.tiles
     }
+
+
+def fitted_statistics(plan: RunPlan, epoch: EpochPlan) -> Statistics:
+    """Return what was fitted for an epoch, with the landslide clusters that a person named instead of the rule's.
+
+    Raises PipelineError when it is needed and not fitted.
+    """
+    if not epoch.stat_key:
+        return Statistics(key="", digest="", mnf={}, detector=plan.model)
+    folder = plan.workspace.statistics(epoch.stat_key)
+    found = cached_statistics(folder, frozen_digest(folder), plan.model)
+    return found.with_clusters(plan.config.detect.landslide_clusters)
 
 
 def layer_ledger(plan: RunPlan, name: str) -> Ledger:

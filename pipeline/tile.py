@@ -32,6 +32,7 @@ from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.composite import MaskRule, Method, clear_mask, composite
 from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.fit import moments_tile, sample_tile
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.plan import RunPlan, read_plan
 from slidecube.pipeline.store import Workspace
@@ -218,6 +219,8 @@ def _optical_data(
 
 _STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {
     "cube": _cube,
+    "moments": moments_tile,
+    "sample": sample_tile,
     "detect": detect_tile,
 }
 

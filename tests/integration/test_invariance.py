@@ -17,6 +17,7 @@ from slidecube.pipeline.open import open_inventory, open_plan
 from slidecube.pipeline.report_stage import read_objects
 from slidecube.pipeline.run import run
 from slidecube.pipeline.simulate import simulate_archive
+from slidecube.pipeline.statistics import read_manifest
 from slidecube.pipeline.store import open_layer
 from slidecube.pipeline.tile import optical_layer
 
@@ -35,6 +36,7 @@ composite = "{composite}"
 tile_px = {tile_px}
 [detect]
 min_area_m2 = 2000
+{model}
 [output]
 workspace = "."
 formats = ["parquet"]
@@ -45,6 +47,14 @@ threads_per_worker = {threads}
 """
 
 
+MODELS = {
+    "rdndvi": 'model = "rdndvi"',
+    "cae-kmeans": 'model = "cae-kmeans"\nparameters = { sample = 6000, epochs = 4, batch = 1000 }',
+    "cae-kmeans-change": 'model = "cae-kmeans-change"\nparameters = { sample = 6000, epochs = 4, batch = 1000 }',
+}
+"""What a TOML says of a model, short of a long training."""
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """An area of 8 km: two tiles of 512 px and more each way, one or two of 2048."""
@@ -52,14 +62,16 @@ def archive(tmp_path_factory):
 
 
 def _run(
-    archive, folder: Path, *, tile_px=512, profile="threads", workers=1, threads=1, composite="greenest"
-):
+    archive, folder: Path, *, tile_px=512, profile="threads", workers=1, threads=1, composite="greenest",
+    model="rdndvi",
+):  # fmt: skip
     folder.mkdir()
     toml = folder / "run.toml"
     toml.write_text(
         TOML.format(
             archive=os.path.relpath(archive.root, folder), pre=archive.pre, post=archive.post,
             tile_px=tile_px, profile=profile, workers=workers, threads=threads, composite=composite,
+            model=MODELS[model],
         )
     )  # fmt: skip
     report = run(load_config(toml), progress=False)
@@ -69,32 +81,40 @@ def _run(
 
 @pytest.fixture(scope="module")
 def references(archive, tmp_path_factory):
-    """512 px tiles on one thread, once for each composite."""
-    made: dict[str, Path] = {}
+    """512 px tiles on one thread, once for each composite and model."""
+    made: dict[tuple[str, str], Path] = {}
 
-    def of(composite: str) -> Path:
-        if composite not in made:
-            made[composite] = _run(archive, tmp_path_factory.mktemp("w") / "a", composite=composite)
-        return made[composite]
+    def of(composite: str, model: str) -> Path:
+        if (composite, model) not in made:
+            folder = tmp_path_factory.mktemp("w") / "a"
+            made[composite, model] = _run(archive, folder, composite=composite, model=model)
+        return made[composite, model]
 
     return of
 
 
 @pytest.mark.parametrize(
-    ("composite", "other"),
+    ("composite", "model", "other"),
     [
-        ("greenest", {"tile_px": 1024, "threads": 2}),
-        ("greenest", {"tile_px": 2048}),
-        ("greenest", {"profile": "dask-local", "workers": 2}),
-        ("greenest", {"workers": 2}),
-        ("median", {"tile_px": 2048, "threads": 2}),
+        ("greenest", "rdndvi", {"tile_px": 1024, "threads": 2}),
+        ("greenest", "rdndvi", {"tile_px": 2048}),
+        ("greenest", "rdndvi", {"profile": "dask-local", "workers": 2}),
+        ("greenest", "rdndvi", {"workers": 2}),
+        ("median", "rdndvi", {"tile_px": 2048, "threads": 2}),
+        ("greenest", "cae-kmeans", {"tile_px": 1024, "threads": 2}),
+        ("greenest", "cae-kmeans", {"profile": "dask-local", "workers": 2}),
+        ("greenest", "cae-kmeans-change", {"tile_px": 2048, "workers": 2}),
     ],
-    ids=["1024px-2threads", "2048px", "512px-2processes", "512px-2tiles-at-once", "median-2048px-2threads"],
-)
-def test_stored_arrays_and_objects_are_equal(references, archive, tmp_path, composite, other):
-    one = references(composite)
-    two = _run(archive, tmp_path / "b", composite=composite, **other)
+    ids=[
+        "1024px-2threads", "2048px", "512px-2processes", "512px-2tiles-at-once", "median-2048px-2threads",
+        "cae-1024px-2threads", "cae-512px-2processes", "cae-change-2048px",
+    ],
+)  # fmt: skip
+def test_stored_arrays_and_objects_are_equal(references, archive, tmp_path, composite, model, other):
+    one = references(composite, model)
+    two = _run(archive, tmp_path / "b", composite=composite, model=model, **other)
     _equal_layers(one, two)
+    _equal_statistics(one, two)
     _equal_inventories(one, two)
     # the grid's key, and with it the detection's, names the tile size; nothing else may differ
     a, b = (read_objects(open_plan(w)).drop(columns="detect_key") for w in (one, two))
@@ -118,6 +138,21 @@ def _equal_layers(one: Path, two: Path) -> None:
             x, y = da[name].values, db[name].values
             assert np.unique(x[::7, ::7]).size > 1 or (name == "date" and a.config.cube.composite == "median")
             np.testing.assert_array_equal(x, y, err_msg=f"{la.name} {name}")
+
+
+def _equal_statistics(one: Path, two: Path) -> None:
+    """What was fitted is equal, byte for byte; only what names tiles and keys of the tile's size differs."""
+    a, b = open_plan(one), open_plan(two)
+    for ea, eb in zip(a.epochs, b.epochs, strict=True):
+        if not ea.stat_key:
+            continue
+        fa, fb = (p.workspace.statistics(e.stat_key) for p, e in ((a, ea), (b, eb)))
+        names = {*read_manifest(fa)["files"]}
+        assert {"model/weights.safetensors", "mnf-post.json"} <= {n.replace("change", "post") for n in names}
+        assert names == {*read_manifest(fb)["files"]}
+        for name in sorted(names):
+            if not name.startswith("sheet/"):
+                assert (fa / name).read_bytes() == (fb / name).read_bytes(), name
 
 
 def _equal_inventories(one: Path, two: Path) -> None:

@@ -1,0 +1,153 @@
+"""Statistics: what is fitted once to the layers of an epoch, then frozen, and versioned like a model.
+
+The manifest is written last. What it does not vouch for, by name and checksum, does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from slidecube.models.predict import Detector
+from slidecube.models.unsupervised import Kmeans
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.features import mnf_images
+from slidecube.pipeline.keys import content_key
+from slidecube.pipeline.ledger import write_atomic
+from slidecube.pipeline.mnf import Mnf
+
+MANIFEST = "statistics.json"
+MODEL = "model"
+SHEET = "sheet/index.html"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What was fitted.
+
+    key : stat_key; digest : of all that was frozen, "" where nothing had to be fitted
+    mnf : image ("post", "change") -> its MNF; detector : as fitted
+    clusters : landslide clusters as the rule named them, None for a model that does not cluster
+    contributed : tiles whose layers were whole when it was fitted; pixels : that were counted
+    """
+
+    key: str
+    digest: str
+    mnf: Mapping[str, Mnf]
+    detector: Detector
+    clusters: tuple[int, ...] | None = None
+    contributed: frozenset[str] = frozenset()
+    pixels: int = 0
+
+    def with_clusters(self, clusters: tuple[int, ...] | None) -> Statistics:
+        """Take a person's landslide clusters; None keeps what the rule named."""
+        if clusters is None or not isinstance(self.detector, Kmeans):
+            return self
+        return replace(
+            self, detector=self.detector.with_landslide(tuple(sorted(clusters))), clusters=clusters
+        )
+
+
+def mnf_file(folder: Path, image: str) -> Path:
+    """File of the MNF of an image."""
+    return folder / f"mnf-{image}.json"
+
+
+def freeze(
+    folder: Path, *, key: str, model: Detector, files: Iterable[Path], facts: Mapping[str, Any]
+) -> None:
+    """Write the manifest: from now on this is what the key means."""
+    manifest = {
+        "key": key,
+        "model": model.card.address,
+        "inputs": list(model.card.inputs.names),
+        "files": {str(path.relative_to(folder)): _sha256(path) for path in sorted(files)},
+        **facts,
+    }
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of frozen statistics, {} where nothing is frozen."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:
+        raise PipelineError(
+            f"{folder / MANIFEST} is damaged; remove {folder}, and run `slidecube fit`"
+        ) from None
+    return manifest
+
+
+def frozen_digest(folder: Path) -> str:
+    """Digest of frozen statistics, "" where nothing is frozen."""
+    try:
+        return content_key((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def load_statistics(folder: Path, model: Detector) -> Statistics:
+    """Read frozen statistics for a model.
+
+    model : as built, not fitted
+    Raises PipelineError when there are none, when a file is not what was frozen, or when they belong to another model.
+    """
+    manifest = read_manifest(folder)
+    if not manifest:
+        raise PipelineError(_missing(folder))
+    card = model.card
+    if (manifest["model"], tuple(manifest["inputs"])) != (card.address, card.inputs.names):
+        raise PipelineError(
+            f"Statistics {folder.name} were fitted for {manifest['model']} on {', '.join(manifest['inputs'])}; "
+            f"{card.address} reads {', '.join(card.inputs.names)}; leave [fit] statistics out, or name others"
+        )
+    for name, checksum in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != checksum:
+            raise PipelineError(
+                f"{path} is not what was frozen; bring it back, or remove {folder} and run `slidecube fit`"
+            )
+    clusters = manifest.get("clusters")
+    fitted = model.restore(folder / MODEL) if card.sample_patches else model
+    if clusters is not None and isinstance(fitted, Kmeans):
+        fitted = fitted.with_landslide(tuple(clusters))
+    return Statistics(
+        key=manifest["key"],
+        digest=frozen_digest(folder),
+        mnf={
+            image: Mnf.from_json(mnf_file(folder, image).read_text(encoding="utf-8"))
+            for image in mnf_images(card.inputs)
+        },
+        detector=fitted,
+        clusters=None if clusters is None else tuple(clusters),
+        contributed=frozenset(manifest["contributed"]),
+        pixels=manifest["pixels"],
+    )
+
+
+def cached_statistics(folder: Path, digest: str, model: Detector) -> Statistics:
+    """Read statistics once a process; digest : of what is frozen now, so that another freeze is read anew."""
+    place = (folder, digest, repr(model.card))
+    if place not in _read:
+        _read.clear()  # one run reads one or a few; what an earlier one read is not kept
+        _read[place] = load_statistics(folder, model)
+    return _read[place]
+
+
+_read: dict[tuple[Path, str, str], Statistics] = {}
+
+
+def _missing(folder: Path) -> str:
+    known = sorted(p.parent.name for p in folder.parent.glob(f"*/{MANIFEST}"))
+    there = f"there are: {', '.join(known)}" if known else "there are none"
+    return f"No fitted statistics {folder.name} in {folder.parent}; {there}; `slidecube fit` makes those of a plan"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
