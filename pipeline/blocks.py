@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import dask
 import dask.array as da
 import numpy as np
+from dask.optimization import cull
 
 
 def by_block(lazy: Mapping[str, da.Array], threads: int) -> dict[str, np.ndarray]:
     """Compute arrays of equal last two dimensions, one block of these after another, `threads` at a time.
+
+    lazy : name -> array of the same chunks in its last two dimensions, and of one chunk in those before
 
     One graph over all blocks lets Dask read far ahead of what it reduces; memory would then grow with the tile, and
     with the order in which threads happen to run.
@@ -19,15 +22,21 @@ def by_block(lazy: Mapping[str, da.Array], threads: int) -> dict[str, np.ndarray
     first = next(iter(lazy.values()))
     out = {name: np.empty(array.shape, array.dtype) for name, array in lazy.items()}
     row_ends, col_ends = (np.cumsum(sizes).tolist() for sizes in first.chunks[-2:])
+    # optimised once for all blocks, of which each then takes its own branch: to optimise it for each of them took as
+    # long as the work itself where that is light
+    optimised: tuple[da.Array, ...] = dask.optimize(*lazy.values())
+    graph = {key: task for array in optimised for key, task in array.__dask_graph__().items()}
+    assert all(n == 1 for array in optimised for n in array.numblocks[:-2])
 
     def one(row: int, col: int) -> None:
-        parts = [array.blocks[..., row, col] for array in lazy.values()]
+        keys = [(array.name, *(0,) * (array.ndim - 2), row, col) for array in optimised]
         at = np.s_[
             ...,
             row_ends[row] - first.chunks[-2][row] : row_ends[row],
             col_ends[col] - first.chunks[-1][col] : col_ends[col],
         ]
-        for name, part in zip(lazy, dask.compute(*parts, scheduler="synchronous"), strict=True):
+        branch, _ = cull(graph, keys)
+        for name, part in zip(lazy, dask.get(branch, keys), strict=True):
             out[name][at] = part
 
     places = [(row, col) for row in range(len(row_ends)) for col in range(len(col_ends))]
