@@ -1,38 +1,53 @@
-"""Lazy cubes from scenes, read block by block on the grid's lattice, by odc-stac.
+"""Lazy cubes from scenes, read block by block on the grid's lattice, laid out by odc-stac or by stackstac.
 
 A warp depends on the block it is run for, so every read here is run for a whole block of the lattice, whatever
-window is asked for: two overlapping windows see the same pixels (ADR 2, ADR 5).
+window is asked for: two overlapping windows see the same pixels (ADR 2, ADR 5). Both loaders read pixels by
+`read_asset` and ask one rule which scene touches which block, so their cubes are equal (ADR 6).
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import threading
-import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import urlsplit
+from functools import partial
+from typing import Any, Literal, cast
 
 import numpy as np
 import pystac
 import rasterio
+import stackstac
 import xarray as xr
 from affine import Affine
-from odc.geo.geobox import GeoBox
+from odc.geo.crs import CRS
+from odc.geo.geobox import GeoBox, GeoboxTiles
+from odc.geo.xr import xr_coords
 from odc.loader import RioDriver
 from odc.loader._rio import RioReader
 from odc.loader.types import RasterLoadParams, RasterSource, ReaderSubsetSelection
 from odc.stac import load as odc_load
+from odc.stac import parse_item
 from rasterio.enums import Resampling
-from rasterio.vrt import WarpedVRT
 
-from slidecube.catalog.errors import AssetReadError, CatalogError
+from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import BLOCK_PX
+from slidecube.catalog.read import GDAL_OPTIONS, Asset, Pixels, Place, ReadLog, driver_of, read_asset
 from slidecube.catalog.scenes import Scene
-from slidecube.catalog.sources import REFLECTANCE_BANDS, asset_bands, sign_href
-from slidecube.catalog.zoom import magnification, on_binary_grid, read_magnified
+from slidecube.catalog.sources import REFLECTANCE_BANDS, asset_bands
+
+__all__ = [
+    "DTYPES",
+    "LOADERS",
+    "NODATA",
+    "RESAMPLING",
+    "Loader",
+    "ReadLog",
+    "driver_of",
+    "load",
+    "on_lattice",
+    "require_loader",
+]
 
 DTYPES: Mapping[str, str] = {"SCL": "uint8", "elevation": "float32"}
 """Band -> dtype as delivered; every other band is uint16."""
@@ -43,42 +58,13 @@ NODATA: Mapping[str, float] = {"elevation": float("nan")}
 RESAMPLING: Mapping[str, str] = {"SCL": "nearest", "*": "bilinear"}
 """Band -> kernel used where a band's pixels are not those of the grid (20 and 60 m bands, or another CRS)."""
 
-# these log a failed or repeated href as it is, signature included; our error names item and asset instead
-for _name in ("odc.loader._rio", "rasterio._env", "rasterio._err"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+# this one logs a failed href as it is, signature included; our error names item and asset instead
+logging.getLogger("odc.loader._rio").setLevel(logging.CRITICAL + 1)
 
-_READ_ATTEMPTS = 3
-_WHOLE = ("uint8", "uint16")
+Loader = Literal["odc-stac", "stackstac"]
 
-_GDAL_OPTIONS = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_HTTP_MAX_RETRY": "5",
-    "GDAL_HTTP_RETRY_DELAY": "0.5",
-    "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
-}
-
-
-@dataclass(slots=True)
-class ReadLog:
-    """What was really read, and what could not be; filled by the readers of one process, from any thread.
-
-    read : ids of scenes of which at least one asset was opened
-    lost : (scene id, asset, reason) of each asset that failed on at least one block
-    """
-
-    read: set[str] = field(default_factory=set)
-    lost: set[tuple[str, str, str]] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add_read(self, scene: str) -> None:
-        """Count a scene as read."""
-        with self._lock:
-            self.read.add(scene)
-
-    def add_lost(self, error: AssetReadError) -> None:
-        """Keep the name and the reason of a failed read."""
-        with self._lock:
-            self.lost.add((error.item, error.asset, error.reason))
+LOADERS: tuple[Loader, ...] = ("odc-stac", "stackstac")
+"""Programs that lay out a cube; the first is the default. The pixels are equal, read by one function (ADR 6)."""
 
 
 def load(
@@ -89,6 +75,7 @@ def load(
     resampling: Mapping[str, str] | None = None,
     block_px: int = BLOCK_PX,
     log: ReadLog | None = None,
+    loader: Loader = "odc-stac",
 ) -> xr.Dataset:
     """Load scenes as one lazy cube of raw digital numbers.
 
@@ -98,31 +85,39 @@ def load(
     resampling : band -> kernel, over `RESAMPLING`
     block_px : side of the lattice's blocks; the read, and each Dask chunk, is one block with all its dates
     log : given, a failed read leaves nodata in its block and is written down there; left out, it raises
+    loader : of `LOADERS`; the cubes are equal, pixel for pixel and coordinate for coordinate
 
     Returns (time, y, x) uint16 a band (SCL uint8, elevation float32), 0 (NaN) = nodata, with the coordinates
     `time` (UTC) and `scene` (item id).
-    Raises CatalogError for an unknown band or no scenes, and, when computed without a log, AssetReadError.
+    Raises CatalogError for an unknown band or loader, no scenes, or a grid that the loader does not know, and, when
+    computed without a log, AssetReadError.
     """
     records = [_slim(scene, bands) for scene in scenes]
     if not records:
         raise CatalogError("No scenes to load; widen the window or raise max_cloud_pct")
+    require_loader(loader, str(geobox.crs))
     blocks, crop = on_lattice(geobox, block_px)
-    names = {uri: name for record in records for uri, name in record.names.items()}
-    with rasterio.Env(**_GDAL_OPTIONS):
-        cube = odc_load(
-            [record.item for record in records],
-            bands=list(bands),
-            geobox=blocks,
-            groupby="id",
-            preserve_original_order=True,
-            resampling={band: _kernel(band, resampling) for band in bands},
-            chunks={"time": -1, "y": block_px, "x": block_px},
-            driver=_NamingDriver(names, log),
-            stac_cfg={_COLLECTION: {"assets": _band_types(bands)}},
-        )
+    pixels = {band: _pixels(band, resampling) for band in bands}
+    lay_out = _by_odc_stac if loader == "odc-stac" else _by_stackstac
+    cube = lay_out(records, blocks, pixels, block_px=block_px, log=log)
     y, x = blocks.dimensions  # latitude and longitude in a geographic CRS
     cube = cube.isel({y: crop[0], x: crop[1]})
     return cube.assign_coords(scene=("time", [record.id for record in records]))
+
+
+def require_loader(loader: str, crs: str) -> None:
+    """Refuse a loader that does not exist or cannot lay out a grid in a CRS.
+
+    Raises CatalogError.
+    """
+    if loader not in LOADERS:
+        raise CatalogError(f"Loader {loader!r} does not exist; loaders: {', '.join(LOADERS)}")
+    if loader == "stackstac" and CRS(crs).epsg is None:
+        name = " ".join(crs.split())[:80]
+        raise CatalogError(
+            f"Loader 'stackstac' knows a CRS by its EPSG code only, and {name!r} has none; use loader 'odc-stac', or a "
+            "grid with a code, such as 'EPSG:32632'"
+        )
 
 
 _COLLECTION = "slidecube"
@@ -130,16 +125,11 @@ _COLLECTION = "slidecube"
 
 @dataclass(frozen=True, slots=True)
 class _Record:
+    """A scene as the loaders take it: a slim item whose assets are the wanted bands, and what each of them is."""
+
     id: str
     item: pystac.Item
-    names: dict[str, _AssetName]
-
-
-@dataclass(frozen=True, slots=True)
-class _AssetName:
-    item: str
-    asset: str
-    source: str
+    assets: dict[str, Asset]
 
 
 def _slim(scene: Scene | dict[str, Any] | pystac.Item, bands: Sequence[str]) -> _Record:
@@ -160,8 +150,12 @@ def _slim(scene: Scene | dict[str, Any] | pystac.Item, bands: Sequence[str]) -> 
             f"Item {item['id']!r} has no band {', '.join(missing)}; it has: {', '.join(sorted(assets)) or 'none'}"
         )
     wanted = {band: item["assets"][assets[band]] for band in bands}
-    names = {
-        _absolute(asset["href"]): _AssetName(item["id"], assets[band], source)
+    named = {
+        band: Asset(
+            item=item["id"],
+            asset=assets[band],
+            places=(Place(href=_absolute(asset["href"]), source=source),),
+        )
         for band, asset in wanted.items()
     }
     keep = {k: v for k, v in item["properties"].items() if k.startswith("proj:") or k == "datetime"}
@@ -185,7 +179,7 @@ def _slim(scene: Scene | dict[str, Any] | pystac.Item, bands: Sequence[str]) -> 
             for band, asset in wanted.items()
         },
     }
-    return _Record(item["id"], pystac.Item.from_dict(slim, preserve_dict=True), names)
+    return _Record(item["id"], pystac.Item.from_dict(slim, preserve_dict=True), named)
 
 
 def _datetime_of(item: dict[str, Any]) -> str:
@@ -201,9 +195,12 @@ def _band_types(bands: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {band: {"data_type": DTYPES.get(band, "uint16"), "nodata": NODATA.get(band, 0)} for band in bands}
 
 
-def _kernel(band: str, resampling: Mapping[str, str] | None) -> str:
+def _pixels(band: str, resampling: Mapping[str, str] | None) -> Pixels:
     table = {**RESAMPLING, **(resampling or {})}
-    return table.get(band, table["*"])
+    nodata = NODATA.get(band, 0)
+    return Pixels(
+        dtype=DTYPES.get(band, "uint16"), kernel=table.get(band, table["*"]), nodata=nodata, fill=nodata
+    )
 
 
 def on_lattice(geobox: GeoBox, block_px: int) -> tuple[GeoBox, tuple[slice, slice]]:
@@ -222,24 +219,51 @@ def on_lattice(geobox: GeoBox, block_px: int) -> tuple[GeoBox, tuple[slice, slic
     return grown, (crop[0], crop[1])
 
 
-class _NamingDriver(RioDriver):
-    """odc-loader's rasterio driver that signs hrefs when they are read and names item and asset when that fails."""
+# --- odc-stac ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, names: Mapping[str, _AssetName], log: ReadLog | None) -> None:
+
+def _by_odc_stac(
+    records: Sequence[_Record],
+    blocks: GeoBox,
+    pixels: Mapping[str, Pixels],
+    *,
+    block_px: int,
+    log: ReadLog | None,
+) -> xr.Dataset:
+    """Let odc-stac lay out the cube; our driver reads the blocks."""
+    assets = {asset.places[0].href: asset for record in records for asset in record.assets.values()}
+    with rasterio.Env(**GDAL_OPTIONS):
+        return odc_load(
+            [record.item for record in records],
+            bands=list(pixels),
+            geobox=blocks,
+            groupby="id",
+            preserve_original_order=True,
+            resampling={band: how.kernel for band, how in pixels.items()},
+            chunks={"time": -1, "y": block_px, "x": block_px},
+            driver=_NamingDriver(assets, log),
+            stac_cfg={_COLLECTION: {"assets": _band_types(list(pixels))}},
+        )
+
+
+class _NamingDriver(RioDriver):
+    """odc-loader's rasterio driver that reads by `read_asset`."""
+
+    def __init__(self, assets: Mapping[str, Asset], log: ReadLog | None) -> None:
         super().__init__()
-        self._names = names
+        self._assets = assets
         self._log = log
 
     def open(self, src: RasterSource, ctx: Any) -> _NamingReader:
-        return _NamingReader(src, ctx, self._names[src.uri], self._log)
+        return _NamingReader(src, ctx, self._assets[src.uri], self._log)
 
 
 class _NamingReader(RioReader):
     """Reader of one asset; see `_NamingDriver`."""
 
-    def __init__(self, src: RasterSource, ctx: Any, name: _AssetName, log: ReadLog | None) -> None:
+    def __init__(self, src: RasterSource, ctx: Any, asset: Asset, log: ReadLog | None) -> None:
         super().__init__(src, ctx)
-        self._name, self._log = name, log
+        self._asset, self._log = asset, log
 
     def read(
         self,
@@ -250,89 +274,147 @@ class _NamingReader(RioReader):
         selection: ReaderSubsetSelection | None = None,
     ) -> tuple[tuple[slice, slice], np.ndarray]:
         del dst, selection  # odc-loader gives neither for two-dimensional bands
-        try:
-            found = self._read(cfg, dst_geobox)
-        except (rasterio.errors.RasterioError, OSError) as error:
-            failure = AssetReadError(self._name.item, self._name.asset, _one_line(error))
-            if self._log is None:
-                raise failure from None
-            self._log.add_lost(failure)
+        how = Pixels(
+            dtype=str(cfg.dtype),
+            kernel=cfg.resampling,
+            nodata=cfg.src_nodata_fallback,
+            fill=cfg.fill_value,
+            band=self._src.band,
+        )
+        found = read_asset(self._asset, dst_geobox, how, self._log)
+        if found is None:
             return np.s_[0:0, 0:0], np.empty((0, 0), cfg.dtype)
-        if self._log is not None:
-            self._log.add_read(self._name.item)
+        return np.s_[0 : dst_geobox.shape[0], 0 : dst_geobox.shape[1]], found
+
+
+# --- stackstac -----------------------------------------------------------------------------------------------------
+
+
+def _by_stackstac(
+    records: Sequence[_Record],
+    blocks: GeoBox,
+    pixels: Mapping[str, Pixels],
+    *,
+    block_px: int,
+    log: ReadLog | None,
+) -> xr.Dataset:
+    """Let stackstac lay out the cube; our reader reads the blocks.
+
+    stackstac makes the lazy array, its chunks and its time axis. It is told the grid by EPSG code, bounds and
+    resolution at once, since a code alone gives it another grid, and each item's extent on that grid, so that nothing
+    depends on which spelling of the projection an item carries. Its own reader is not used: it warps each window out
+    of one virtual raster of the whole grid, in float and without our nodata.
+    """
+    box, a = blocks.boundingbox, blocks.affine
+    bounds = (box.left, box.bottom, box.right, box.top)
+    epsg = CRS(str(blocks.crs)).epsg
+    assert epsg is not None
+    items = [_stackable(i, record, epsg, bounds) for i, record in enumerate(records)]
+    touched = _touched(records, blocks, block_px)
+    cube = {}
+    for band, how in pixels.items():
+        table = _Table(
+            assets=tuple(record.assets[band] for record in records),
+            touched=touched,
+            blocks=blocks,
+            block_px=block_px,
+            pixels=how,
+            log=log,
+        )
+        stack = stackstac.stack(
+            items,
+            assets=[band],
+            epsg=epsg,
+            resolution=(a.a, -a.e),
+            bounds=bounds,
+            snap_bounds=False,
+            resampling=Resampling[how.kernel],
+            chunksize=(-1, 1, block_px, block_px),
+            dtype=np.dtype(how.dtype),
+            fill_value=np.dtype(how.dtype).type(how.fill),
+            rescale=False,
+            sortby_date=False,
+            xy_coords=False,
+            properties=False,
+            band_coords=False,
+            reader=cast("type[stackstac.reader_protocol.Reader]", partial(_StackReader, table=table)),
+        )
+        assert stack.shape == (len(records), 1, *blocks.shape)
+        cube[band] = stack
+    dims = ("time", *blocks.dimensions)
+    coords = {**xr_coords(blocks), "time": next(iter(cube.values())).coords["time"].values}
+    return xr.Dataset({band: (dims, stack.data[:, 0]) for band, stack in cube.items()}, coords=coords)
+
+
+def _stackable(
+    number: int, record: _Record, epsg: int, bounds: tuple[float, float, float, float]
+) -> dict[str, Any]:
+    """Return an item as stackstac reads it; the href is the item's number, which our reader looks up."""
+    when = record.item.datetime
+    assert when is not None
+    return {
+        "id": record.id,
+        "bbox": list(bounds),
+        "properties": {"datetime": when.isoformat()},
+        "assets": {
+            band: {"href": str(number), "proj:epsg": epsg, "proj:bbox": list(bounds)}
+            for band in record.assets
+        },
+    }
+
+
+def _touched(records: Sequence[_Record], blocks: GeoBox, block_px: int) -> frozenset[tuple[int, int, int]]:
+    """Blocks that each scene is read for, by odc-stac's rule, as (scene, row of blocks, column of blocks).
+
+    Beyond an item's outline its file may hold pixels; both loaders must leave out the same.
+    """
+    tiles = GeoboxTiles(blocks, (block_px, block_px))
+    found = set()
+    for i, record in enumerate(records):
+        outline = parse_item(record.item).safe_geometry(blocks.crs)
+        if outline is not None:
+            found |= {(i, row, col) for row, col in tiles.tiles(outline)}
+    return frozenset(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    """What the readers of one band share.
+
+    assets : by number of the scene; touched : see `_touched`
+    """
+
+    assets: tuple[Asset, ...]
+    touched: frozenset[tuple[int, int, int]]
+    blocks: GeoBox
+    block_px: int
+    pixels: Pixels
+    log: ReadLog | None
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __dask_tokenize__(self) -> str:
+        """Name each cube anew: what is read may change, and so may the log that is written into."""
+        return self.name
+
+
+class _StackReader:
+    """stackstac's reader protocol for one asset: whole blocks of the lattice, by `read_asset`."""
+
+    def __init__(self, *, table: _Table, url: str, **_: Any) -> None:
+        self._table, self._number = table, int(url)
+
+    def read(self, window: rasterio.windows.Window, **_: Any) -> np.ndarray:
+        """Read one chunk, which is a block."""
+        table = self._table
+        rows, cols = window.toslices()
+        how = table.pixels
+        found = None
+        if (self._number, rows.start // table.block_px, cols.start // table.block_px) in table.touched:
+            with rasterio.Env(**GDAL_OPTIONS):
+                found = read_asset(table.assets[self._number], table.blocks[rows, cols], how, table.log)
+        if found is None:
+            return np.full((int(window.height), int(window.width)), how.fill, how.dtype)
         return found
 
-    def _read(self, cfg: RasterLoadParams, geobox: GeoBox) -> tuple[tuple[slice, slice], np.ndarray]:
-        for attempt in range(1, _READ_ATTEMPTS + 1):
-            src = self._src.patch(uri=sign_href(self._src.uri, self._name.source))
-            try:
-                with rasterio.open(src.uri, sharing=False, driver=driver_of(src.uri)) as asset:
-                    return np.s_[0 : geobox.shape[0], 0 : geobox.shape[1]], _onto(
-                        asset, src.band, cfg, geobox
-                    )
-            except (rasterio.errors.RasterioError, OSError):
-                # a local file that is broken stays broken; a remote one may only be busy
-                if attempt == _READ_ATTEMPTS or not self._src.uri.startswith(
-                    ("http://", "https://", "s3://")
-                ):
-                    raise
-                time.sleep(0.5 * 2**attempt)
-        raise AssertionError
-
-
-def driver_of(href: str) -> str:
-    """GDAL driver that opens an asset: GeoTIFF, or JPEG 2000 by its ending, and no other.
-
-    Left to itself GDAL goes by the content, and some formats follow addresses in it: a hostile catalogue could have
-    this machine's own files read.
-    """
-    return "JP2OpenJPEG" if urlsplit(href).path.lower().endswith(".jp2") else "GTiff"
-
-
-def _onto(asset: rasterio.DatasetReader, band: int, cfg: RasterLoadParams, geobox: GeoBox) -> np.ndarray:
-    """Read an asset onto a block: by copying or magnifying where its pixels allow, else by a warp as gdalwarp's.
-
-    odc-loader would hand GDAL a source window cut to the block; GDAL's automatic kernel then gets another width than
-    over the whole source, and the pixels of a neighbouring zone differ from every other tool's.
-    """
-    nodata = asset.nodata if asset.nodata is not None else cfg.src_nodata_fallback
-    fill = cfg.fill_value if cfg.fill_value is not None else nodata
-    factor = magnification(asset, geobox)
-    exact = (
-        factor == 1
-        or cfg.resampling == "nearest"
-        or (factor == 2 and asset.dtypes[band - 1] in _WHOLE and on_binary_grid(asset))
-    )
-    # a DEM that declares no nodata still has none beyond its edge: a height of 0 there would hide the next tile's
-    outside = fill if nodata is None else nodata
-    holds = outside is None or not np.isnan(outside) or np.dtype(asset.dtypes[band - 1]).kind == "f"
-    if factor is not None and exact and holds:
-        read = read_magnified(asset, band, geobox, factor=factor, kernel=cfg.resampling, nodata=outside)
-        return _with_nodata(read.astype(cfg.dtype, copy=False), outside, fill)
-    with WarpedVRT(
-        asset,
-        crs=str(geobox.crs),
-        transform=geobox.affine,
-        width=geobox.shape[1],
-        height=geobox.shape[0],
-        resampling=Resampling[cfg.resampling],
-        src_nodata=nodata,
-        nodata=fill,
-        dtype=cfg.dtype,
-    ) as warped:
-        pixels: np.ndarray = warped.read(band)
-        return pixels
-
-
-def _with_nodata(pixels: np.ndarray, nodata: float | None, fill: float | None) -> np.ndarray:
-    """Replace the source's nodata by the cube's."""
-    if nodata is None or fill is None or nodata == fill or (np.isnan(nodata) and np.isnan(fill)):
-        return pixels
-    pixels[np.isnan(pixels) if np.isnan(nodata) else pixels == nodata] = fill
-    return pixels
-
-
-def _one_line(error: Exception) -> str:
-    """Say a reader's error in one line, without query strings (they hold signatures)."""
-    cause = error.__cause__ or error
-    return re.sub(r"\?[^\s'\"]*", "", " ".join(str(cause).split()))[:300]
+    def close(self) -> None:
+        """Do nothing: every read opens and closes the file."""

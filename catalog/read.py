@@ -1,0 +1,314 @@
+"""Pixels of one asset on one block of the lattice: the one way to read a pixel, whichever loader asks.
+
+Signing, retries, other places of the same asset, the choice between copying, magnifying and warping, nodata and the
+one line of an error all stand here; `load` only decides which asset is read for which block.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import numpy as np
+import rasterio
+from odc.geo.geobox import GeoBox
+from rasterio.enums import Resampling
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform_bounds
+from rasterio.windows import Window, from_bounds
+
+from slidecube.catalog.errors import AssetReadError, CatalogError
+from slidecube.catalog.sources import sign_href
+from slidecube.catalog.zoom import magnification, on_binary_grid, read_magnified
+
+# these log a failed or repeated href as it is, signature included; our error names item and asset instead
+for _name in ("rasterio._env", "rasterio._err"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+
+GDAL_OPTIONS = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_HTTP_MAX_RETRY": "5",
+    "GDAL_HTTP_RETRY_DELAY": "0.5",
+    "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
+}
+"""Settings of GDAL under which assets are read."""
+
+_ATTEMPTS = 3
+_FIRST_WAIT_S = 1.0  # doubles with each attempt
+_GIVEN_UP_AFTER = (
+    3  # assets of a source that failed on one tile: the source is down, and each try costs a minute
+)
+_WHOLE = ("uint8", "uint16")
+_UNREADABLE = (rasterio.errors.RasterioError, OSError, CatalogError)  # the last: no token to sign with
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One place at which an asset lies.
+
+    href : unsigned; source : name that the href is signed by
+    shift_dn : added to every digital number but nodata, so that it is what the first place holds
+    """
+
+    href: str
+    source: str
+    shift_dn: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asset:
+    """One asset of one scene.
+
+    item, asset : id and key, for errors and the ledger; places : the first is read, the others where it cannot be
+    """
+
+    item: str
+    asset: str
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pixels:
+    """What is made of an asset's pixels.
+
+    dtype : of the result; kernel : name of a rasterio resampling; band : of the file, from 1
+    nodata : of a file that declares none, None = every pixel counts; fill : in the result, None = the file's
+    """
+
+    dtype: str
+    kernel: str
+    nodata: float | None
+    fill: float | None
+    band: int = 1
+
+
+@dataclass(slots=True)
+class ReadLog:
+    """What was really read, and what could not be; filled by the readers of one process, from any thread.
+
+    read : ids of scenes of which at least one asset was opened
+    lost : (scene id, asset, reason) of each asset that failed on at least one block
+    substituted : (scene id, asset, source, reason) of each asset that was read from another source on at least one
+        block, and why not from its own
+    """
+
+    read: set[str] = field(default_factory=set)
+    lost: set[tuple[str, str, str]] = field(default_factory=set)
+    substituted: set[tuple[str, str, str, str]] = field(default_factory=set)
+    _failed: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_read(self, scene: str) -> None:
+        """Count a scene as read."""
+        with self._lock:
+            self.read.add(scene)
+
+    def add_lost(self, error: AssetReadError) -> None:
+        """Keep the name and the reason of a failed read."""
+        with self._lock:
+            self.lost.add((error.item, error.asset, error.reason))
+
+    def add_failed(self, asset: Asset, place: Place, reason: str) -> None:
+        """Remember that an asset could not be read at a place, though another may have it."""
+        with self._lock:
+            self._failed.setdefault((place.source, asset.item, asset.asset), reason)
+
+    def add_substituted(self, asset: Asset, place: Place, reason: str) -> None:
+        """Keep that an asset was read at another place than its first; the first reason stands for all."""
+        with self._lock:
+            entry = (asset.item, asset.asset, place.source)
+            if not any(known[:3] == entry for known in self.substituted):
+                self.substituted.add((*entry, reason))
+
+    def reason_against(self, asset: Asset, place: Place) -> str:
+        """Say why a place is asked last: it failed for this asset, or for several others; "" when it did not."""
+        with self._lock:
+            own = self._failed.get((place.source, asset.item, asset.asset))
+            if own:
+                return own
+            others = [why for (source, _, _), why in self._failed.items() if source == place.source]
+            return others[0] if len(others) >= _GIVEN_UP_AFTER else ""
+
+
+def read_asset(asset: Asset, geobox: GeoBox, pixels: Pixels, log: ReadLog | None) -> np.ndarray | None:
+    """Read an asset onto a block, at its first place or, where that fails after retries, at the next.
+
+    geobox : a whole block of the lattice
+    log : given, what happens is written down there, and a place that failed before is asked last
+    Returns (y, x) of the wanted dtype; None where no place can be read and a log has taken the reason.
+    Raises AssetReadError where no place can be read and there is no log.
+    """
+    against = {place: log.reason_against(asset, place) for place in asset.places} if log else {}
+    reasons: dict[Place, str] = {}
+    for place in sorted(asset.places, key=lambda p: bool(against.get(p))):
+        try:
+            found = _patiently(place, geobox, pixels)
+        except _UNREADABLE as error:
+            reasons[place] = _one_line(error)
+            if log and len(asset.places) > 1:
+                log.add_failed(asset, place, reasons[place])
+            continue
+        first = asset.places[0]
+        if place is not first:
+            _tell(asset, place, reasons.get(first) or against[first], log)
+        if log:
+            log.add_read(asset.item)
+        return found
+    failure = AssetReadError(asset.item, asset.asset, _all_reasons(asset, reasons))
+    if log is None:
+        raise failure from None
+    log.add_lost(failure)
+    return None
+
+
+def _tell(asset: Asset, place: Place, reason: str, log: ReadLog | None) -> None:
+    if log:
+        log.add_substituted(asset, place, reason)
+    else:
+        _LOGGER.warning(
+            "asset %r of item %r is read from %s: %s", asset.asset, asset.item, place.source, reason
+        )
+
+
+def _all_reasons(asset: Asset, reasons: dict[Place, str]) -> str:
+    others = [f"; nor from {place.source}: {reasons[place]}" for place in asset.places[1:]]
+    return reasons[asset.places[0]] + "".join(others)
+
+
+def _patiently(place: Place, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
+    """Read at one place, several times where it may only be busy."""
+    # a local file that is broken stays broken
+    attempts = _ATTEMPTS if place.href.startswith(("http://", "https://", "s3://")) else 1
+    for attempt in range(attempts):
+        try:
+            href = sign_href(place.href, place.source)
+            with rasterio.open(href, sharing=False, driver=driver_of(href)) as asset:
+                if not place.shift_dn:
+                    return _onto(asset, geobox, pixels)
+                with _shifted(asset, geobox, pixels, place.shift_dn) as moved:
+                    return _onto(moved, geobox, pixels)
+        except _UNREADABLE:
+            if attempt + 1 == attempts:
+                raise
+            time.sleep(_FIRST_WAIT_S * 2**attempt)
+    raise AssertionError
+
+
+def driver_of(href: str) -> str:
+    """GDAL driver that opens an asset: GeoTIFF, or JPEG 2000 by its ending, and no other.
+
+    Left to itself GDAL goes by the content, and some formats follow addresses in it: a hostile catalogue could have
+    this machine's own files read.
+    """
+    return "JP2OpenJPEG" if urlsplit(href).path.lower().endswith(".jp2") else "GTiff"
+
+
+def _onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
+    """Read an asset onto a block: by copying or magnifying where its pixels allow, else by a warp as gdalwarp's.
+
+    The warp sees the whole source. A source window cut to the block would give GDAL's automatic kernel another width
+    than over the whole source, and the pixels of a neighbouring zone would differ from every other tool's.
+    """
+    band, kernel = pixels.band, pixels.kernel
+    nodata = asset.nodata if asset.nodata is not None else pixels.nodata
+    fill = pixels.fill if pixels.fill is not None else nodata
+    factor = magnification(asset, geobox)
+    exact = (
+        factor == 1
+        or kernel == "nearest"
+        or (factor == 2 and asset.dtypes[band - 1] in _WHOLE and on_binary_grid(asset))
+    )
+    # a DEM that declares no nodata still has none beyond its edge: a height of 0 there would hide the next tile's
+    outside = fill if nodata is None else nodata
+    holds = outside is None or not np.isnan(outside) or np.dtype(asset.dtypes[band - 1]).kind == "f"
+    if factor is not None and exact and holds:
+        read = read_magnified(asset, band, geobox, factor=factor, kernel=kernel, nodata=outside)
+        return _with_nodata(read.astype(pixels.dtype, copy=False), outside, fill)
+    with WarpedVRT(
+        asset,
+        crs=str(geobox.crs),
+        transform=geobox.affine,
+        width=geobox.shape[1],
+        height=geobox.shape[0],
+        resampling=Resampling[kernel],
+        src_nodata=nodata,
+        nodata=fill,
+        dtype=pixels.dtype,
+    ) as warped:
+        found: np.ndarray = warped.read(band)
+        return found
+
+
+def _with_nodata(values: np.ndarray, nodata: float | None, fill: float | None) -> np.ndarray:
+    """Replace the source's nodata by the cube's."""
+    if nodata is None or fill is None or nodata == fill or (np.isnan(nodata) and np.isnan(fill)):
+        return values
+    values[np.isnan(values) if np.isnan(nodata) else values == nodata] = fill
+    return values
+
+
+# --- digital numbers of another provider ---------------------------------------------------------------------------
+
+
+@contextmanager
+def _shifted(
+    asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels, shift_dn: int
+) -> Iterator[rasterio.DatasetReader]:
+    """Open the same raster with its digital numbers shifted, whole around a block and empty elsewhere.
+
+    Shifting before the resampling gives what the other provider's file would have given, to the last bit; shifting
+    after it would round another way, and mix clamped numbers. The raster keeps the size of the whole source, for
+    the reason that `_onto` gives; its unwritten tiles take no memory.
+    """
+    nodata = asset.nodata if asset.nodata is not None else pixels.nodata
+    profile = {
+        "driver": "GTiff", "width": asset.width, "height": asset.height, "count": 1, "crs": asset.crs,
+        "dtype": asset.dtypes[pixels.band - 1], "transform": asset.transform, "nodata": nodata, "tiled": True,
+        "blockxsize": 256, "blockysize": 256, "sparse_ok": True,
+    }  # fmt: skip
+    window = _source_window(asset, geobox)
+    with rasterio.MemoryFile() as memory:
+        with memory.open(**profile) as out:
+            if window.width > 0 and window.height > 0:
+                read = asset.read(pixels.band, window=window)
+                out.write(shifted_dn(read, shift_dn, nodata), 1, window=window)
+        with memory.open() as moved:
+            yield moved
+
+
+def shifted_dn(dn: np.ndarray, shift_dn: int, nodata: float | None) -> np.ndarray:
+    """Shift digital numbers; nodata stays, and a number that would become nodata or less becomes the least above it.
+
+    dn : unsigned integers. A reflectance below zero has no number where the offset has been removed, and 0 would make
+    a seen pixel an unseen one.
+    """
+    moved = np.clip(dn.astype(np.int64) + shift_dn, 1, np.iinfo(dn.dtype).max).astype(dn.dtype)
+    return moved if nodata is None else np.where(dn == nodata, dn, moved)
+
+
+def _source_window(asset: rasterio.DatasetReader, geobox: GeoBox) -> Window:
+    """Pixels of an asset below a block, with a margin that no kernel of the warp exceeds."""
+    west, south, east, north = transform_bounds(
+        str(geobox.crs), asset.crs, *geobox.boundingbox.bbox, densify_pts=33
+    )
+    below = from_bounds(west, south, east, north, transform=asset.transform)
+    margin = [
+        32 + 4 * int(n // m + 1) for n, m in zip((below.width, below.height), geobox.shape[::-1], strict=True)
+    ]
+    left, top = max(0, int(below.col_off) - margin[0]), max(0, int(below.row_off) - margin[1])
+    right = min(asset.width, int(below.col_off + below.width) + margin[0])
+    bottom = min(asset.height, int(below.row_off + below.height) + margin[1])
+    return Window(left, top, max(0, right - left), max(0, bottom - top))
+
+
+def _one_line(error: Exception) -> str:
+    """Say a reader's error in one line, without query strings (they hold signatures)."""
+    cause = error.__cause__ or error
+    return re.sub(r"\?[^\s'\"]*", "", " ".join(str(cause).split()))[:300]
