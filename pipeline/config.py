@@ -269,6 +269,9 @@ class Cluster(_Section):
     threads_per_worker: int | None = Field(
         None, ge=1, description="a whole number of threads for one tile, 1 or more"
     )
+    loader: Literal["odc-stac", "stackstac"] = Field(
+        "odc-stac", description='"odc-stac" or "stackstac", which lay out cubes of equal pixels'
+    )
     mem_gb: float | None = Field(None, gt=0, description="memory of one worker in gigabytes, above 0")
     failure_budget: int = Field(
         0, ge=0, description="the whole number of tiles that may fail in a run that still counts as complete"

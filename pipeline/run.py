@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from slidecube.catalog.load import require_loader
 from slidecube.cluster.resources import Profile, load_profile
 from slidecube.cluster.runner import Runner, TaskResult, TileTask, open_runner
 from slidecube.pipeline.config import Config
@@ -77,6 +78,7 @@ def run(
         threads_per_worker=cluster.threads_per_worker,
         mem_gb=cluster.mem_gb,
     )
+    require_loader(cluster.loader, made.grid.crs)
     _refuse_too_large(made, profile)
     with Lock(made.workspace.locks, run=made.run) as lock:
         remove_partials(made.workspace)
@@ -168,6 +170,7 @@ class _Driver:
             run=self.plan.run,
             token=self.lock.token,
             threads=self.profile.worker.cpus,
+            loader=self.plan.config.cluster.loader,
         )
         self._event("stage_started", stage=stage, due=len(tasks))
         self.lock.set_running(min(len(tasks), self.profile.workers))

@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 
+from slidecube.catalog.load import Loader
 from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.keys import content_key
@@ -29,13 +30,14 @@ FENCED = "fenced: another driver holds the workspace now"
 class TileContext:
     """What a worker needs to know beside the task.
 
-    workspace, run : where the plan is; token : of the driver's lock; threads : of one tile
+    workspace, run : where the plan is; token : of the driver's lock; threads : of one tile; loader : of its cubes
     """
 
     workspace: Path
     run: str
     token: str
     threads: int
+    loader: Loader = "odc-stac"
 
 
 def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:

@@ -21,7 +21,7 @@ from odc.geo.xr import xr_coords
 from rasterio.enums import Resampling
 
 from slidecube.catalog.grid import BLOCK_PX
-from slidecube.catalog.load import ReadLog, driver_of, load
+from slidecube.catalog.load import Loader, ReadLog, driver_of, load
 from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import sign_href
 from slidecube.pipeline.errors import PipelineError
@@ -59,7 +59,12 @@ def aspect_deg(dem: xr.DataArray) -> xr.DataArray:
 
 
 def terrain(
-    scenes: list[Scene], geobox: GeoBox, *, block_px: int = BLOCK_PX, log: ReadLog | None = None
+    scenes: list[Scene],
+    geobox: GeoBox,
+    *,
+    block_px: int = BLOCK_PX,
+    log: ReadLog | None = None,
+    loader: Loader = "odc-stac",
 ) -> dict[str, da.Array]:
     """Elevation, slope and aspect of a window, lazily, one block of the lattice at a time.
 
@@ -76,7 +81,7 @@ def terrain(
 
     def block(r: slice, c: slice) -> da.Array:
         part = geobox[r, c]
-        lazy: da.Array = da.from_delayed(read(scenes, part, log), (3, *part.shape), np.float32)
+        lazy: da.Array = da.from_delayed(read(scenes, part, log, loader), (3, *part.shape), np.float32)
         return lazy
 
     stack = da.block([[block(r, c) for c in cols] for r in rows])
@@ -87,13 +92,15 @@ def terrain(
     }
 
 
-def terrain_block(scenes: list[Scene], geobox: GeoBox, log: ReadLog | None = None) -> np.ndarray:
+def terrain_block(
+    scenes: list[Scene], geobox: GeoBox, log: ReadLog | None = None, loader: Loader = "odc-stac"
+) -> np.ndarray:
     """Elevation, slope and aspect of one block: (3, y, x) float32, NaN = nodata; see `terrain`."""
     grids = []
     for group in _same_pixels(scenes):
         native = _native_window(group[0], geobox)
         if native is not None:
-            grids.append((native, _read_native(group, native, log)))
+            grids.append((native, _read_native(group, native, log, loader)))
     out = np.full((3, *geobox.shape), np.nan, np.float32)
     for i, (native, dem) in enumerate(grids):
         found = _resampled(dem, _continued(native, dem, grids[:i] + grids[i + 1 :]), native, geobox)
@@ -249,11 +256,12 @@ def _outline(geobox: GeoBox) -> tuple[np.ndarray, np.ndarray]:
     return a.a * c + a.b * r + a.c, a.d * c + a.e * r + a.f
 
 
-def _read_native(scenes: list[Scene], native: GeoBox, log: ReadLog | None) -> np.ndarray:
+def _read_native(scenes: list[Scene], native: GeoBox, log: ReadLog | None, loader: Loader) -> np.ndarray:
     """Heights on the DEM's own pixels, the first one that there is of several items; NaN = none."""
     parts = []
     for part in _within_180(native):
-        steps = load(scenes, part, ["elevation"], resampling={"*": "nearest"}, log=log)["elevation"].data
+        cube = load(scenes, part, ["elevation"], resampling={"*": "nearest"}, log=log, loader=loader)
+        steps = cube["elevation"].data
         parts.append(_first_height(np.asarray(steps.compute(scheduler="synchronous"))))
     return np.hstack(parts)
 

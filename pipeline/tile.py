@@ -24,7 +24,7 @@ from odc.geo.geobox import GeoBox
 
 from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import Tile
-from slidecube.catalog.load import ReadLog, load, on_lattice
+from slidecube.catalog.load import Loader, ReadLog, load, on_lattice
 from slidecube.catalog.scenes import Scene, SceneTable
 from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.errors import ModelError
@@ -92,6 +92,7 @@ def optical_layer(
     block_px: int,
     clear_tyx: da.Array | None = None,
     log: ReadLog | None = None,
+    loader: Loader = "odc-stac",
 ) -> xr.Dataset:
     """Composite of scenes over a window, lazily, block by block on the lattice.
 
@@ -99,9 +100,9 @@ def optical_layer(
     clear_tyx : what may be used, when it is known already, as by `clear_observations`
     Returns (y, x) uint16 variables: the bands, `clear_count`, `date_first`, `date_last`, `date`.
     """
-    cube = load(scenes, geobox, bands, block_px=block_px, log=log)
+    cube = load(scenes, geobox, bands, block_px=block_px, log=log, loader=loader)
     clear = (
-        clear_observations(scenes, geobox, mask=mask, block_px=block_px, log=log)
+        clear_observations(scenes, geobox, mask=mask, block_px=block_px, log=log, loader=loader)
         if clear_tyx is None
         else clear_tyx
     )
@@ -117,6 +118,7 @@ def clear_observations(
     mask: MaskRule,
     block_px: int,
     log: ReadLog | None = None,
+    loader: Loader = "odc-stac",
 ) -> da.Array:
     """Which pixels of which scene may be used, lazily: (t, y, x) bool.
 
@@ -124,7 +126,7 @@ def clear_observations(
     """
     halo = block_px if mask.dilation_px else 0
     around = geobox.pad(halo) if halo else geobox
-    scl = load(scenes, around, ["SCL"], block_px=block_px, log=log)["SCL"].data
+    scl = load(scenes, around, ["SCL"], block_px=block_px, log=log, loader=loader)["SCL"].data
     clear = clear_mask(scl, mask, halo_px=halo)
     touches_tji = _touching(scenes, geobox, clear, block_px)
     only: da.Array = clear.map_blocks(
@@ -160,7 +162,7 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         return Record(tile=task.tile, key=task.key, state="empty", reason=f"no {what} touches this tile")
     log = ReadLog()
     make = _terrain_data if layer.window is None else _optical_data
-    data = make(plan, tile, scenes, log, context.threads)
+    data = make(plan, tile, scenes, log, context)
     _within_budget(plan, log, scenes)
     seen = ~np.isnan(data["elevation"]) if layer.window is None else data["clear_count"] > 0
     checksums, size = store_tile(plan, task, data, context)
@@ -191,19 +193,22 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
 
 
 def _terrain_data(
-    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, threads: int
+    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, context: TileContext
 ) -> dict[str, np.ndarray]:
-    return by_block(terrain(scenes, tile.geobox, block_px=plan.grid.block_px, log=log), threads)
+    lazy = terrain(scenes, tile.geobox, block_px=plan.grid.block_px, log=log, loader=context.loader)
+    return by_block(lazy, context.threads)
 
 
 def _optical_data(
-    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, threads: int
+    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, context: TileContext
 ) -> dict[str, np.ndarray]:
     """Composite one tile in bounded memory: what is clear first, once, then one block after another."""
     cube, block_px = plan.config.cube, plan.grid.block_px
     mask = MaskRule(scl_classes=cube.mask.scl_classes, dilation_px=cube.mask.dilation_px)
-    lazy = clear_observations(scenes, tile.geobox, mask=mask, block_px=block_px, log=log)
-    clear = by_block({"clear": lazy}, threads)["clear"]
+    lazy = clear_observations(
+        scenes, tile.geobox, mask=mask, block_px=block_px, log=log, loader=context.loader
+    )
+    clear = by_block({"clear": lazy}, context.threads)["clear"]
     layer = optical_layer(
         scenes,
         tile.geobox,
@@ -213,8 +218,9 @@ def _optical_data(
         block_px=block_px,
         clear_tyx=da.from_array(clear, chunks=(-1, block_px, block_px), name=False),
         log=log,
+        loader=context.loader,
     )
-    return by_block({name: layer[name].data for name in plan.optical_variables()}, threads)
+    return by_block({name: layer[name].data for name in plan.optical_variables()}, context.threads)
 
 
 _STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {

@@ -20,7 +20,10 @@ from rasterio.transform import from_origin
 from rasterio.vrt import WarpedVRT
 
 from slidecube.catalog.errors import AssetReadError, CatalogError
+from slidecube.catalog.items import normalised, scene_of
 from slidecube.catalog.load import DTYPES, LOADERS, NODATA, RESAMPLING, ReadLog, load, on_lattice
+from slidecube.catalog.sources import Source
+from slidecube.pipeline.terrain import terrain_block
 
 WEST, NORTH, SIDE_M = 399_960.0, 5_300_040.0, 15_360
 ZONE, NEXT_ZONE = "EPSG:32633", "EPSG:32632"
@@ -292,3 +295,13 @@ def test_a_lazy_cube_travels(files, name):
     cube = load([item_of(files, FIXTURES["both spellings"])], block_at(ZONE, 0.5), ["B04"], loader=name)
     there = pickle.loads(pickle.dumps(cube))
     np.testing.assert_array_equal(there["B04"].values, cube["B04"].values)
+
+
+def test_terrain_is_the_same(files):
+    x, y = Transformer.from_crs(4326, ZONE, always_xy=True).transform(DEM_WEST + 0.1, DEM_NORTH - 0.1)
+    box = GeoBox((512, 512), from_origin(x // 5120 * 5120, -(-y // 5120) * 5120, 10, 10), ZONE)
+    source = Source(name="local", endpoint=str(files), collection="cop-dem-glo-30", kind="dem")
+    scene = scene_of(normalised(dem_item(files), source, folder=files, root=files), source, "dem")
+    made = [terrain_block([scene], box, loader=name) for name in LOADERS]
+    assert np.isfinite(made[0]).any()
+    np.testing.assert_array_equal(*made)

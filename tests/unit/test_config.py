@@ -244,7 +244,10 @@ def test_a_byte_order_mark_is_no_syntax_error(tmp_path):
 
 def test_machine_and_product_settings_enter_no_key(write):
     plain = load_config(write(MINIMAL)).science()
-    elsewhere = MINIMAL + '[output]\nworkspace = "w"\nformats = ["cog"]\n[cluster]\nworkers = 7\nmem_gb = 3\n'
+    elsewhere = (
+        MINIMAL
+        + '[output]\nworkspace = "w"\nformats = ["cog"]\n[cluster]\nloader = "stackstac"\nworkers = 7\nmem_gb = 3\n'
+    )
 
     assert load_config(write(elsewhere, "other-name.toml")).science() == plain
 
@@ -302,7 +305,7 @@ def test_the_template_loads_and_its_comments_are_the_defaults(write, repo_root):
     text = (repo_root / "pipeline" / "init_template.toml").read_text(encoding="utf-8")
     keys = (
         "resolution_m optical dem composite max_cloud_pct bands mask tile_px max_lost_scenes model formats "
-        "profile failure_budget"
+        "profile loader failure_budget"
     )
     shown = re.sub(rf"^# (?=({'|'.join(keys.split())}) =)", "", text, flags=re.MULTILINE)
     assert text.count("\n#") - shown.count("\n#") == len(keys.split())
