@@ -44,6 +44,7 @@ formats = ["parquet"]
 profile = "{profile}"
 workers = {workers}
 threads_per_worker = {threads}
+loader = "{loader}"
 """
 
 
@@ -63,7 +64,7 @@ def archive(tmp_path_factory):
 
 def _run(
     archive, folder: Path, *, tile_px=512, profile="threads", workers=1, threads=1, composite="greenest",
-    model="rdndvi",
+    model="rdndvi", loader="odc-stac",
 ):  # fmt: skip
     folder.mkdir()
     toml = folder / "run.toml"
@@ -71,7 +72,7 @@ def _run(
         TOML.format(
             archive=os.path.relpath(archive.root, folder), pre=archive.pre, post=archive.post,
             tile_px=tile_px, profile=profile, workers=workers, threads=threads, composite=composite,
-            model=MODELS[model],
+            model=MODELS[model], loader=loader,
         )
     )  # fmt: skip
     report = run(load_config(toml), progress=False)
@@ -101,13 +102,14 @@ def references(archive, tmp_path_factory):
         ("greenest", "rdndvi", {"profile": "dask-local", "workers": 2}),
         ("greenest", "rdndvi", {"workers": 2}),
         ("median", "rdndvi", {"tile_px": 2048, "threads": 2}),
+        ("greenest", "rdndvi", {"tile_px": 1024, "threads": 2, "loader": "stackstac"}),
         ("greenest", "cae-kmeans", {"tile_px": 1024, "threads": 2}),
         ("greenest", "cae-kmeans", {"profile": "dask-local", "workers": 2}),
         ("greenest", "cae-kmeans-change", {"tile_px": 2048, "workers": 2}),
     ],
     ids=[
         "1024px-2threads", "2048px", "512px-2processes", "512px-2tiles-at-once", "median-2048px-2threads",
-        "cae-1024px-2threads", "cae-512px-2processes", "cae-change-2048px",
+        "stackstac-1024px-2threads", "cae-1024px-2threads", "cae-512px-2processes", "cae-change-2048px",
     ],
 )  # fmt: skip
 def test_stored_arrays_and_objects_are_equal(references, archive, tmp_path, composite, model, other):
