@@ -7,6 +7,10 @@ class CatalogError(Exception):
     """A user's AOI, grid, source, search or scene is unusable; the message is one clear line."""
 
 
+class CatalogDownError(CatalogError):
+    """A provider's catalogue does not answer, or not as a STAC API: another provider may have the same scenes."""
+
+
 class OffsetError(CatalogError):
     """The radiometric offset of a scene cannot be decided from its metadata."""
 

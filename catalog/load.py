@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
@@ -121,6 +121,7 @@ def require_loader(loader: str, crs: str) -> None:
 
 
 _COLLECTION = "slidecube"
+_DN_OF_REFLECTANCE = 10_000  # digital numbers of reflectance 1, of every Sentinel-2 product
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def _slim(scene: Scene | dict[str, Any] | pystac.Item, bands: Sequence[str]) -> 
         band: Asset(
             item=item["id"],
             asset=assets[band],
-            places=(Place(href=_absolute(asset["href"]), source=source),),
+            places=(Place(href=_absolute(asset["href"]), source=source), *_other_places(scene, band)),
         )
         for band, asset in wanted.items()
     }
@@ -180,6 +181,21 @@ def _slim(scene: Scene | dict[str, Any] | pystac.Item, bands: Sequence[str]) -> 
         },
     }
     return _Record(item["id"], pystac.Item.from_dict(slim, preserve_dict=True), named)
+
+
+def _other_places(scene: Scene | dict[str, Any] | pystac.Item, band: str) -> Iterator[Place]:
+    """Yield where else a band of a scene lies, and what makes its digital numbers those of the scene."""
+    if not isinstance(scene, Scene):
+        return
+    for other in scene.alternates:
+        if band not in other.hrefs:
+            continue
+        shift = 0
+        if band in REFLECTANCE_BANDS:
+            if scene.offset is None or other.offset is None:
+                continue
+            shift = round((other.offset.value - scene.offset.value) * _DN_OF_REFLECTANCE)
+        yield Place(href=_absolute(other.hrefs[band]), source=other.source, shift_dn=shift)
 
 
 def _datetime_of(item: dict[str, Any]) -> str:

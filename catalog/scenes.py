@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +62,40 @@ class Offset:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alternate:
+    """The same acquisition, of the same processing baseline, as another source holds it.
+
+    source : name in the table of sources, or a local catalogue's path; id : of its item
+    version, offset : its own, as a Scene's
+    hrefs : canonical band name -> address, unsigned and absolute
+    """
+
+    source: str
+    id: str
+    version: str
+    offset: Offset | None
+    hrefs: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sourcing:
+    """Where the scenes of one role came from, and who stands by.
+
+    asked : the source that was named first; used : the one whose scenes are read
+    failed : (source, reason) of each that was asked before `used` and did not answer
+    alternates : (source, number of the scenes that it holds, too); unsearched : (source, reason) of each that could
+        not be asked for them
+    """
+
+    role: Role
+    asked: str
+    used: str
+    failed: tuple[tuple[str, str], ...] = ()
+    alternates: tuple[tuple[str, int], ...] = ()
+    unsearched: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
     """One STAC item as a run reads it.
 
@@ -75,6 +109,7 @@ class Scene:
     offset : None for a DEM
     bands : canonical band name ("B02", "SCL", "elevation") -> asset key
     item : the STAC item as a dict, hrefs unsigned and absolute, carrying proj:epsg and proj:code where either is known
+    alternates : where its assets lie as well, in the order in which they are tried
     """
 
     id: str
@@ -87,6 +122,7 @@ class Scene:
     offset: Offset | None
     bands: dict[str, str]
     item: dict[str, Any]
+    alternates: tuple[Alternate, ...] = ()
 
 
 _FORMAT = b"slidecube.scenes.v1"
@@ -99,9 +135,11 @@ class SceneTable:
     """The frozen list of what a run reads, in one order whatever order it was found in.
 
     scenes : sorted by role, sensing time, identity and id
+    sourcing : where they came from, by role; of a whole table only, its parts have none
     """
 
     scenes: tuple[Scene, ...]
+    sourcing: tuple[Sourcing, ...] = ()
     _index: list[shapely.STRtree] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -119,9 +157,16 @@ class SceneTable:
 
     @property
     def digest(self) -> str:
-        """Hash of what decides the pixels: roles, identities, ids, versions and offsets; 32 hexadecimal digits."""
+        """Hash of what decides what is read: roles, identities, ids, versions, offsets; 32 hexadecimal digits.
+
+        Alternates count where there are any: they decide no pixel, but a plan with others is another plan.
+        """
         lines = [json.dumps(_decisive(scene), ensure_ascii=True) for scene in self.scenes]
         return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+    def source_of(self, role: Role, asked: str) -> str:
+        """Return the source that the scenes of a role came from: the one that was asked, unless it did not answer."""
+        return next((entry.used for entry in self.sourcing if entry.role == role and entry.failed), asked)
 
     def role(self, role: Role) -> SceneTable:
         """Return the scenes of one role."""
@@ -183,11 +228,12 @@ class SceneTable:
         own = table.select([n for n in table.schema.names if n.startswith("slidecube:")]).to_pylist()
         try:
             scenes = tuple(_from_row(row) for row in own)
+            sourcing = tuple(_sourcing_from(entry) for entry in json.loads(meta.get(b"sourcing", b"[]")))
         except (KeyError, TypeError, ValueError) as error:
             raise CatalogError(
                 f"Scene table {str(path)!r} is damaged ({error!r}); make the plan again"
             ) from None
-        found = cls(scenes=scenes)
+        found = cls(scenes=scenes, sourcing=sourcing)
         if found.digest.encode() != meta.get(b"digest"):
             raise CatalogError(
                 f"Scene table {str(path)!r} was changed after it was frozen; make the plan again"
@@ -196,7 +242,8 @@ class SceneTable:
 
     def _write(self, path: Path) -> None:
         own = pa.Table.from_pylist([_to_row(s) for s in self.scenes], schema=_OWN_SCHEMA)
-        frozen = {b"format": _FORMAT, b"digest": self.digest.encode()}
+        sourcing = json.dumps([asdict(entry) for entry in self.sourcing])
+        frozen = {b"format": _FORMAT, b"digest": self.digest.encode(), b"sourcing": sourcing.encode()}
         last = _OWN_SCHEMA.field(_FROZEN_COLUMN).with_metadata(frozen)
         own = own.cast(_OWN_SCHEMA.set(_OWN_SCHEMA.get_field_index(_FROZEN_COLUMN), last))
         if not self.scenes:
@@ -221,6 +268,7 @@ _OWN_SCHEMA = pa.schema(
         ("slidecube:offset_applied", pa.bool_()),
         ("slidecube:offset_reason", pa.string()),
         ("slidecube:bands", pa.string()),
+        ("slidecube:alternates", pa.string()),
         ("slidecube:item", pa.string()),
     ]
 )
@@ -239,7 +287,8 @@ def _order(scene: Scene) -> tuple[str, dt.datetime, str, str]:
 
 def _decisive(scene: Scene) -> list[Any]:
     offset = None if scene.offset is None else [scene.offset.value, scene.offset.applied]
-    return [scene.role, scene.identity, scene.id, scene.version, offset]
+    others = [[other.source, other.id, other.version] for other in scene.alternates]
+    return [scene.role, scene.identity, scene.id, scene.version, offset, *([others] if others else [])]
 
 
 def _to_row(scene: Scene) -> dict[str, Any]:
@@ -255,6 +304,7 @@ def _to_row(scene: Scene) -> dict[str, Any]:
         "slidecube:offset_applied": offset.applied if offset else None,
         "slidecube:offset_reason": offset.reason if offset else None,
         "slidecube:bands": json.dumps(scene.bands),
+        "slidecube:alternates": json.dumps([asdict(other) for other in scene.alternates], ensure_ascii=False),
         "slidecube:item": json.dumps(scene.item, ensure_ascii=False),
     }
 
@@ -279,7 +329,21 @@ def _from_row(row: dict[str, Any]) -> Scene:
         offset=offset,
         bands=json.loads(row["slidecube:bands"]),
         item=item,
+        # a list frozen before there were alternates has no such column
+        alternates=tuple(
+            _alternate_from(entry) for entry in json.loads(row.get("slidecube:alternates") or "[]")
+        ),
     )
+
+
+def _alternate_from(entry: dict[str, Any]) -> Alternate:
+    offset = entry["offset"]
+    return Alternate(**{**entry, "offset": None if offset is None else Offset(**offset)})
+
+
+def _sourcing_from(entry: dict[str, Any]) -> Sourcing:
+    pairs = {name: tuple(map(tuple, entry[name])) for name in ("failed", "alternates", "unsearched")}
+    return Sourcing(**{**entry, **pairs})
 
 
 def _interoperable(items: list[dict[str, Any]]) -> pa.Table:

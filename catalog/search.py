@@ -30,7 +30,7 @@ from shapely.geometry.base import BaseGeometry
 from urllib3.util import Retry
 
 from slidecube.catalog.aoi import Aoi
-from slidecube.catalog.errors import CatalogError
+from slidecube.catalog.errors import CatalogDownError, CatalogError
 from slidecube.catalog.items import datetime_of, is_partial, mgrs_tile, normalised, scene_of
 from slidecube.catalog.local import local_items, root_of
 from slidecube.catalog.scenes import Role, Scene, Window, footprints
@@ -179,6 +179,17 @@ def _near(
             hit = shapely.intersects(area, footprints(scenes))
             counts["outside_area"] += int(np.count_nonzero(~hit))
             yield from itertools.compress(scenes, hit.tolist())
+
+
+def every_version(
+    source: Source, aoi: Aoi, windows: Sequence[Window] | None, *, role: Role, retries: Retries | None = None
+) -> Iterator[Scene]:
+    """Yield all scenes of a source over an area and within any of the windows: every version, whatever its clouds.
+
+    Items that cannot be identified are left out. Raises CatalogError where the catalogue is down, wrong or hostile.
+    """
+    wanted = _Wanted(source=source, role=role, windows=tuple(windows or ()), max_cloud_pct=100.0)
+    return _near(wanted, aoi, Counter(), retries or Retries(), refused={})
 
 
 def deduplicate(scenes: Iterable[Scene]) -> list[Scene]:
@@ -381,7 +392,9 @@ def _remote_items(
         items = [item for item in page.get("features") or [] if isinstance(item, dict)]
         fresh = [item for item in items if item.get("id") not in seen]
         if items and not fresh:
-            raise CatalogError(f"Catalogue {source.endpoint} sends the same page again and again; try later")
+            raise CatalogDownError(
+                f"Catalogue {source.endpoint} sends the same page again and again; try later"
+            )
         seen.update(str(item.get("id")) for item in fresh)
         yield from fresh
 
@@ -398,7 +411,7 @@ def _pages(
                 pages = pages or _open_search(source, area, interval, retries)
                 page = next(pages, None)
         except APIError as error:
-            raise CatalogError(_explained(source, error, retries)) from None
+            raise CatalogDownError(_explained(source, error, retries)) from None
         except (
             json.JSONDecodeError,
             pystac.errors.STACError,
@@ -406,7 +419,7 @@ def _pages(
             TypeError,
             AttributeError,
         ) as error:
-            raise CatalogError(
+            raise CatalogDownError(
                 f"{source.endpoint} is not a STAC API with item search ({type(error).__name__}: {_one_line(error)}); "
                 "check the address"
             ) from None

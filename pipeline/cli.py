@@ -174,7 +174,8 @@ def plan(file: Path, *, refresh: bool) -> None:
 
     config = load_config(file)
     made = make_plan(config, refresh=refresh)
-    click.echo(plan_summary(made, newest=_newest(config.source(config.sources.optical), made.aoi)))
+    source = made.scenes.source_of("optical", config.source(config.sources.optical))
+    click.echo(plan_summary(made, newest=_newest(source, made.aoi)))
 
 
 @cli.command()

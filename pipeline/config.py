@@ -103,6 +103,7 @@ def _one_of(known: Sequence[T]) -> AfterValidator:
 
 
 Band = Annotated[str, _one_of(BANDS)]
+Fallback = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_distinct)]
 Format = Annotated[str, _one_of(FORMATS)]
 
 
@@ -173,6 +174,24 @@ class Sources(_Section):
         min_length=1,
         description="a source's name, or a local catalogue's path",
     )
+    fallback: Fallback = Field(
+        (),
+        description="a list of sources, none twice: asked in this order when `optical` does not answer, and read where "
+        "an asset of it cannot be",
+    )
+    fallback_dem: Fallback = Field(
+        (), description="a list of sources, none twice: asked in this order when `dem` does not answer"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _no_fallback_on_itself(self) -> Sources:
+        for key, first, others in (
+            ("fallback", self.optical, self.fallback),
+            ("fallback_dem", self.dem, self.fallback_dem),
+        ):
+            if first in others:
+                raise ValueError(f"{key} names {first!r}, which is asked first already; name other sources")
+        return self
 
 
 class Mask(_Section):
@@ -374,9 +393,18 @@ class Config:
             "detect": self.detect.model_dump(mode="json"),
         }
 
-    def _source_terms(self) -> dict[str, str]:
-        """Sources as the catalogue takes them: the same words in two folders may mean two local catalogues."""
-        return {role: self.source(name) for role, name in self.sources.model_dump(mode="json").items()}
+    def _source_terms(self) -> dict[str, str | list[str]]:
+        """Sources as the catalogue takes them: the same words in two folders may mean two local catalogues.
+
+        Fallbacks count where there are any: they decide what a plan knows of other places, and no key of a layer.
+        """
+        sources = self.sources
+        others = {
+            key: [self.source(name) for name in names]
+            for key, names in (("fallback", sources.fallback), ("fallback_dem", sources.fallback_dem))
+            if names
+        }
+        return {"optical": self.source(sources.optical), "dem": self.source(sources.dem), **others}
 
     def _area_terms(self) -> dict[str, Any]:
         aoi = self.aoi

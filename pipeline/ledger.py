@@ -29,6 +29,8 @@ class Record:
     state : "done", "empty" (done, and there was nothing to see, with a reason) or "failed"
     reason : one line, for "empty" and "failed"; traceback : for "failed"
     scene_reads : scenes of which pixels were read; lost : assets that could not be read, [scene, asset, reason]
+    substituted : assets that were read from another source, [scene, asset, source, why not from its own]; the pixels
+        are the same, so it changes no key
     checksums : variable -> checksum of the stored bytes; numbers : counts of pixels, by name
     seconds, peak_mem_gb, attempts, host, written_at : of the run that wrote it
     """
@@ -41,6 +43,7 @@ class Record:
     scenes: tuple[str, ...] = ()
     scene_reads: int = 0
     lost: tuple[tuple[str, str, str], ...] = ()
+    substituted: tuple[tuple[str, str, str, str], ...] = ()
     checksums: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
@@ -120,6 +123,7 @@ def _parse(path: Path) -> Record:
                 **raw,
                 "scenes": tuple(raw["scenes"]),
                 "lost": tuple((a, b, c) for a, b, c in raw["lost"]),
+                "substituted": tuple((a, b, c, d) for a, b, c, d in raw.get("substituted", ())),
             }
         )
     except (ValueError, TypeError, KeyError) as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from slidecube.catalog.scenes import Window
+from slidecube.catalog.scenes import Sourcing, Window
 
 
 def slidecube_version() -> str:
@@ -35,6 +35,20 @@ class LineageScene:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Substitution:
+    """One asset whose pixels were read from another source than its scene's; they are the same pixels.
+
+    reason : why not from its own source, one line; tiles : on how many tiles, counted layer by layer
+    """
+
+    scene: str
+    asset: str
+    source: str
+    reason: str
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LineageEpoch:
     """One epoch: the two windows, both ends inclusive, UTC; pre is None where a single image was looked at."""
 
@@ -51,6 +65,7 @@ class Lineage:
     grid : key of the grid
     model : name, version, threshold, ... of the model card, in the order in which they are to be read
     keys : name -> key ("detect", "statistics", a layer's name)
+    sources : where the scenes of each role came from, and who stood by; substituted : what was read elsewhere
     licences : name of the source -> licence of its data; attributions : lines that must be shown
     simulated : True when any scene is simulated
     """
@@ -63,6 +78,8 @@ class Lineage:
     model: Mapping[str, str | float | int]
     keys: Mapping[str, str] = field(default_factory=dict)
     scenes: tuple[LineageScene, ...] = ()
+    sources: tuple[Sourcing, ...] = ()
+    substituted: tuple[Substitution, ...] = ()
     licences: Mapping[str, str] = field(default_factory=dict)
     attributions: tuple[str, ...] = ()
     simulated: bool = False
@@ -72,6 +89,19 @@ class Lineage:
     def model_name(self) -> str:
         """Name and version of the model."""
         return f"{self.model.get('name', 'unknown')}@{self.model.get('version', '?')}"
+
+
+def sourcing_lines(sources: Iterable[Sourcing]) -> list[str]:
+    """Say which sources did not answer and which stand by, a line each; nothing where all is as asked."""
+    lines = []
+    for entry in sources:
+        lines += [
+            f"{entry.role} from {entry.used}, since {name} did not answer: {why}"
+            for name, why in entry.failed
+        ]
+        lines += [f"{name} stands by with {n:,} of the same scenes" for name, n in entry.alternates]
+        lines += [f"{name} could not be asked what it holds of them: {why}" for name, why in entry.unsearched]
+    return lines
 
 
 def is_simulated(item: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,13 +20,21 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.fit import fit_state
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.ledger import write_atomic
-from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene, is_simulated, slidecube_version
+from slidecube.pipeline.lineage import (
+    Lineage,
+    LineageEpoch,
+    LineageScene,
+    Substitution,
+    is_simulated,
+    slidecube_version,
+)
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.plan import EpochPlan, RunPlan
 from slidecube.pipeline.publish import write_products
 from slidecube.pipeline.report_stage import write_plan_report
 from slidecube.pipeline.store import read_window
+from slidecube.pipeline.tasks import tasks_of
 
 RECORD = "products.json"
 _JUDGEMENTS = ("evaluation.json", "inventory.png")  # of the inventory before, written by the demonstration
@@ -142,7 +151,8 @@ def lineage(plan: RunPlan) -> Lineage:
                         href=_self_href(scene.item),
                     )
     card = plan.model.card
-    used = {scene.source for scene in plan.scenes}
+    substituted = _substitutions(plan)
+    used = {scene.source for scene in plan.scenes} | {entry.source for entry in substituted}
     licences, attributions = {}, []
     for name in sorted(used):
         if name in SOURCES:
@@ -184,6 +194,8 @@ def lineage(plan: RunPlan) -> Lineage:
             **{la.name: la.key for la in plan.layers},
         },
         scenes=tuple(scenes[k] for k in sorted(scenes)),
+        sources=plan.scenes.sourcing,
+        substituted=substituted,
         licences=licences,
         attributions=tuple(dict.fromkeys(attributions)),
         simulated=any(is_simulated(scene.item) for scene in plan.scenes),
@@ -198,6 +210,25 @@ def _clusters(plan: RunPlan) -> dict[str, str]:
             names = ", ".join(map(str, fit["clusters"])) or "none"
             said[f"landslide clusters of {fit['epoch']}"] = f"{names}, named by {fit['named_by']}"
     return said
+
+
+def _substitutions(plan: RunPlan) -> tuple[Substitution, ...]:
+    """What was read from another source than its scene's, as the tiles' records say."""
+    if not any(scene.alternates for scene in plan.scenes):
+        return ()
+    tiles: Counter[tuple[str, str, str]] = Counter()
+    reasons: dict[tuple[str, str, str], str] = {}
+    for task, ledger in tasks_of(plan, "cube"):
+        record = ledger.read(task.tile)
+        if record is None or record.key != task.key:
+            continue
+        for scene, asset, source, reason in record.substituted:
+            tiles[scene, asset, source] += 1
+            reasons.setdefault((scene, asset, source), reason)
+    return tuple(
+        Substitution(scene=scene, asset=asset, source=source, reason=reasons[scene, asset, source], tiles=n)
+        for (scene, asset, source), n in sorted(tiles.items())
+    )
 
 
 def _self_href(item: dict[str, Any]) -> str:

@@ -25,9 +25,9 @@ import pyogrio
 import shapely
 
 from slidecube.catalog.aoi import Aoi, read_aoi
+from slidecube.catalog.failover import Sought, seek
 from slidecube.catalog.grid import Tile, TileGrid, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
-from slidecube.catalog.search import search
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
 from slidecube.models.predict import Detector
@@ -376,15 +376,15 @@ def _tiled(aoi: Aoi, tiles: tuple[Tile, ...]) -> Aoi:
 
 def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
     """Find the scenes and the DEM of all tiles; an epoch without any scene over the area itself is refused."""
+    sources = config.sources
     windows = sorted({w for e in config.epochs for w in e.windows.values()}, key=str)
-    optical = search(
-        config.source(config.sources.optical),
+    found = seek(
+        [config.source(name) for name in (sources.optical, *sources.fallback)],
         tiled,
         windows,
         max_cloud_pct=config.cube.max_cloud_pct,
-        role="optical",
     )
-    optical = [scene for scene in optical if any(band.startswith("B") for band in scene.bands)]
+    optical = [scene for scene in found.scenes if any(band.startswith("B") for band in scene.bands)]
     _require_bands(config, optical)
     area = aoi.to_crs("EPSG:4326")
     over = list(compress(optical, shapely.intersects(area, footprints(optical)))) if optical else []
@@ -393,16 +393,34 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
             if not any(scene.datetime in window for scene in over):
                 raise PipelineError(
                     f"Epoch {epoch.name!r} has no {side}-event scene between {window.start} and {window.end} "
-                    f"in {config.sources.optical!r} over {aoi.name!r} with at most "
+                    f"in {_as_written(config, found.sourcing.used)!r} over {aoi.name!r} with at most "
                     f"{config.cube.max_cloud_pct:g} % cloud; widen the window or raise max_cloud_pct"
+                    f"{_elsewhere(found, window)}"
                 )
-    dem = search(config.source(config.sources.dem), tiled, None, role="dem")
-    dem = [scene for scene in dem if "elevation" in scene.bands]  # a catalogue may hold both
+    heights = seek(
+        [config.source(name) for name in (sources.dem, *sources.fallback_dem)], tiled, None, role="dem"
+    )
+    dem = [scene for scene in heights.scenes if "elevation" in scene.bands]  # a catalogue may hold both
     if not dem:
         raise PipelineError(
-            f"Source {config.sources.dem!r} has no DEM over {aoi.name!r}; name another one in [sources]"
+            f"Source {_as_written(config, heights.sourcing.used)!r} has no DEM over {aoi.name!r}; name another one "
+            "in [sources]"
         )
-    return SceneTable(scenes=(*optical, *dem))
+    return SceneTable(scenes=(*optical, *dem), sourcing=(found.sourcing, heights.sourcing))
+
+
+def _as_written(config: Config, source: str) -> str:
+    """Return a source as the TOML names it."""
+    sources = config.sources
+    named = (sources.optical, sources.dem, *sources.fallback, *sources.fallback_dem)
+    return next((name for name in named if config.source(name) == source), source)
+
+
+def _elsewhere(found: Sought, window: Window) -> str:
+    """Say which fallback has what is missing: a source that has nothing is not down, so none takes its place."""
+    counts = {name: sum(when in window for when in times) for name, times in found.elsewhere.items()}
+    holds = [f"{name!r} holds {n} there, of any cloud" for name, n in counts.items() if n]
+    return f", or name another source as optical ({', '.join(holds)})" if holds else ""
 
 
 def _require_bands(config: Config, optical: list[Scene]) -> None:
@@ -411,12 +429,12 @@ def _require_bands(config: Config, optical: list[Scene]) -> None:
         missing = [band for band in config.cube.bands if band not in scene.bands]
         if missing:
             raise PipelineError(
-                f"Scene {scene.id!r} of {config.sources.optical!r} has no band {', '.join(missing)}; "
+                f"Scene {scene.id!r} of {scene.source!r} has no band {', '.join(missing)}; "
                 f"it has {', '.join(scene.bands)}; name only such bands in [cube] bands"
             )
         if "SCL" not in scene.bands:
             raise PipelineError(
-                f"Scene {scene.id!r} of {config.sources.optical!r} has no scene classification (SCL), by which clouds "
+                f"Scene {scene.id!r} of {scene.source!r} has no scene classification (SCL), by which clouds "
                 "are masked; use a Level-2A source"
             )
 
@@ -431,9 +449,9 @@ def _assemble(
     scenes: SceneTable,
     model: Detector,
 ) -> RunPlan:
-    terrain = _terrain_layer(config, grid)
+    terrain = _terrain_layer(config, grid, scenes)
     sides = [
-        {side: _optical_layer(config, grid, w) for side, w in epoch.windows.items()}
+        {side: _optical_layer(config, grid, w, scenes) for side, w in epoch.windows.items()}
         for epoch in config.epochs
     ]
     layers = {la.name: la for la in (terrain, *(la for by in sides for la in by.values()))}
@@ -493,13 +511,13 @@ def _assemble(
     )
 
 
-def _optical_layer(config: Config, grid: TileGrid, window: Window) -> LayerPlan:
+def _optical_layer(config: Config, grid: TileGrid, window: Window, scenes: SceneTable) -> LayerPlan:
     cube = config.cube
     key = content_key(
         "optical",
         SCHEMA_VERSION,
         grid.key,
-        _source_term(config.sources.optical),
+        _source_term(scenes.source_of("optical", config.sources.optical)),
         sorted(cube.bands),
         {"classes": sorted(cube.mask.scl_classes), "dilation_px": cube.mask.dilation_px},
         cube.composite,
@@ -508,8 +526,10 @@ def _optical_layer(config: Config, grid: TileGrid, window: Window) -> LayerPlan:
     return LayerPlan(name=f"optical-{window}-{key[:8]}", kind="optical", key=key, window=window)
 
 
-def _terrain_layer(config: Config, grid: TileGrid) -> LayerPlan:
-    key = content_key("terrain", SCHEMA_VERSION, grid.key, _source_term(config.sources.dem))
+def _terrain_layer(config: Config, grid: TileGrid, scenes: SceneTable) -> LayerPlan:
+    key = content_key(
+        "terrain", SCHEMA_VERSION, grid.key, _source_term(scenes.source_of("dem", config.sources.dem))
+    )
     return LayerPlan(name=f"terrain-{key[:8]}", kind="terrain", key=key)
 
 
@@ -632,6 +652,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
         "model": asdict(made.model.card) | {"parameters": dict(made.model.card.parameters)},
         "scenes_digest": made.scenes.digest,
         "schema_version": SCHEMA_VERSION,
+        "sources": [asdict(entry) for entry in made.scenes.sourcing],
         "science": made.config.science(),
         "tiles": len(made.tiles),
     }

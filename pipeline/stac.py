@@ -6,6 +6,7 @@ import datetime as dt
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,16 @@ def _properties(lineage: Lineage, geobox: GeoBox) -> dict[str, Any]:
             {"id": s.id, "source": s.source, "datetime": s.datetime.isoformat(), "use": s.use}
             for s in lineage.scenes
         ],
+        "slidecube:sources": [asdict(entry) for entry in lineage.sources],
+        "slidecube:substituted": [asdict(entry) for entry in lineage.substituted],
         "slidecube:licences": dict(lineage.licences),
         "slidecube:attributions": list(lineage.attributions),
     }
 
 
 def _story(lineage: Lineage) -> str:
+    n = len(lineage.substituted)
+    elsewhere = f" {n} of their assets were read from another source, with the same pixels." if n else ""
     windows = "; ".join(
         f"epoch {e.name}: "
         + (f"{e.pre.start} to {e.pre.end} against " if e.pre else "")
@@ -201,7 +206,7 @@ def _story(lineage: Lineage) -> str:
     )
     return (
         f"{len(lineage.scenes)} scenes, composited by window ({windows}), "
-        f"classified by {lineage.model_name}, joined into objects by slidecube {lineage.version}."
+        f"classified by {lineage.model_name}, joined into objects by slidecube {lineage.version}.{elsewhere}"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slidecube.catalog.search import Newest, scenes_by_tile
+from slidecube.pipeline.lineage import sourcing_lines
 from slidecube.pipeline.plan import RunPlan
 from slidecube.pipeline.run import RunReport
 
@@ -27,6 +28,7 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         f"area        {made.aoi.name}: {tiles} in {grid.crs}",
         f"inventory   {made.inventory}",
         f"scenes      {len(made.scenes)}, newest of the provider: {newest}",
+        *(f"sources     {line}" for line in sourcing_lines(made.scenes.sourcing)),
         *_table(("  window", "tile", "scenes", "first", "last", "cloud"), _scene_rows(made)),
         f"reads       {_count(cost.scene_reads, 'scene')} times tile, {cost.read_gb:.1f} GB of pixels",
         f"writes      {cost.stored_gb:.1f} GB in {_count(cost.files, 'file')}",

@@ -170,6 +170,7 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         "scenes": tuple(s.id for s in scenes),
         "scene_reads": len(log.read),
         "lost": tuple(sorted(log.lost)),
+        "substituted": tuple(sorted(log.substituted)),
     }
     numbers = {"px": int(seen.size), "seen_px": int(seen.sum())}
     if not seen.any():

@@ -23,7 +23,7 @@ from odc.geo.geobox import GeoBox
 from slidecube.pipeline import styles
 from slidecube.pipeline.evaluate import size_label
 from slidecube.pipeline.inventory import REASONS, geobox_of
-from slidecube.pipeline.lineage import Lineage
+from slidecube.pipeline.lineage import Lineage, sourcing_lines
 from slidecube.pipeline.report import maps
 from slidecube.pipeline.report.numbers import densest_box, largest, observed_parts, size_rows
 from slidecube.pipeline.report.pictures import (
@@ -235,6 +235,7 @@ def _context(of: _Page, sections: list[dict[str, Any]], links: list[dict[str, st
     geobox, lineage = geobox_of(of.inventory), of.lineage
     return {
         "lineage": lineage,
+        "sourcing": sourcing_lines(lineage.sources),
         "epochs": sections,
         "n_objects": len(of.objects),
         "links": links,

@@ -304,8 +304,8 @@ def test_every_key_says_what_it_allows():
 def test_the_template_loads_and_its_comments_are_the_defaults(write, repo_root):
     text = (repo_root / "pipeline" / "init_template.toml").read_text(encoding="utf-8")
     keys = (
-        "resolution_m optical dem composite max_cloud_pct bands mask tile_px max_lost_scenes model formats "
-        "profile loader failure_budget"
+        "resolution_m optical dem fallback fallback_dem composite max_cloud_pct bands mask tile_px max_lost_scenes "
+        "model formats profile loader failure_budget"
     )
     shown = re.sub(rf"^# (?=({'|'.join(keys.split())}) =)", "", text, flags=re.MULTILINE)
     assert text.count("\n#") - shown.count("\n#") == len(keys.split())
