@@ -29,6 +29,8 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         f"inventory   {made.inventory}",
         f"scenes      {len(made.scenes)}, newest of the provider: {newest}",
         *(f"sources     {line}" for line in sourcing_lines(made.scenes.sourcing)),
+        *["warning     `slidecube plan --refresh` asks again"]
+        * any(entry.unsearched for entry in made.scenes.sourcing),
         *_table(("  window", "tile", "scenes", "first", "last", "cloud"), _scene_rows(made)),
         f"reads       {_count(cost.scene_reads, 'scene')} times tile, {cost.read_gb:.1f} GB of pixels",
         f"writes      {cost.stored_gb:.1f} GB in {_count(cost.files, 'file')}",
