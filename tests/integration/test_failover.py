@@ -28,7 +28,9 @@ from slidecube.catalog.aoi import read_aoi
 from slidecube.catalog.errors import CatalogDownError, CatalogError
 from slidecube.catalog.failover import seek
 from slidecube.catalog.scenes import SceneTable, Window
+from slidecube.pipeline.config import load_config
 from slidecube.pipeline.open import open_plan
+from slidecube.pipeline.run import run
 from slidecube.pipeline.store import open_layer
 
 BANDS = ("B02", "B03", "B04", "B08")
@@ -238,6 +240,25 @@ def records(desk):
     }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(holdings, desk_in, tmp_path_factory):
+    """Layers and records of a run over one provider alone, once for each."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            server = Provider(*holdings[name])
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            desk = desk_in(tmp_path_factory.mktemp("calm") / name, sources={"optical": server.name})
+            assert run(load_config(desk.toml), stages=["cube"], progress=False).complete
+            server.shutdown()
+            server.server_close()
+            made[name] = arrays(desk), records(desk)
+        return made[name]
+
+    return of
+
+
 def assert_equal_arrays(one, two):
     assert one.keys() == two.keys()
     assert len(one) > 8
@@ -248,27 +269,24 @@ def assert_equal_arrays(one, two):
 # --- a catalogue that is down ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [503, 404])
-def test_the_next_source_is_asked_and_the_result_is_the_same(start, providers, desk_of, command, status):
+def test_the_next_source_is_asked_and_the_result_is_the_same(providers, undisturbed, desk_of, command):
     a, b = providers
-    calm = desk_of("calm", start("a"))
-    assert command("run", calm.toml, "--quiet").code == 0
-    a.down = status
+    a.down = 503
     desk = desk_of("desk", a, b, output={"formats": ["parquet", "stac", "report"]})
     planned = command("plan", desk.toml)
     assert planned.code == 0
     assert f"sources     optical from {b.name}, since {a.name} did not answer: " in planned.out
-    assert str(status) in planned.out
+    assert "503" in planned.out
     assert "newest of the provider: mirror-" in planned.out
     assert command("run", desk.toml, "--quiet").code == 0
-    assert_equal_arrays(arrays(calm), arrays(desk))
+    assert_equal_arrays(undisturbed("a")[0], arrays(desk))
 
     (item,) = [json.loads(p.read_text()) for p in desk.workspace.glob("products/*/stac/*.json")]
     optical, dem = item["properties"]["slidecube:sources"]
     assert (optical["asked"], optical["used"]) == (a.name, b.name)
     ((name, reason),) = optical["failed"]
     assert name == a.name
-    assert str(status) in reason
+    assert "503" in reason
     assert dem["failed"] == []
     scenes = item["properties"]["slidecube:scenes"]
     assert {s["source"] for s in scenes if s["use"] != "dem"} == {b.name}
@@ -276,6 +294,16 @@ def test_the_next_source_is_asked_and_the_result_is_the_same(start, providers, d
     assert plan["sources"] == item["properties"]["slidecube:sources"]
     (page,) = desk.workspace.glob("products/*/report/index.html")
     assert f"optical from {b.name}, since {a.name} did not answer" in page.read_text()
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_a_refused_search_is_an_outage(providers, status):
+    a, b = providers
+    a.down = status
+    found = _seek(a, b)
+    assert found.sourcing.used == b.name
+    assert found.sourcing.alternates == ()
+    assert {scene.source for scene in found.scenes} == {b.name}
 
 
 def test_one_source_alone_fails_as_ever_and_all_down_names_all(providers):
@@ -409,51 +437,66 @@ def test_the_list_is_frozen_with_its_alternates(providers, tmp_path):
 # --- files that cannot be read --------------------------------------------------------------------------------------
 
 
+BROKEN = {
+    "S2A_SIMULATED_T32NKF_20180926T100031_N0500/B04": 503,
+    "S2B_SIMULATED_T32NLF_20180901T100031_N0208/B08": 404,
+    "S2B_SIMULATED_T32NKF_20181031T100031_N0500/SCL": 404,
+}
+"""One band of a post- and of a pre-event scene, and a classification."""
+
+
+def substituted_of(told, source):
+    entries = [entry for record in told.values() for entry in record["substituted"]]
+    assert {from_ for _, _, from_, _ in entries} <= {source}
+    return {f"{scene.removeprefix('mirror-')}/{asset}": why for scene, asset, _, why in entries}
+
+
 @pytest.mark.parametrize("loader", ["odc-stac", "stackstac"])
 @pytest.mark.parametrize("primary", ["a", "b"])
-def test_what_cannot_be_read_is_read_elsewhere(start, providers, desk_of, command, primary, loader):
-    """One band of a pre- and a post-event scene, one answered 503 and one 404, and a classification."""
+def test_what_cannot_be_read_is_read_elsewhere(providers, undisturbed, desk_of, command, primary, loader):
+    """From B for A, where an offset is added, and from A for B, where it is taken away."""
     first, second = providers if primary == "a" else providers[::-1]
-    calm = desk_of("calm", start(primary))
-    assert command("run", calm.toml, "--quiet").code == 0
-    desk = desk_of(
-        "desk", first, second, cluster={"loader": loader}, output={"formats": ["parquet", "stac", "report"]}
-    )
+    desk = desk_of("desk", first, second, cluster={"loader": loader})
     assert command("plan", desk.toml).code == 0
-    words = {"T32NKF_20180926T100031_N0500/B04": 503, "S2B_SIMULATED_T32NLF_20180901T100031_N0208/B08": 404,
-             "S2B_SIMULATED_T32NKF_20181031T100031_N0500/SCL": 404}  # fmt: skip
-    first.broken = words
-    assert command("run", desk.toml, "--quiet").code == 0
-    assert_equal_arrays(arrays(calm), arrays(desk))
+    first.broken = BROKEN
+    assert command("cube", desk.toml, "--quiet").code == 0
+    calm, quiet = undisturbed(primary)
+    assert_equal_arrays(calm, arrays(desk))
 
-    quiet, told = records(calm), records(desk)
-    assert {k: r["key"] for k, r in told.items()} == {k: r["key"] for k, r in quiet.items()}
-    assert {k: r["checksums"] for k, r in told.items()} == {k: r["checksums"] for k, r in quiet.items()}
-    assert not any(r["lost"] for r in told.values())
+    told = records(desk)
+    for name in ("key", "checksums", "scenes", "numbers", "lost"):
+        assert {k: r[name] for k, r in told.items()} == {k: r[name] for k, r in quiet.items()}
     assert not any(r["substituted"] for r in quiet.values())
-    substituted = {(s, a, src) for r in told.values() for s, a, src, _ in r["substituted"]}
-    mirror, key = ("", str) if primary == "a" else ("mirror-", KEYS.get)
-    assert substituted == {
-        (f"{mirror}S2A_SIMULATED_T32NKF_20180926T100031_N0500", key("B04"), second.name),
-        (f"{mirror}S2B_SIMULATED_T32NLF_20180901T100031_N0208", key("B08"), second.name),
-        (f"{mirror}S2B_SIMULATED_T32NKF_20181031T100031_N0500", key("SCL"), second.name),
-    }
-    reasons = {
-        status
-        for r in told.values()
-        for *_, why in r["substituted"]
-        for status in ("503", "404")
-        if status in why
-    }
-    assert reasons == {"503", "404"}
+    found = substituted_of(told, second.name)
+    keys = {band: band if primary == "a" else key for band, key in KEYS.items()}
+    want = {f"{path.split('/')[0]}/{keys[path.split('/')[1]]}": status for path, status in BROKEN.items()}
+    assert found.keys() == want.keys()
+    for path, status in want.items():
+        assert f"code: {status}" in found[path]
 
+
+def test_what_was_read_elsewhere_is_told(providers, desk_of, command):
+    a, b = providers
+    desk = desk_of("desk", a, b, output={"formats": ["parquet", "stac", "report"]})
+    assert command("plan", desk.toml).code == 0
+    a.broken = BROKEN
+    assert command("run", desk.toml, "--quiet").code == 0
     (item,) = [json.loads(p.read_text()) for p in desk.workspace.glob("products/*/stac/*.json")]
     lineage = item["properties"]["slidecube:substituted"]
-    assert {(s["scene"], s["asset"], s["source"]) for s in lineage} == substituted
-    assert all(s["reason"] and s["tiles"] >= 1 for s in lineage)
+    assert {f"{s['scene']}/{s['asset']}" for s in lineage} == BROKEN.keys()
+    told = records(desk)
+    for entry in lineage:
+        tiles = sum(
+            s == entry["scene"] and k == entry["asset"]
+            for r in told.values()
+            for s, k, *_ in r["substituted"]
+        )
+        assert (entry["source"], entry["tiles"]) == (b.name, tiles)
+        assert entry["reason"]
     assert "3 of their assets were read from another source" in item["properties"]["processing:lineage"]
     (page,) = desk.workspace.glob("products/*/report/index.html")
     assert "3 assets read from another source, with the same pixels" in page.read_text()
+    assert f"{b.name} stands by with 12 of the same scenes" in page.read_text()
 
 
 def test_no_source_has_it_and_the_scene_is_lost(providers, desk_of, command):
@@ -461,15 +504,15 @@ def test_no_source_has_it_and_the_scene_is_lost(providers, desk_of, command):
     desk = desk_of("desk", a, b)
     assert command("plan", desk.toml).code == 0
     a.broken = b.broken = {"S2A_SIMULATED_T32NKF_20180926T100031_N0500/B04": 404}
-    assert command("run", desk.toml, "--quiet").code == 0
+    assert command("cube", desk.toml, "--quiet").code == 0
     lost = {tuple(entry) for record in records(desk).values() for entry in record["lost"]}
     assert {(scene, asset) for scene, asset, _ in lost} == {
         ("S2A_SIMULATED_T32NKF_20180926T100031_N0500", "B04")
     }
-    assert all(why.count("404") == 2 and f"; nor from {b.name}: " in why for *_, why in lost)
+    assert all(why.count("code: 404") == 2 and f"; nor from {b.name}: " in why for *_, why in lost)
     assert not any(record["substituted"] for record in records(desk).values())
     desk.write(cube={"max_lost_scenes": 0, "composite": "median"})
-    failed = command("run", desk.toml, "--quiet")
+    failed = command("cube", desk.toml, "--quiet")
     assert failed.code == 2
     assert "more than max_lost_scenes=0" in failed.err
 
@@ -480,7 +523,7 @@ def test_a_provider_whose_files_are_all_down_is_soon_left_alone(providers, desk_
     desk = desk_of("desk", a, b)
     assert command("plan", desk.toml).code == 0
     a.broken = {"": 503}
-    assert command("run", desk.toml, "--quiet").code == 0
+    assert command("cube", desk.toml, "--quiet").code == 0
     told = [record for record in records(desk).values() if record["substituted"]]
     assert told
     for record in told:
