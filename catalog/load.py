@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -213,9 +213,13 @@ def _band_types(bands: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _pixels(band: str, resampling: Mapping[str, str] | None) -> Pixels:
     table = {**RESAMPLING, **(resampling or {})}
-    nodata = NODATA.get(band, 0)
+    fill = NODATA.get(band, 0)
     return Pixels(
-        dtype=DTYPES.get(band, "uint16"), kernel=table.get(band, table["*"]), nodata=nodata, fill=nodata
+        dtype=DTYPES.get(band, "uint16"),
+        kernel=table.get(band, table["*"]),
+        # Sentinel-2's 0 is nodata whether a file says so or not: some providers' do not, and a warp would blend it
+        nodata=None if np.isnan(fill) else fill,
+        fill=fill,
     )
 
 
@@ -247,7 +251,11 @@ def _by_odc_stac(
     log: ReadLog | None,
 ) -> xr.Dataset:
     """Let odc-stac lay out the cube; our driver reads the blocks."""
-    assets = {asset.places[0].href: asset for record in records for asset in record.assets.values()}
+    assets = {
+        asset.places[0].href: (asset, pixels[band])
+        for record in records
+        for band, asset in record.assets.items()
+    }
     with rasterio.Env(**GDAL_OPTIONS):
         return odc_load(
             [record.item for record in records],
@@ -265,21 +273,23 @@ def _by_odc_stac(
 class _NamingDriver(RioDriver):
     """odc-loader's rasterio driver that reads by `read_asset`."""
 
-    def __init__(self, assets: Mapping[str, Asset], log: ReadLog | None) -> None:
+    def __init__(self, assets: Mapping[str, tuple[Asset, Pixels]], log: ReadLog | None) -> None:
         super().__init__()
         self._assets = assets
         self._log = log
 
     def open(self, src: RasterSource, ctx: Any) -> _NamingReader:
-        return _NamingReader(src, ctx, self._assets[src.uri], self._log)
+        return _NamingReader(src, ctx, *self._assets[src.uri], log=self._log)
 
 
 class _NamingReader(RioReader):
     """Reader of one asset; see `_NamingDriver`."""
 
-    def __init__(self, src: RasterSource, ctx: Any, asset: Asset, log: ReadLog | None) -> None:
+    def __init__(
+        self, src: RasterSource, ctx: Any, asset: Asset, pixels: Pixels, *, log: ReadLog | None
+    ) -> None:
         super().__init__(src, ctx)
-        self._asset, self._log = asset, log
+        self._asset, self._pixels, self._log = asset, replace(pixels, band=src.band), log
 
     def read(
         self,
@@ -290,14 +300,7 @@ class _NamingReader(RioReader):
         selection: ReaderSubsetSelection | None = None,
     ) -> tuple[tuple[slice, slice], np.ndarray]:
         del dst, selection  # odc-loader gives neither for two-dimensional bands
-        how = Pixels(
-            dtype=str(cfg.dtype),
-            kernel=cfg.resampling,
-            nodata=cfg.src_nodata_fallback,
-            fill=cfg.fill_value,
-            band=self._src.band,
-        )
-        found = read_asset(self._asset, dst_geobox, how, self._log)
+        found = read_asset(self._asset, dst_geobox, self._pixels, self._log)
         if found is None:
             return np.s_[0:0, 0:0], np.empty((0, 0), cfg.dtype)
         return np.s_[0 : dst_geobox.shape[0], 0 : dst_geobox.shape[1]], found

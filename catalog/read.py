@@ -79,13 +79,13 @@ class Pixels:
     """What is made of an asset's pixels.
 
     dtype : of the result; kernel : name of a rasterio resampling; band : of the file, from 1
-    nodata : of a file that declares none, None = every pixel counts; fill : in the result, None = the file's
+    nodata : of a file that declares none, None = every pixel counts; fill : nodata of the result
     """
 
     dtype: str
     kernel: str
     nodata: float | None
-    fill: float | None
+    fill: float
     band: int = 1
 
 
@@ -218,7 +218,7 @@ def _onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.n
     """
     band, kernel = pixels.band, pixels.kernel
     nodata = asset.nodata if asset.nodata is not None else pixels.nodata
-    fill = pixels.fill if pixels.fill is not None else nodata
+    fill = pixels.fill
     factor = magnification(asset, geobox)
     exact = (
         factor == 1
@@ -227,7 +227,7 @@ def _onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.n
     )
     # a DEM that declares no nodata still has none beyond its edge: a height of 0 there would hide the next tile's
     outside = fill if nodata is None else nodata
-    holds = outside is None or not np.isnan(outside) or np.dtype(asset.dtypes[band - 1]).kind == "f"
+    holds = not np.isnan(outside) or np.dtype(asset.dtypes[band - 1]).kind == "f"
     if factor is not None and exact and holds:
         read = read_magnified(asset, band, geobox, factor=factor, kernel=kernel, nodata=outside)
         return _with_nodata(read.astype(pixels.dtype, copy=False), outside, fill)
@@ -246,9 +246,9 @@ def _onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.n
         return found
 
 
-def _with_nodata(values: np.ndarray, nodata: float | None, fill: float | None) -> np.ndarray:
+def _with_nodata(values: np.ndarray, nodata: float, fill: float) -> np.ndarray:
     """Replace the source's nodata by the cube's."""
-    if nodata is None or fill is None or nodata == fill or (np.isnan(nodata) and np.isnan(fill)):
+    if nodata == fill or (np.isnan(nodata) and np.isnan(fill)):
         return values
     values[np.isnan(values) if np.isnan(nodata) else values == nodata] = fill
     return values

@@ -252,6 +252,33 @@ def dem_item(files):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("crs", [ZONE, NEXT_ZONE])
+def test_a_file_that_declares_no_nodata_has_it_all_the_same(files, tmp_path, crs):
+    """Sentinel-2's 0 is no number to interpolate with, whether the provider's file says so or not."""
+    item, bare = (item_of(files, FIXTURES["both spellings"]) for _ in range(2))
+    for band in BANDS:
+        with rasterio.open(files / f"{band}.tif") as src:
+            _write(tmp_path / f"{band}.tif", src.read(1), src.crs, src.transform, None)
+        bare["assets"][band]["href"] = str(tmp_path / f"{band}.tif")
+    box = block_at(crs, 0.12)
+    said, unsaid = computed([item], box, list(BANDS)), computed([bare], box, list(BANDS))
+    for name in LOADERS:
+        xr.testing.assert_equal(unsaid[name], said["odc-stac"])
+
+
+def test_a_dem_of_whole_metres_without_nodata(files, tmp_path):
+    with rasterio.open(files / "dem.tif") as src:
+        _write(tmp_path / "dem.tif", src.read(1).astype("int16"), src.crs, src.transform, None)
+    item = dem_item(files)
+    item["assets"]["data"]["href"] = str(tmp_path / "dem.tif")
+    x, y = Transformer.from_crs(4326, ZONE, always_xy=True).transform(DEM_WEST + 0.2, DEM_NORTH - 0.1)
+    box = GeoBox((512, 512), from_origin(x // 5120 * 5120, -(-y // 5120) * 5120, 10, 10), ZONE)
+    found = computed([item], box, ["elevation"])
+    xr.testing.assert_equal(*found.values())
+    heights = found["stackstac"]["elevation"].values
+    assert 0.05 < np.isnan(heights).mean() < 0.95, "beyond its edge there is none, and none is made up"
+
+
 # --- errors, and what a cluster needs ------------------------------------------------------------------------------
 
 
