@@ -531,3 +531,18 @@ def test_a_provider_whose_files_are_all_down_is_soon_left_alone(providers, desk_
         assert len(assets) == len(record["scenes"]) * 5
     tried = 3 * read_module._ATTEMPTS  # assets, each so many times
     assert len(a.served) <= tried * len(told) * 2, "two requests open a file: its head, and its beginning"
+
+
+# --- the loader -------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_that_the_loader_does_not_know_is_refused_before_anything_is_read(desk, command):
+    desk.write(
+        area={"crs": "+proj=laea +lat_0=0 +lon_0=7 +datum=WGS84 +units=m"}, cluster={"loader": "stackstac"}
+    )
+    refused = command("run", desk.toml, "--quiet")
+    assert refused.code == 1
+    assert "by its EPSG code only" in refused.refusal
+    assert "use loader 'odc-stac'" in refused.refusal
+    assert not list(desk.workspace.glob("layers/*"))
+    assert command("plan", desk.toml).code == 0

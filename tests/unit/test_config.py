@@ -118,6 +118,26 @@ REFUSED = {
         MINIMAL + "[cube]\nmask = {dilate = 3}\n",
         ["cube.mask.dilate: unknown key", "scl_classes, dilation_px"],
     ),
+    "fallback on itself": (
+        MINIMAL + '[sources]\noptical = "a"\nfallback = ["b", "a"]\n',
+        ["sources", "fallback names 'a', which is asked first already"],
+    ),
+    "fallback twice": (
+        MINIMAL + '[sources]\nfallback = ["b", "b"]\n',
+        ["sources.fallback", "b is named twice"],
+    ),
+    "fallback of one": (
+        MINIMAL + '[sources]\nfallback = "b"\n',
+        ["sources.fallback: got 'b'", "a list of sources"],
+    ),
+    "dem's fallback": (
+        MINIMAL + '[sources]\nfallback_dem = ["earth-search/cop-dem-glo-30"]\n',
+        ["fallback_dem names 'earth-search/cop-dem-glo-30'"],
+    ),
+    "loader": (
+        MINIMAL + '[cluster]\nloader = "gdal"\n',
+        ["cluster.loader: got 'gdal'", '"odc-stac" or "stackstac"'],
+    ),
     "reserved": ('path = "x"\n' + MINIMAL, ["path: unknown section"]),
     "python name": (
         MINIMAL.replace("[[epoch]]", "[[epochs]]"),
@@ -265,6 +285,8 @@ def test_a_default_written_out_changes_no_key(write):
     [
         ("[cube]\nmax_cloud_pct = 50\n", True),
         ('[sources]\ndem = "dem"\n', True),
+        ('[sources]\nfallback = ["other"]\n', True),
+        ('[sources]\nfallback_dem = ["other"]\n', True),
         ('[cube]\ncomposite = "median"\n', False),
         ("[detect]\nthreshold = 0.4\n", False),
         ('event = "2018-09-06"\n', False),
@@ -275,6 +297,16 @@ def test_what_decides_the_search_and_what_decides_the_result(write, addition, se
 
     assert before.science() != after.science()
     assert (before.search_terms() != after.search_terms()) is searches_again
+
+
+def test_no_fallback_is_what_it_was_before_there_were_any(write):
+    """Plans that were made before keep their names."""
+    config = load_config(write(MINIMAL + "[sources]\nfallback = []\n"))
+
+    assert config.science()["sources"] == {
+        "optical": "earth-search/sentinel-2-l2a",
+        "dem": "earth-search/cop-dem-glo-30",
+    }
 
 
 def test_a_moved_aoi_is_the_same_area_and_an_edited_one_is_not(write, tmp_path):

@@ -18,6 +18,7 @@ RECORD = Record(
     scenes=("S2A_X", "S2B_Y"),
     scene_reads=2,
     lost=(("S2A_X", "red", "truncated"),),
+    substituted=(("S2A_X", "blue", "planetary-computer/sentinel-2-l2a", "HTTP response code: 503"),),
     checksums={"B04": "ff", "B02": "empty"},
     numbers={"px": 4},
     bytes=12,
@@ -40,6 +41,16 @@ def test_a_record_comes_back_equal(ledger, tmp_path):
     assert list(ledger) == [RECORD]
     assert ledger.folder == tmp_path / "optical.ledger" / "iburi"
     assert [p.name for p in ledger.folder.iterdir()] == ["r001c002.json"]
+
+
+def test_a_record_of_before_there_were_substitutions_counts(ledger):
+    ledger.write(RECORD)
+    path = ledger.folder / "r001c002.json"
+    old = json.loads(path.read_text())
+    del old["substituted"]
+    path.write_text(json.dumps(old))
+
+    assert ledger.read("r001c002") == dataclasses.replace(RECORD, substituted=())
 
 
 def test_nothing_is_known_of_an_unwritten_tile(ledger):

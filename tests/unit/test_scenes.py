@@ -18,8 +18,9 @@ from odc.geo.geobox import GeoBox
 
 from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.items import normalised, scene_of
-from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
+from slidecube.catalog.scenes import Alternate, Scene, SceneTable, Sourcing, Window, footprints
 from slidecube.catalog.sources import SOURCES
+from slidecube.pipeline.keys import task_key
 
 FILES = {
     "earth-search-sentinel-2-l2a": ("earth-search/sentinel-2-l2a", "optical"),
@@ -87,6 +88,44 @@ def test_a_table_of_mixed_providers_comes_back_equal(table, tmp_path):
     assert [s.item for s in back] == [s.item for s in table]
     assert all(s.datetime.tzinfo is not None for s in back)
     assert [p.name for p in (tmp_path / "plan").iterdir()] == ["scenes.parquet"]
+
+
+def standing_by(scene):
+    other = Alternate(
+        source="b/é",
+        id="other",
+        version=scene.version,
+        offset=scene.offset,
+        hrefs={"B04": "https://b.org/é.tif"},
+    )
+    return replace(scene, alternates=(other, replace(other, source="c", offset=None)))
+
+
+def test_alternates_and_sourcing_come_back_equal(scenes, tmp_path):
+    sourcing = (
+        Sourcing(role="optical", asked="a", used="b", failed=(("a", "503"),), alternates=(("c", 3),)),
+        Sourcing(role="dem", asked="d", used="d", unsearched=(("e", "no"), ("f", "never"))),
+    )
+    table = SceneTable(scenes=(standing_by(scenes[0]), *scenes[1:]), sourcing=sourcing)
+    table.to_parquet(tmp_path / "x.parquet")
+    back = SceneTable.read_parquet(tmp_path / "x.parquet")
+    assert back == table
+    assert back.sourcing == sourcing
+    assert back.source_of("optical", "a") == "b"
+    assert back.source_of("dem", "./d") == "./d", "as it was asked for, when it answered"
+
+
+def test_alternates_make_another_list_and_another_pixel_of_none(scenes, table):
+    helped = SceneTable(scenes=(standing_by(scenes[0]), *scenes[1:]))
+    assert helped.digest != table.digest
+    assert task_key("layer", "r000c000", helped) == task_key("layer", "r000c000", table)
+
+
+def test_a_list_of_before_there_were_alternates_is_read(table, tmp_path):
+    table.to_parquet(tmp_path / "new.parquet")
+    new = pq.read_table(tmp_path / "new.parquet")
+    pq.write_table(new.drop_columns(["slidecube:alternates"]), tmp_path / "old.parquet")
+    assert SceneTable.read_parquet(tmp_path / "old.parquet") == table
 
 
 def test_other_programs_read_it_as_stac_geoparquet(table, tmp_path):
