@@ -41,9 +41,8 @@ GDAL_OPTIONS = {
 
 _ATTEMPTS = 3
 _FIRST_WAIT_S = 1.0  # doubles with each attempt
-_GIVEN_UP_AFTER = (
-    3  # assets of a source that failed on one tile: the source is down, and each try costs a minute
-)
+# assets of a source that failed on one tile: the source is down then, and each try of it costs a minute
+_GIVEN_UP_AFTER = 3
 _WHOLE = ("uint8", "uint16")
 _UNREADABLE = (rasterio.errors.RasterioError, OSError, CatalogError)  # the last: no token to sign with
 _LOGGER = logging.getLogger(__name__)
