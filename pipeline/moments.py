@@ -385,11 +385,15 @@ def _in_memory(arrays: Sequence[Any], nodata: float | None) -> Moments:
 
 def _framed(bands: Sequence[np.ndarray], nodata: float | None, *, height: int, width: int) -> Moments:
     """Moments of a block whose context is missing where it is not larger than the given size."""
-    values, known = np.stack(bands), _known(bands, nodata)
-    missing = ((0, int(values.shape[1] <= height)), (0, int(values.shape[2] <= width)))
-    if missing != ((0, 0), (0, 0)):
-        known = np.pad(np.ones(values.shape[1:], bool) if known is None else known, missing)
-        values = np.pad(values, ((0, 0), *missing))
+    y, x = bands[0].shape
+    known = _known(bands, nodata)
+    values = np.zeros((len(bands), y + (y <= height), x + (x <= width)), np.result_type(*bands))
+    for padded, band in zip(values, bands, strict=True):
+        padded[:y, :x] = band
+    if known is not None or values.shape[1:] != (y, x):
+        valid = np.zeros(values.shape[1:], bool)
+        valid[:y, :x] = True if known is None else known
+        known = valid
     return block_moments(values, valid_yx=known)
 
 
