@@ -4,6 +4,7 @@ First 25, 100 and 200 Mpx of ten bands stream from a lazy cube, made block by bl
 process: fit (moments by Dask's tree, on one thread) and peak memory, with that of the process before the fit. Then
 fit and transform of a cube that fits into memory beside SPy's, from the same array of uint16; SPy's time with and
 without the float64 copy that it needs.
+The times beside SPy's are of the processor, since others may use the machine.
 Usage: make bench, or python tests/benchmarks/mnf_speed.py
 """
 
@@ -99,9 +100,9 @@ def _beside_spy() -> None:
     taken: dict[str, list[float]] = {}
 
     def timed(name, act):
-        start = time.perf_counter()
+        start = time.process_time()
         answer = act()
-        taken.setdefault(name, []).append(time.perf_counter() - start)
+        taken.setdefault(name, []).append(time.process_time() - start)
         return answer
 
     for _ in range(ROUNDS):
