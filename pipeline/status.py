@@ -32,6 +32,7 @@ class _Tally:
     unseen: Counter[str] = field(default_factory=Counter)
     failures: list[dict[str, str]] = field(default_factory=list)
     lost: set[tuple[str, str, str]] = field(default_factory=set)
+    substituted: set[tuple[str, str, str, str]] = field(default_factory=set)
 
     def add(self, task: TileTask, record: Record | None) -> None:
         stage = task.stage
@@ -40,6 +41,7 @@ class _Tally:
             return
         self.tiles[stage]["done" if record.complete else "failed"] += 1
         self.lost |= set(record.lost)
+        self.substituted |= set(record.substituted)
         if not record.complete:
             what = task.epoch or task.layer
             self.failures.append({"stage": stage, "what": what, "tile": task.tile, "reason": record.reason})
@@ -56,7 +58,8 @@ def status(where: str | Path) -> dict[str, Any]:
     Returns {"run", "inventory", "tiles": {stage: {"done", "due", "failed", "running"}}, "scene_reads",
     "scene_reads_last_run", "statistics": [{epoch, key, frozen, clusters, reasons, repaired_tiles, sheet}],
     "observability": {name: pixels}, "not_observable": {reason: pixels},
-    "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}], "complete", "running"}.
+    "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}],
+    "substituted": [{scene, asset, source, reason}], "complete", "running"}.
     `scene_reads` counts over the life of the workspace.
     """
     workspace = Workspace.at(where)
@@ -98,6 +101,9 @@ def status(where: str | Path) -> dict[str, Any]:
         "not_observable": {reason: tally.unseen[reason] for i, reason in REASONS.items() if i},
         "failures": tally.failures,
         "lost": [{"scene": s, "asset": a, "reason": r} for s, a, r in sorted(tally.lost)],
+        "substituted": [
+            {"scene": s, "asset": a, "source": o, "reason": r} for s, a, o, r in sorted(tally.substituted)
+        ],
         "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
         "running": None if running is None else running["run"],
     }

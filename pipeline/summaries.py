@@ -93,6 +93,10 @@ def status_summary(state: dict[str, Any]) -> str:
     lines += _shares("not observable", state["not_observable"])
     lines += _listed("failed", (f"{f['stage']} {f['tile']}: {f['reason']}" for f in state["failures"]))
     lines += _listed("unreadable", (f"{f['scene']} {f['asset']}: {f['reason']}" for f in state["lost"]))
+    lines += _listed(
+        "read elsewhere",
+        (f"{f['scene']} {f['asset']}: from {f['source']}, {f['reason']}" for f in state["substituted"]),
+    )
     lines.append("complete" if state["complete"] else "incomplete: run the same command to go on")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from slidecube.pipeline.config import load_config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 
 VERBS = (
-    "init plan run status cube detect mosaic evaluate publish report simulate demo doctor clean".split()  # noqa: SIM905
+    "init plan run status cube fit detect mosaic evaluate publish report simulate demo doctor clean".split()  # noqa: SIM905
 )
 
 
@@ -244,6 +244,19 @@ STATE = {
     "not_observable": {"no clear pre-event observation": 25, "no terrain": 0},
     "failures": [{"stage": "cube", "what": "w", "tile": "r001c002", "reason": "disk on fire"}] * 12,
     "lost": [{"scene": "S2A_X", "asset": "red", "reason": "truncated"}],
+    "substituted": [{"scene": "S2A_Y", "asset": "nir", "source": "other/l2a", "reason": "HTTP 503"}],
+    "statistics": [
+        {
+            "epoch": "event",
+            "key": "0123456789abcdef",
+            "frozen": True,
+            "clusters": [1, 3],
+            "named_by": "person",
+            "reasons": {"1": "landslide: steep"},
+            "repaired_tiles": ["r001c002"],
+            "sheet": "statistics/0123456789abcdef/sheet/index.html",
+        }
+    ],
     "complete": False,
 }
 
@@ -259,6 +272,10 @@ def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
     assert out.count("failed: cube r001c002: disk on fire") == 10
     assert "failed: and 2 more" in out
     assert "unreadable: S2A_X red: truncated" in out
+    assert "read elsewhere: S2A_Y nir: from other/l2a, HTTP 503" in out
+    assert "event: landslide = 1, 3 (named by person)" in out
+    assert "sheet       statistics/0123456789abcdef/sheet/index.html" in out
+    assert "1 tile made or mended after the freeze took no part in it" in out
     assert out.endswith("incomplete: run the same command to go on\n")
 
 
