@@ -24,6 +24,10 @@ CHUNK_PX = 512
 """Side of a Dask chunk, 4 x 4 units: one task each would be all overhead."""
 
 
+Progress = Callable[[int, int], None]
+"""Told how much is done, and how much there is in all."""
+
+
 class Detector(Protocol):
     """A detector of landslides.
 
@@ -36,12 +40,19 @@ class Detector(Protocol):
         """What it is, what it reads, its threshold, and how many patches it learns from."""
         ...
 
-    def fit(self, patches_nfyx: np.ndarray, *, checkpoint: Path | None = None) -> Self:
+    def fit(
+        self,
+        patches_nfyx: np.ndarray,
+        *,
+        checkpoint: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
         """Learn from patches; rules return themselves.
 
         patches_nfyx : (n, feature, window_px, window_px) float32 in the units and the order of `card.inputs`; the
             centres are known, their surroundings may be NaN. Equal patches in equal order give equal bits.
         checkpoint : a file in which long learning keeps its state; what is killed goes on from there to the same bits
+        progress : told of long learning, now and then
         Raises ModelError when nothing can be learnt from them.
         """
         ...

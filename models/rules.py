@@ -11,6 +11,7 @@ import numpy as np
 
 from slidecube.models.card import FeatureSpec, ModelCard, merged_parameters
 from slidecube.models.errors import ModelError
+from slidecube.models.predict import Progress
 
 RDNDVI_DEFAULTS: Mapping[str, float] = {
     # A canopy (NDVI .8) that falls to .55 loses 22 %, one that falls to .5 loses 26 %: a third of the pixel is bare
@@ -37,9 +38,15 @@ class RdNdvi:
 
     card: ModelCard
 
-    def fit(self, patches_nfyx: np.ndarray, *, checkpoint: Path | None = None) -> Self:
+    def fit(
+        self,
+        patches_nfyx: np.ndarray,
+        *,
+        checkpoint: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
         """Return itself: a rule learns nothing."""
-        del patches_nfyx, checkpoint
+        del patches_nfyx, checkpoint, progress
         return self
 
     def save(self, folder: Path) -> None:

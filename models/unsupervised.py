@@ -18,7 +18,7 @@ import xarray as xr
 
 from slidecube.models.card import FeatureSpec, ModelCard, merged_parameters
 from slidecube.models.errors import ModelError
-from slidecube.models.predict import on_lattice
+from slidecube.models.predict import Progress, on_lattice
 from slidecube.models.weights import read_file, tensors_of, write_whole
 
 UNKNOWN_CLUSTER = 255
@@ -114,7 +114,13 @@ class Kmeans:
     fitted: Fitted | None = None
     landslide: tuple[int, ...] = ()
 
-    def fit(self, patches_nfyx: np.ndarray, *, checkpoint: Path | None = None) -> Self:
+    def fit(
+        self,
+        patches_nfyx: np.ndarray,
+        *,
+        checkpoint: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
         """Learn the standardisation, the network where there is one, and the clusters; see `Detector.fit`.
 
         The landslide clusters of another fit are forgotten.
@@ -125,7 +131,7 @@ class Kmeans:
         centre_nf = patches_nfyx[:, :, middle, middle].astype(np.float64)
         mean, std = _moments(self.card, centre_nf)
         x_nfyx = _standardised(patches_nfyx, mean, std, axis=1)
-        network, losses = self._learn(x_nfyx, checkpoint)
+        network, losses = self._learn(x_nfyx, checkpoint, progress)
         features_nc = self._sample_features(x_nfyx, network)
         spread = self._spread(features_nc)
         features_nc /= spread.astype(np.float32)
@@ -245,9 +251,11 @@ class Kmeans:
 
     # What `CaeKmeans` does otherwise
 
-    def _learn(self, x_nfyx: np.ndarray, checkpoint: Path | None) -> tuple[bytes, list[float]]:
+    def _learn(
+        self, x_nfyx: np.ndarray, checkpoint: Path | None, progress: Progress | None
+    ) -> tuple[bytes, list[float]]:
         """Train a network on standardised patches: its weights and losses."""
-        del x_nfyx, checkpoint
+        del x_nfyx, checkpoint, progress
         return b"", []
 
     def _sample_features(self, x_nfyx: np.ndarray, network: bytes) -> np.ndarray:
@@ -286,7 +294,9 @@ class CaeKmeans(Kmeans):
 
     __slots__ = ()
 
-    def _learn(self, x_nfyx: np.ndarray, checkpoint: Path | None) -> tuple[bytes, list[float]]:
+    def _learn(
+        self, x_nfyx: np.ndarray, checkpoint: Path | None, progress: Progress | None
+    ) -> tuple[bytes, list[float]]:
         from slidecube.models.nets import cae  # noqa: PLC0415  torch takes seconds, which a plan need not spend
 
         p = self.card.parameters
@@ -296,7 +306,7 @@ class CaeKmeans(Kmeans):
             learning_rate=p["learning_rate"],
             seed=int(p["seed"]),
         )
-        return cae.train(x_nfyx, training, checkpoint=checkpoint)
+        return cae.train(x_nfyx, training, checkpoint=checkpoint, progress=progress)
 
     def _sample_features(self, x_nfyx: np.ndarray, network: bytes) -> np.ndarray:
         from slidecube.models.nets import cae  # noqa: PLC0415

@@ -17,7 +17,7 @@ import shapely
 import xarray as xr
 
 from slidecube.cluster.runner import TileTask
-from slidecube.models.predict import Detector
+from slidecube.models.predict import Detector, Progress
 from slidecube.models.unsupervised import UNKNOWN_CLUSTER, Kmeans, predict_clusters
 from slidecube.pipeline.clusters import ClusterBlock, describe_clusters
 from slidecube.pipeline.errors import IncompleteError, PipelineError
@@ -50,10 +50,17 @@ RunTasks = Callable[[str, list[TileTask]], None]
 """Runs the tasks of a stage, and leaves their records."""
 
 
-def fit_epoch(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, *, threads: int) -> Path:
+def fit_epoch(
+    plan: RunPlan,
+    epoch: EpochPlan,
+    run_tasks: RunTasks,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> Path:
     """Fit what the plan's model needs of an epoch and freeze it; what is frozen already stays.
 
-    run_tasks : how the tasks of a step are run; threads : of the naming of the clusters
+    run_tasks : how the tasks of a step are run; threads : of the naming of the clusters; progress : of the training
     Returns the folder of the statistics.
     Raises PipelineError when there is nothing to learn from, or when the statistics that the configuration names are
     missing, IncompleteError when a tile's part of it failed.
@@ -65,7 +72,7 @@ def fit_epoch(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, *, threads: 
         load_statistics(folder, plan.model)
     folder.mkdir(parents=True, exist_ok=True)
     mnf = _fit_mnf(plan, epoch, run_tasks)
-    fitted = _learn(plan, epoch, run_tasks, mnf) if plan.model.card.sample_patches else plan.model
+    fitted = _learn(plan, epoch, run_tasks, mnf, progress) if plan.model.card.sample_patches else plan.model
     facts = {
         "contributed": sorted(contributing(plan, epoch)),
         "pixels": max((m.pixels for m in mnf.values()), default=0),
@@ -215,13 +222,15 @@ def _fit_mnf(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks) -> dict[str, 
     return _read_mnf(plan, folder)
 
 
-def _learn(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, mnf: dict[str, Mnf]) -> Detector:
+def _learn(
+    plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, mnf: dict[str, Mnf], progress: Progress | None
+) -> Detector:
     folder = plan.workspace.statistics(epoch.stat_key)
     said = content_key([mnf[image].to_json() for image in sorted(mnf)])
     made = _run_step(plan, epoch, run_tasks, step=_Step(stage="sample", names=[".npz"], terms=(said,)))
     drawn = gather([Sample.read(path) for path in made], plan.model.card.sample_patches)
     checkpoint = folder / f"training-{said}.safetensors"
-    fitted = plan.model.fit(drawn.patches_nfyx, checkpoint=checkpoint)
+    fitted = plan.model.fit(drawn.patches_nfyx, checkpoint=checkpoint, progress=progress)
     shutil.rmtree(folder / MODEL, ignore_errors=True)
     fitted.save(folder / MODEL)
     checkpoint.unlink(missing_ok=True)

@@ -155,12 +155,14 @@ class _Driver:
                 ]
                 return
             self._event("fit_started", epoch=epoch.name, key=epoch.stat_key)
-            folder = fit_epoch(
-                self.plan,
-                epoch,
-                lambda stage, tasks: self._stage(stage, tasks, runner),
-                threads=self.profile.worker.cpus,
-            )
+            with self._bar(unit="epoch", desc="train") as bar:
+                folder = fit_epoch(
+                    self.plan,
+                    epoch,
+                    lambda stage, tasks: self._stage(stage, tasks, runner),
+                    threads=self.profile.worker.cpus,
+                    progress=partial(_move, bar),
+                )
             self.done["fit"] += 1
             self._event("fit_frozen", epoch=epoch.name, key=epoch.stat_key, digest=frozen_digest(folder))
 
@@ -183,19 +185,24 @@ class _Driver:
     def _shown(self, stage: str, results: Iterator[TaskResult], total: int) -> Iterable[TaskResult]:
         if not self.progress or not total:
             return results
+        bar: Iterable[TaskResult] = self._bar(results, total=total, desc=stage, unit="tile")
+        return bar
+
+    def _bar(self, results: Iterator[TaskResult] | None = None, **what: Any) -> Any:
+        """Progress: a bar on a terminal, a line now and then in a log; nothing is shown before something is done."""
         tty = self.say.isatty()
-        bar: Iterable[TaskResult] = tqdm(
+        what["desc"] = f"{what['desc']:>6}"
+        return tqdm(
             results,
-            total=total,
-            desc=f"{stage:>6}",
-            unit="tile",
             file=self.say,
+            disable=not self.progress,
             mininterval=0.2 if tty else _LOG_EVERY_S,
             maxinterval=1.0 if tty else _LOG_EVERY_S,
             ascii=not tty,
             dynamic_ncols=tty,
+            delay=0 if results is not None else 1e-9,
+            **what,
         )
-        return bar
 
     def _take(self, result: TaskResult) -> None:
         task = result.task
@@ -262,6 +269,12 @@ class _Driver:
 
     def _event(self, event: str, **fields: Any) -> None:
         write_event(self.plan.workspace.events(self.plan.run), event, **fields)
+
+
+def _move(bar: Any, done: int, total: int) -> None:
+    if bar.total != total:  # it begins now, whatever came before the training
+        bar.reset(total)
+    bar.update(done - bar.n)
 
 
 def unfitted(made: RunPlan) -> list[EpochPlan]:

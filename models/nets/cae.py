@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from slidecube.models.predict import Progress
 from slidecube.models.weights import write_whole
 
 PATCH_PX = 7
@@ -119,13 +120,18 @@ def one_thread() -> Iterator[None]:
 
 
 def train(
-    patches_ndyx: np.ndarray, training: Training, *, checkpoint: Path | None = None
+    patches_ndyx: np.ndarray,
+    training: Training,
+    *,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[bytes, list[float]]:
     """Train on standardised patches.
 
     patches_ndyx : (n, d, 7, 7) float32 without NaN, n >= 2
     checkpoint : the state is kept in this file every few epochs; a state of other patches or numbers, or a damaged one,
         is not used. What is resumed ends in the same bits as what was never interrupted.
+    progress : told of each epoch
     Returns the weights as safetensors, and each epoch's mean Huber loss.
     """
     with one_thread():
@@ -136,6 +142,8 @@ def train(
             losses.append(state.epoch(patches_ndyx, epoch))
             if checkpoint and (epoch + 1) % CHECKPOINT_EPOCHS == 0:
                 state.save(checkpoint, origin, losses)
+            if progress:
+                progress(epoch + 1, training.epochs)
         weights = {name: tensor.numpy() for name, tensor in state.network.state_dict().items()}
     return safetensors.numpy.save(weights), losses
 
