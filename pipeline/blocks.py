@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import dask
 import dask.array as da
 import numpy as np
+from dask.array.optimization import optimize
+from dask.core import flatten
+from dask.highlevelgraph import HighLevelGraph
 from dask.optimization import cull
 
 
@@ -24,12 +27,13 @@ def by_block(lazy: Mapping[str, da.Array], threads: int) -> dict[str, np.ndarray
     row_ends, col_ends = (np.cumsum(sizes).tolist() for sizes in first.chunks[-2:])
     # optimised once for all blocks, of which each then takes its own branch: to optimise it for each of them took as
     # long as the work itself where that is light
-    optimised: tuple[da.Array, ...] = dask.optimize(*lazy.values())
-    graph = {key: task for array in optimised for key, task in array.__dask_graph__().items()}
-    assert all(n == 1 for array in optimised for n in array.numblocks[:-2])
+    # all together: optimised one by one, each array would get a copy of the work that they share
+    layers = HighLevelGraph.merge(*(array.__dask_graph__() for array in lazy.values()))
+    graph = dict(optimize(layers, list(flatten([array.__dask_keys__() for array in lazy.values()]))))
+    assert all(n == 1 for array in lazy.values() for n in array.numblocks[:-2])
 
     def one(row: int, col: int) -> None:
-        keys = [(array.name, *(0,) * (array.ndim - 2), row, col) for array in optimised]
+        keys = [(array.name, *(0,) * (array.ndim - 2), row, col) for array in lazy.values()]
         at = np.s_[
             ...,
             row_ends[row] - first.chunks[-2][row] : row_ends[row],
