@@ -192,7 +192,7 @@ CONDITIONS: Mapping[str, Condition] = {
         limit=0.04,
         width=0.005,
         at_least=True,
-        words="visible reflectance {:.2f}",
+        words="visible reflectance {:.3f}",
         source="soil .08 to .25; canopy in shadow and water below .03",
     ),
     "not cloud": Condition(
@@ -200,7 +200,7 @@ CONDITIONS: Mapping[str, Condition] = {
         limit=0.35,
         width=0.02,
         at_least=False,
-        words="visible reflectance {:.2f}",
+        words="visible reflectance {:.3f}",
         source="cloud and snow above .4",
     ),
     "steep": Condition(

@@ -88,8 +88,8 @@ def test_several_clusters_may_be_landslides():
         (slide(share=0.35), "35 % of the area"),
         (slide(object_area_m2=9e6), "objects of 900 ha or more, but at most 100"),  # a burnt hillside
         (slide(ndvi_post=0.6, dndvi=-0.25), "NDVI 0.60 after"),  # leaves turning
-        (slide(brightness=0.5), "visible reflectance 0.50, but at most 0.35"),  # snow
-        (slide(brightness=0.02), "visible reflectance 0.02, but at least 0.04"),  # shadow
+        (slide(brightness=0.5), "visible reflectance 0.500, but at most 0.35"),  # snow
+        (slide(brightness=0.02), "visible reflectance 0.020, but at least 0.04"),  # shadow
         (slide(ndwi=0.3), "NDWI +0.30"),  # a reservoir that fills
         (slide(share=0.0), "holds no pixel"),
         (slide(slope_deg=None), "whether it is steep is not known"),
