@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slidecube.catalog.grid import TileGrid
+from slidecube.models.card import ModelCard
 from slidecube.pipeline.config import Config
+from slidecube.pipeline.features import required_variables
 
 BASE_GB = 0.35
 """Resident memory of a fresh worker with every import done, GDAL's caches included."""
@@ -14,7 +16,11 @@ BASE_GB = 0.35
 _COMPRESSION = 2.2  # of stored layers by zstd, on composites
 _SECONDS_PER_MPX_BAND_DATE = 0.028  # reading, masking and compositing on one core
 _SECONDS_PER_MPX_DETECT = 0.6
-_DETECT_BYTES_PER_PX = 60
+_DETECT_BYTES_PER_PX = 30  # masks, probabilities and their graph, beside layers and features
+_NETWORK_GB = 0.5  # torch, once it is imported
+_SECONDS_PER_MPX_NETWORK = 0.3  # of the dense encoder, units of the lattice included
+_SECONDS_PER_PATCH_EPOCH = 7e-6
+_PATCH_COPIES = 3.5  # as gathered, standardised, and one tile's beside them
 _EXTRA = 4  # clear_count and three dates beside the bands
 
 
@@ -25,6 +31,7 @@ class Estimate:
     tiles : of the plan; scenes : in the frozen list; scene_reads : scene and tile pairs; max_dates : most scenes of
     one tile and window; read_gb : pixels decoded, uncompressed; stored_gb, files : written
     peak_mem_gb : of the busiest worker at one thread a tile; thread_mem_gb : what each further thread adds
+    fit_mem_gb : of the process that is started, while the model learns; 0 where it learns nothing
     cpu_hours : on one core
     """
 
@@ -37,6 +44,7 @@ class Estimate:
     files: int
     peak_mem_gb: float
     thread_mem_gb: float
+    fit_mem_gb: float
     cpu_hours: float
 
     def worker_mem_gb(self, threads: int) -> float:
@@ -45,11 +53,17 @@ class Estimate:
 
 
 def estimate(
-    config: Config, grid: TileGrid, *, tiles: int, scenes: int, dates: Mapping[str, Mapping[str, int]]
+    config: Config,
+    grid: TileGrid,
+    *,
+    card: ModelCard,
+    tiles: int,
+    scenes: int,
+    dates: Mapping[str, Mapping[str, int]],
 ) -> Estimate:
     """Estimate a run.
 
-    tiles, scenes : how many; dates : optical layer -> tile -> number of scenes read
+    card : of the model; tiles, scenes : how many; dates : optical layer -> tile -> number of scenes read
     """
     reads = sum(n for by in dates.values() for n in by.values())
     most = max((n for by in dates.values() for n in by.values()), default=0)
@@ -57,8 +71,10 @@ def estimate(
     tile_mpx = grid.tile_px**2 / 1e6
     stored = tiles * tile_mpx * (len(dates) * (bands + _EXTRA) * 2 + 8 + epochs * 7) / _COMPRESSION
     seconds = tile_mpx * (
-        reads * (bands + 1) * _SECONDS_PER_MPX_BAND_DATE + tiles * epochs * _SECONDS_PER_MPX_DETECT
+        reads * (bands + 1) * _SECONDS_PER_MPX_BAND_DATE
+        + tiles * epochs * (_SECONDS_PER_MPX_DETECT + (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK)
     )
+    seconds += epochs * card.sample_patches * card.parameters.get("epochs", 0.0) * _SECONDS_PER_PATCH_EPOCH
     block = block_mem_gb(block_px=grid.block_px, dates=most, bands=bands)
     return Estimate(
         tiles=tiles,
@@ -68,8 +84,14 @@ def estimate(
         read_gb=round(reads * tile_mpx * (bands * 2 + 1) / 1e3, 3),
         stored_gb=round(stored / 1e3, 3),
         files=tiles * (len(dates) * (bands + _EXTRA + 1) + 4 + epochs * 6),
-        peak_mem_gb=round(BASE_GB + tile_mem_gb(grid.tile_px, bands=bands, dates=most) + block, 2),
+        peak_mem_gb=round(
+            BASE_GB
+            + max(tile_mem_gb(grid.tile_px, bands=bands, dates=most), detect_mem_gb(grid.tile_px, card))
+            + block,
+            2,
+        ),
         thread_mem_gb=round(block, 2),
+        fit_mem_gb=round(fit_mem_gb(card), 2),
         cpu_hours=round(seconds / 3600, 3),
     )
 
@@ -81,6 +103,20 @@ def block_mem_gb(*, block_px: int, dates: int, bands: int) -> float:
 
 
 def tile_mem_gb(tile_px: int, *, bands: int, dates: int) -> float:
-    """Working set of one tile: its finished variables and the mask of each date, or what detection holds at once."""
-    pixels = tile_px**2
-    return pixels * max((bands + _EXTRA) * 2 * 1.5 + dates, _DETECT_BYTES_PER_PX) / 1e9
+    """Working set of one tile's composite: its finished variables and the mask of each date."""
+    return tile_px**2 * ((bands + _EXTRA) * 2 * 1.5 + dates) / 1e9
+
+
+def detect_mem_gb(tile_px: int, card: ModelCard) -> float:
+    """Working set of one tile's detection: the stored variables that are read, and the features, twice."""
+    stored = sum(len(names) + 1 for names in required_variables(card.inputs).values() if names)
+    per_px = stored * 2 + len(card.inputs.names) * 4 * 2 + _DETECT_BYTES_PER_PX
+    return tile_px**2 * per_px / 1e9 + (card.window_px > 1) * _NETWORK_GB
+
+
+def fit_mem_gb(card: ModelCard) -> float:
+    """Memory of the process in which a model learns from its patches; 0 where it does not."""
+    if not card.sample_patches:
+        return 0.0
+    patches = card.sample_patches * len(card.inputs.names) * card.window_px**2 * 4 / 1e9
+    return BASE_GB + _PATCH_COPIES * patches + (card.window_px > 1) * _NETWORK_GB

@@ -30,7 +30,7 @@ from slidecube.pipeline.moments import Moments, block_moments, merge
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
 from slidecube.pipeline.plan import EpochPlan, RunPlan
 from slidecube.pipeline.report.spectrum import write_spectrum
-from slidecube.pipeline.sample import Sample, draw, gather, limit_of, pixel_hash
+from slidecube.pipeline.sample import draw, gather, limit_of, pixel_hash
 from slidecube.pipeline.statistics import (
     MANIFEST,
     MODEL,
@@ -228,7 +228,7 @@ def _learn(
     folder = plan.workspace.statistics(epoch.stat_key)
     said = content_key([mnf[image].to_json() for image in sorted(mnf)])
     made = _run_step(plan, epoch, run_tasks, step=_Step(stage="sample", names=[".npz"], terms=(said,)))
-    drawn = gather([Sample.read(path) for path in made], plan.model.card.sample_patches)
+    drawn = gather(made, plan.model.card.sample_patches)
     checkpoint = folder / f"training-{said}.safetensors"
     fitted = plan.model.fit(drawn.patches_nfyx, checkpoint=checkpoint, progress=progress)
     shutil.rmtree(folder / MODEL, ignore_errors=True)

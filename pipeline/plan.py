@@ -502,6 +502,7 @@ def _assemble(
         estimate=estimate(
             config,
             grid,
+            card=model.card,
             tiles=len(tiles),
             scenes=len(scenes),
             dates={

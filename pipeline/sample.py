@@ -8,6 +8,7 @@ are; and they are spread over the whole area.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,12 +87,29 @@ def draw(
     )
 
 
-def gather(samples: list[Sample], patches: int) -> Sample:
-    """Join the samples of tiles, in one order whatever the tiles, and keep the patches of the smallest hashes."""
-    joined = {name: np.concatenate([getattr(s, name) for s in samples]) for name in Sample.__slots__[:3]}
-    order = np.lexsort((joined["col_n"], joined["row_n"], joined["hash_n"]))[:patches]
-    patches_nfyx = np.concatenate([s.patches_nfyx for s in samples])[order]
-    return Sample(**{name: values[order] for name, values in joined.items()}, patches_nfyx=patches_nfyx)
+def gather(paths: Sequence[Path], patches: int) -> Sample:
+    """Join the samples of tiles, in one order whatever the tiles, and keep the patches of the smallest hashes.
+
+    paths : files as `Sample.save` writes them; the patches of one at a time are in memory beside those that are kept
+    """
+    places = []
+    for part, path in enumerate(paths):
+        with np.load(path, allow_pickle=False) as arrays:
+            count = len(arrays["hash_n"])
+            places.append(
+                (arrays["hash_n"], arrays["row_n"], arrays["col_n"], np.full(count, part), np.arange(count))
+            )
+    hash_n, row_n, col_n, part_n, at_n = (np.concatenate(column) for column in zip(*places, strict=True))
+    kept = np.lexsort((col_n, row_n, hash_n))[:patches]
+    out: np.ndarray | None = None
+    for part, path in enumerate(paths):
+        own = np.flatnonzero(part_n[kept] == part)
+        with np.load(path, allow_pickle=False) as arrays:
+            held = arrays["patches_nfyx"]
+        out = np.empty((len(kept), *held.shape[1:]), np.float32) if out is None else out
+        out[own] = held[at_n[kept[own]]]
+    assert out is not None
+    return Sample(hash_n=hash_n[kept], row_n=row_n[kept], col_n=col_n[kept], patches_nfyx=out)
 
 
 def _mixed(z: np.ndarray) -> np.ndarray:

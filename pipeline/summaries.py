@@ -34,7 +34,8 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         *_table(("  window", "tile", "scenes", "first", "last", "cloud"), _scene_rows(made)),
         f"reads       {_count(cost.scene_reads, 'scene')} times tile, {cost.read_gb:.1f} GB of pixels",
         f"writes      {cost.stored_gb:.1f} GB in {_count(cost.files, 'file')}",
-        f"needs       {cost.peak_mem_gb:.1f} GB of memory a worker, {cost.cpu_hours:.1f} hours of one core",
+        f"needs       {cost.peak_mem_gb:.1f} GB of memory a worker, {cost.cpu_hours:.1f} hours of one core"
+        + (f"; the fit {cost.fit_mem_gb:.1f} GB where it is started" if cost.fit_mem_gb else ""),
     ]
     return "\n".join(lines)
 

@@ -8,9 +8,11 @@ python tests/benchmarks/tile_memory.py [OUT]
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +42,21 @@ def main() -> None:
     """Run all cases."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="slidecube-bench-"))
     items = archive(out)
-    print(f"{'tile':>5} {'dates':>5} {'predicted':>10} {'measured':>9} {'ratio':>6} {'s/Mpx/date':>11}")
-    for tile_px in (1024, 2048):
-        for dates in (6, 24):
-            predicted, measured, seconds = case(out, items, tile_px, dates)
-            per = seconds / (tile_px**2 / 1e6) / dates
-            memory = f"{predicted:>7.2f} GB {measured:>6.2f} GB {predicted / measured:>6.2f}"
-            print(f"{tile_px:>5} {dates:>5} {memory} {per:>11.3f}")
+    print(
+        f"{'model':<12} {'tile':>5} {'dates':>5} {'predicted':>10} {'measured':>9} {'ratio':>6} {'s/Mpx/date':>11}"
+    )
+    cases = [("rdndvi", 1024, 6), ("rdndvi", 1024, 24), ("rdndvi", 2048, 6), ("rdndvi", 2048, 24)]
+    for model, tile_px, dates in [*cases, ("cae-kmeans", 1024, 6), ("cae-kmeans", 2048, 6)]:
+        made = case(out, items, tile_px, dates, model=model)
+        per = made.seconds / (tile_px**2 / 1e6) / dates
+        print(f"{model:<12} {tile_px:>5} {dates:>5} {compared(made.predicted, made.measured)} {per:>11.3f}")
+        if made.fit_predicted:
+            print(f"{'  its fit':<24} {compared(made.fit_predicted, made.fit_measured)}")
+
+
+def compared(predicted: float, measured: float) -> str:
+    """Format a prediction beside what was measured, GB."""
+    return f"{predicted:>7.2f} GB {measured:>6.2f} GB {predicted / measured:>6.2f}"
 
 
 def archive(out: Path) -> Path:
@@ -88,8 +98,19 @@ def archive(out: Path) -> Path:
     return path
 
 
-def case(out: Path, items: Path, tile_px: int, dates: int) -> tuple[float, float, float]:
-    """Plan and run one tile; returns predicted and measured GB, and seconds of its pre-event layer."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Predicted and measured GB of the workers and of the fit, and seconds of the pre-event layer."""
+
+    predicted: float
+    measured: float
+    fit_predicted: float
+    fit_measured: float
+    seconds: float
+
+
+def case(out: Path, items: Path, tile_px: int, dates: int, *, model: str) -> Case:
+    """Plan and run one tile, each stage in a fresh process."""
     workspace = Path(tempfile.mkdtemp(prefix=f"w{tile_px}-{dates}-", dir=out))
     side = tile_px * 10
     box = transform_bounds(
@@ -110,21 +131,38 @@ optical = "{items}"
 dem = "{items}"
 [cube]
 tile_px = {tile_px}
+[detect]
+model = "{model}"
+parameters = {{ {"epochs = 2" if model.startswith("cae") else ""} }}
 [cluster]
 threads_per_worker = 1
 [output]
 workspace = "."
 """
     )
-    for verb in ("plan", "cube", "detect"):
-        subprocess.run(["slidecube", verb, str(toml)], check=True, capture_output=True)
+    peak = {verb: peak_gb("slidecube", verb, str(toml)) for verb in ("plan", "cube", "fit", "detect")}
     plan = json.loads(next(workspace.glob("plans/*/plan.json")).read_text())
     records = [json.loads(p.read_text()) for p in workspace.glob("layers/*/*.ledger/*.json")]
     records += [json.loads(p.read_text()) for p in workspace.glob("inventories/*.ledger/*/*.json")]
     assert all(r["state"] == "done" for r in records), [r["reason"] for r in records]
     fullest = max(records, key=lambda r: len(r["scenes"]))
     assert len(fullest["scenes"]) == dates
-    return plan["estimate"]["peak_mem_gb"], max(r["peak_mem_gb"] for r in records), fullest["seconds"]
+    return Case(
+        predicted=plan["estimate"]["peak_mem_gb"],
+        measured=max(r["peak_mem_gb"] for r in records),
+        fit_predicted=plan["estimate"]["fit_mem_gb"],
+        fit_measured=peak["fit"],
+        seconds=fullest["seconds"],
+    )
+
+
+def peak_gb(*command: str) -> float:
+    """Run a command; returns the peak of its resident memory."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, code, usage = os.wait4(process.pid, 0)
+    process.returncode = code  # it has been waited for
+    assert code == 0, command
+    return usage.ru_maxrss * 1.024 / 1e6
 
 
 def day(i: int) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slidecube.pipeline.sample import Sample, draw, gather, limit_of, pixel_hash
+from slidecube.pipeline.sample import Sample, draw, limit_of, pixel_hash
+from slidecube.pipeline.sample import gather as gather_files
 
 SIDE, CONTEXT = 64, 3
 
@@ -19,6 +23,15 @@ def world(seed=0, *, holes=0.1):
     features[:, rng.random(features.shape[1:]) < holes] = np.nan
     core = features[:, CONTEXT:-CONTEXT, CONTEXT:-CONTEXT]
     return features, np.isfinite(core).all(axis=0)
+
+
+def gather(parts, patches):
+    """Through the disk, as the fit does."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.npz" for i in range(len(parts))]
+        for part, path in zip(parts, paths, strict=True):
+            part.save(path)
+        return gather_files(paths, patches)
 
 
 def in_tiles(features, eligible, tile_px, *, limit, seed=0, first=(1_000, 70_000)):
