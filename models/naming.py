@@ -20,7 +20,7 @@ from slidecube.models.errors import ModelError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterEvidence:
-    """What is known of a cluster, over its pixels in the whole area; None = not known.
+    """What is known of a cluster, over its pixels in the blocks that were looked at; None = not known.
 
     cluster : its number; share : of the area's known pixels that it holds, 0 to 1
     ndvi_pre, ndvi_post, dndvi : medians of NDVI before and after, and of its change (post - pre) pixel by pixel; None

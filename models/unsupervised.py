@@ -132,7 +132,7 @@ class Kmeans:
         mean, std = _moments(self.card, centre_nf)
         x_nfyx = _standardised(patches_nfyx, mean, std, axis=1)
         network, losses = self._learn(x_nfyx, checkpoint, progress)
-        features_nc = self._sample_features(x_nfyx, network)
+        features_nc = self._finite(self._sample_features(x_nfyx, network))
         spread = self._spread(features_nc)
         features_nc /= spread.astype(np.float32)
         seed, k = int(self.card.parameters["seed"]), int(self.card.parameters["k"])
@@ -149,6 +149,14 @@ class Kmeans:
             patches=len(patches_nfyx),
         )
         return self._with(fitted, fitted.content())
+
+    def _finite(self, features_nc: np.ndarray) -> np.ndarray:
+        if not np.isfinite(features_nc).all():
+            raise ModelError(
+                f"Model {self.card.address} learned no finite features: its training diverged; lower learning_rate, "
+                f"now {self.card.parameters.get('learning_rate', 0):g}"
+            )
+        return features_nc
 
     def _with(self, fitted: Fitted, content: bytes) -> Self:
         card = replace(self.card, weights_sha256=hashlib.sha256(content).hexdigest())

@@ -209,10 +209,11 @@ def cube(file: Path, *, quiet: bool) -> None:
 
 @cli.command()
 @click.argument("file", type=TomlFile)
+@click.option("--again", is_flag=True, help="Fit once more what is frozen, with the tiles mended since.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def fit(file: Path, *, quiet: bool) -> None:
+def fit(file: Path, *, again: bool, quiet: bool) -> None:
     """Fit what the model learns from the layers, and freeze it."""
-    _run(file, ("fit",), quiet=quiet)
+    _run(file, ("fit",), again=again, quiet=quiet)
 
 
 @cli.command()
@@ -350,7 +351,9 @@ def _newest(source: str, aoi: Aoi) -> str:
         return f"not known ({_one_line(str(error))})"
 
 
-def _run(file: Path, stages: tuple[str, ...], *, refresh: bool = False, quiet: bool = False) -> None:
+def _run(
+    file: Path, stages: tuple[str, ...], *, refresh: bool = False, again: bool = False, quiet: bool = False
+) -> None:
     from slidecube.pipeline.config import load_config
     from slidecube.pipeline.errors import IncompleteError
     from slidecube.pipeline.plan import plan as make_plan
@@ -358,7 +361,7 @@ def _run(file: Path, stages: tuple[str, ...], *, refresh: bool = False, quiet: b
     from slidecube.pipeline.summaries import failure_line, run_summary
 
     config = load_config(file)
-    report = run_plan(make_plan(config, refresh=refresh), stages=stages, progress=not quiet)
+    report = run_plan(make_plan(config, refresh=refresh), stages=stages, again=again, progress=not quiet)
     click.echo(run_summary(report))
     if not report.complete:
         raise IncompleteError(failure_line(report, config.workspace))

@@ -57,10 +57,12 @@ _PLOT: Any = {
 class SheetFacts:
     """What the sheet says beside the clusters.
 
+    fit : key of the statistics, by which a person's choice names them
     inputs : features of the model; patches : that it learnt from; evidence : of each cluster, by its number
     """
 
     title: str
+    fit: str
     simulated: bool
     resolution_m: float
     model: str

@@ -41,7 +41,7 @@ def describe_clusters(
 ) -> Naming:
     """Gather the evidence of every cluster, name the landslide clusters, and write `clusters.json` and the sheet.
 
-    folder : exists; a sheet that lies there is replaced when the new one is whole
+    folder : of the statistics, named by their key; exists; a sheet there is replaced when the new one is whole
     blocks : read one after another, each once; at most one is held
     model : fitted; title : of the sheet, any text; resolution_m : side of a pixel
     The files hold no date and no path: equal blocks leave equal bytes.
@@ -61,6 +61,7 @@ def describe_clusters(
         naming = name_landslide_clusters(evidence)
         facts = SheetFacts(
             title=title,
+            fit=folder.name,
             simulated=simulated,
             resolution_m=resolution_m,
             model=model.card.address,

@@ -245,11 +245,15 @@ class Detect(_Section):
         description="a table of numbers, the model's own parameters; its card names them",
     )
     landslide_clusters: (
-        Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_distinct)] | None
+        dict[
+            Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")],
+            Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_distinct)],
+        ]
+        | None
     ) = Field(
         None,
-        description="a list of clusters by their numbers on the cluster sheet, none twice, [] for none; of models that "
-        "cluster; left out, a rule names them",
+        description="a table from the key of a fit to a list of clusters, none twice, [] for none, as its cluster "
+        "sheet shows it; of models that cluster; left out, a rule names them",
     )
 
 

@@ -115,7 +115,7 @@ def _quantised(probability: np.ndarray) -> np.ndarray:
     """
     known = ~np.isnan(probability)
     out = np.full(probability.shape, PROBABILITY_NODATA, np.uint16)
-    out[known] = np.floor(probability[known] / PROBABILITY_SCALE).astype(np.uint16)
+    out[known] = np.floor(probability[known].astype(np.float64) / PROBABILITY_SCALE).astype(np.uint16)
     return out
 
 

@@ -6,9 +6,10 @@ naming of the clusters, and the manifest that freezes it all.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from slidecube.models.predict import Detector, Progress
 from slidecube.models.unsupervised import UNKNOWN_CLUSTER, Kmeans, predict_clusters
 from slidecube.pipeline.clusters import ClusterBlock, describe_clusters
 from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.features import MNF_BANDS, mnf_image, mnf_images
+from slidecube.pipeline.features import MNF_BANDS, Layers, mnf_image, mnf_images
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record, write_atomic
 from slidecube.pipeline.lineage import is_simulated
 from slidecube.pipeline.mnf import Mnf, fit_mnf
 from slidecube.pipeline.moments import Moments, block_moments, merge
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
-from slidecube.pipeline.plan import EpochPlan, RunPlan
+from slidecube.pipeline.plan import EpochPlan, RunPlan, fit_terms
 from slidecube.pipeline.report.spectrum import write_spectrum
 from slidecube.pipeline.sample import draw, gather, limit_of, pixel_hash
 from slidecube.pipeline.statistics import (
@@ -40,8 +41,12 @@ from slidecube.pipeline.statistics import (
     load_statistics,
     mnf_file,
     read_manifest,
+    sha256_of,
 )
 from slidecube.pipeline.tasks import TileContext, fit_tasks, layer_ledger, require_lock
+
+_TRAINING = "training-"
+"""What the names of checkpoints begin with."""
 
 SHEET_BLOCKS = 16
 """Lattice blocks that the clusters are named and shown on, chosen by a hash of their place."""
@@ -56,11 +61,13 @@ def fit_epoch(
     run_tasks: RunTasks,
     *,
     threads: int,
+    fence: Callable[[], None],
     progress: Progress | None = None,
 ) -> Path:
     """Fit what the plan's model needs of an epoch and freeze it; what is frozen already stays.
 
     run_tasks : how the tasks of a step are run; threads : of the naming of the clusters; progress : of the training
+    fence : raises when another driver has taken the workspace over; asked before anything is written
     Returns the folder of the statistics.
     Raises PipelineError when there is nothing to learn from, or when the statistics that the configuration names are
     missing, IncompleteError when a tile's part of it failed.
@@ -71,36 +78,61 @@ def fit_epoch(
     if plan.config.fit.statistics:  # they were there when it was planned
         load_statistics(folder, plan.model)
     folder.mkdir(parents=True, exist_ok=True)
-    mnf = _fit_mnf(plan, epoch, run_tasks)
-    fitted = _learn(plan, epoch, run_tasks, mnf, progress) if plan.model.card.sample_patches else plan.model
+    mnf = _fit_mnf(plan, epoch, run_tasks, fence)
+    fitted = plan.model
+    if fitted.card.sample_patches:
+        fitted = _learn(plan, epoch, run_tasks, mnf, fence=fence, progress=progress)
+    fence()
     facts = {
         "contributed": sorted(contributing(plan, epoch)),
-        "pixels": max((m.pixels for m in mnf.values()), default=0),
+        "cube": fit_terms(plan.config),
         "epoch": epoch.name,
+        "pixels": max((m.pixels for m in mnf.values()), default=0),
+        **_named(plan, epoch, fitted, mnf, threads),
     }
-    if isinstance(fitted, Kmeans):
-        named = describe_clusters(
-            folder,
-            _cluster_blocks(plan, epoch, fitted, mnf, threads),
-            model=fitted,
-            title=f"{plan.run}, epoch {epoch.name}",
-            resolution_m=plan.grid.resolution_m,
-            simulated=any(is_simulated(scene.item) for scene in plan.scenes),
-        )
-        facts |= {
-            "clusters": list(named.clusters),
-            "reasons": {str(cluster): reason for cluster, reason in named.reasons.items()},
-        }
-    working = ("moments", "sample", ".", MANIFEST)
-    files = [
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not path.relative_to(folder).parts[0].startswith(working)
-    ]
-    freeze(folder, key=epoch.stat_key, model=plan.model, files=files, facts=facts)
-    shutil.rmtree(folder / "sample", ignore_errors=True)  # large, and made again from the layers
-    shutil.rmtree(folder / "sample.ledger", ignore_errors=True)
+    fence()
+    freeze(folder, key=epoch.stat_key, model=plan.model, files=_results(folder), facts=facts)
+    for working in (folder / "sample", folder / "sample.ledger"):  # large, and made again from the layers
+        shutil.rmtree(working, ignore_errors=True)
+    for checkpoint in folder.glob(f"{_TRAINING}*"):
+        checkpoint.unlink()
     return folder
+
+
+def _named(
+    plan: RunPlan, epoch: EpochPlan, fitted: Detector, mnf: dict[str, Mnf], threads: int
+) -> dict[str, Any]:
+    """Name the landslide clusters of a model that has some, and draw their sheet; returns what the manifest says."""
+    if not isinstance(fitted, Kmeans):
+        return {}
+    named = describe_clusters(
+        plan.workspace.statistics(epoch.stat_key),
+        _cluster_blocks(plan, epoch, fitted, mnf, threads),
+        model=fitted,
+        title=f"Epoch {epoch.name}",
+        resolution_m=plan.grid.resolution_m,
+        simulated=any(is_simulated(scene.item) for scene in plan.scenes),
+    )
+    return {
+        "clusters": list(named.clusters),
+        "reasons": {str(cluster): reason for cluster, reason in named.reasons.items()},
+    }
+
+
+def _results(folder: Path) -> list[Path]:
+    """Files that are frozen; beside them lie the moments, and what a killed fit left."""
+    there = [*folder.glob("mnf-*.json"), *folder.glob("mnf-*/*"), folder / "clusters.json"]
+    there += [path for part in (MODEL, "sheet") for path in (folder / part).rglob("*")]
+    return [path for path in there if path.is_file() and not path.name.startswith(".")]
+
+
+def unfitted(made: RunPlan) -> list[EpochPlan]:
+    """List the epochs whose statistics the model needs and that are not frozen yet."""
+    return [
+        epoch
+        for epoch in made.epochs
+        if epoch.stat_key and not frozen_digest(made.workspace.statistics(epoch.stat_key))
+    ]
 
 
 def contributing(plan: RunPlan, epoch: EpochPlan) -> set[str]:
@@ -112,6 +144,30 @@ def contributing(plan: RunPlan, epoch: EpochPlan) -> set[str]:
     }
 
 
+def tried(plan: RunPlan, epoch: EpochPlan) -> set[str]:
+    """Tiles each of whose layers has a record under the plan's key, of success or failure."""
+
+    def recorded(tile: str, layer: str) -> bool:
+        record = layer_ledger(plan, layer).read(tile)
+        return record is not None and record.key == plan.tasks[layer][tile][0]
+
+    return {tile.key for tile in plan.tiles if all(recorded(tile.key, name) for name in epoch.layers)}
+
+
+def thaw(plan: RunPlan) -> None:
+    """Forget what was frozen for a plan, so that it is fitted again.
+
+    Raises PipelineError when the configuration names the statistics: others may use them.
+    """
+    if plan.config.fit.statistics:
+        raise PipelineError(
+            "[fit] statistics names an earlier fit, which stays as it is; leave it out to fit again"
+        )
+    for epoch in plan.epochs:
+        if epoch.stat_key:
+            (plan.workspace.statistics(epoch.stat_key) / MANIFEST).unlink(missing_ok=True)
+
+
 def fit_state(made: RunPlan, epoch: EpochPlan) -> dict[str, Any]:
     """Say what was fitted for an epoch.
 
@@ -120,7 +176,7 @@ def fit_state(made: RunPlan, epoch: EpochPlan) -> dict[str, Any]:
     """
     folder = made.workspace.statistics(epoch.stat_key)
     manifest = read_manifest(folder)
-    chosen = made.config.detect.landslide_clusters
+    chosen = (made.config.detect.landslide_clusters or {}).get(epoch.stat_key)
     clusters = chosen if chosen is not None else manifest.get("clusters", ())
     later = contributing(made, epoch) - set(manifest["contributed"]) if manifest else set()
     return {
@@ -143,16 +199,16 @@ def moments_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     window = PixelWindow.of_tile(plan.grid, tile).padded(1)
     inside = aoi_mask(plan, window)
     layers = read_layers(plan, epoch.name, window)
-    numbers = {}
+    numbers, checksums = {}, {}
     for image in mnf_images(plan.model.card.inputs):
-        cube = mnf_image(image, layers)
         sums = merge(
-            block_moments(np.stack([cube[str(band)].values[at] for band in cube]), valid_yx=inside[at])
+            block_moments(_bands_of(image, layers, at), valid_yx=inside[at])
             for at in _blocks_with_next(plan.grid.tile_px, plan.grid.block_px)
         )
         require_lock(plan, context)
-        write_atomic(folder / f"{tile.key}-{image}.json", sums.to_json())
-        numbers[f"{image}_px"] = sums.pixels
+        path = folder / f"{tile.key}-{image}.json"
+        write_atomic(path, sums.to_json())
+        numbers[f"{image}_px"], checksums[path.name] = sums.pixels, sha256_of(path)
     seen = sum(numbers.values())
     return Record(
         tile=task.tile,
@@ -160,7 +216,17 @@ def moments_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         state="done" if seen else "empty",
         reason="" if seen else "no pixel of which every band is known",
         numbers=numbers,
+        checksums=checksums,
     )
+
+
+def _bands_of(image: str, layers: Layers, at: tuple[slice, slice]) -> np.ndarray:
+    """Bands of a part of an image, (band, y, x): a whole tile of floats would take more than its detection."""
+    part = {"y": at[0], "x": at[1]}
+    cut = replace(
+        layers, post=layers.post.isel(part), pre=layers.pre.isel(part) if layers.pre else layers.pre
+    )
+    return np.stack([band.values for band in mnf_image(image, cut).data_vars.values()])
 
 
 def sample_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
@@ -184,14 +250,13 @@ def sample_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         features_fyx,
         np.isfinite(core_fyx).all(axis=0),
         first_px=(tile.row * plan.grid.tile_px, tile.col * plan.grid.tile_px),
-        limit=limit_of(card.sample_patches, _pixels(plan, epoch, mnf)),
+        limit=limit_of(card.sample_patches, _pixels(plan, mnf)),
         seed=int(card.parameters.get("seed", 0)),
     )
     (statistics / "sample").mkdir(exist_ok=True)
     require_lock(plan, context)
-    partial = statistics / "sample" / f".{tile.key}.npz.partial"
-    drawn.save(partial)
-    partial.replace(statistics / "sample" / f"{tile.key}.npz")
+    path = statistics / "sample" / f"{tile.key}.npz"
+    drawn.save(path)
     n = len(drawn.hash_n)
     return Record(
         tile=task.tile,
@@ -199,10 +264,13 @@ def sample_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         state="done" if n else "empty",
         reason="" if n else "no pixel to learn from",
         numbers={"patches": n},
+        checksums={path.name: sha256_of(path)},
     )
 
 
-def _fit_mnf(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks) -> dict[str, Mnf]:
+def _fit_mnf(
+    plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, fence: Callable[[], None]
+) -> dict[str, Mnf]:
     images = mnf_images(plan.model.card.inputs)
     if not images:
         return {}
@@ -217,23 +285,30 @@ def _fit_mnf(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks) -> dict[str, 
             if path.name.endswith(f"-{image}.json")
         )
         mnf = fit_mnf(sums, bands=MNF_BANDS, components=components)
+        fence()
         write_spectrum(mnf, folder / f"mnf-{image}", title=f"MNF of {image}, epoch {epoch.name}")
         write_atomic(mnf_file(folder, image), mnf.to_json())
     return _read_mnf(plan, folder)
 
 
 def _learn(
-    plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, mnf: dict[str, Mnf], progress: Progress | None
+    plan: RunPlan,
+    epoch: EpochPlan,
+    run_tasks: RunTasks,
+    mnf: dict[str, Mnf],
+    *,
+    fence: Callable[[], None],
+    progress: Progress | None,
 ) -> Detector:
     folder = plan.workspace.statistics(epoch.stat_key)
     said = content_key([mnf[image].to_json() for image in sorted(mnf)])
     made = _run_step(plan, epoch, run_tasks, step=_Step(stage="sample", names=[".npz"], terms=(said,)))
     drawn = gather(made, plan.model.card.sample_patches)
-    checkpoint = folder / f"training-{said}.safetensors"
+    checkpoint = folder / f"{_TRAINING}{said}.safetensors"
     fitted = plan.model.fit(drawn.patches_nfyx, checkpoint=checkpoint, progress=progress)
+    fence()
     shutil.rmtree(folder / MODEL, ignore_errors=True)
     fitted.save(folder / MODEL)
-    checkpoint.unlink(missing_ok=True)
     return fitted
 
 
@@ -258,7 +333,11 @@ def _run_step(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, *, step: _St
 
     def whole(task: TileTask, ledger: Ledger) -> bool:
         record = ledger.read(task.tile)
-        return record is not None and (record.state == "empty" or all(p.exists() for p in files(task.tile)))
+        return record is not None and all(
+            record.checksums.get(path.name) == sha256_of(path)
+            for path in files(task.tile)
+            if record.state == "done"
+        )
 
     tasks = list(fit_tasks(plan, epoch.name, step.stage, *step.terms))
     for task, ledger in tasks:
@@ -298,12 +377,10 @@ def _read_mnf(plan: RunPlan, folder: Path) -> dict[str, Mnf]:
     return {image: Mnf.from_json(mnf_file(folder, image).read_text(encoding="utf-8")) for image in images}
 
 
-def _pixels(plan: RunPlan, epoch: EpochPlan, mnf: dict[str, Mnf]) -> int:
-    """Pixels to choose from: as the MNF counted them, or all that were seen."""
-    if mnf:
-        return max(m.pixels for m in mnf.values())
-    records = (layer_ledger(plan, epoch.post).read(tile.key) for tile in plan.tiles)
-    return sum(r.numbers.get("seen_px", 0) for r in records if r is not None)
+def _pixels(plan: RunPlan, mnf: dict[str, Mnf]) -> int:
+    """Pixels to choose from: as the MNF counted them, or all of the area; the tiles' size does not matter."""
+    area_px = math.ceil(shapely.area(plan.aoi_shape) / plan.grid.resolution_m**2)
+    return max((m.pixels for m in mnf.values()), default=area_px)
 
 
 def _blocks_with_next(tile_px: int, block_px: int) -> Iterator[tuple[slice, slice]]:

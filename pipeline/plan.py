@@ -41,7 +41,7 @@ from slidecube.pipeline.features import mnf_images, required_variables
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
 from slidecube.pipeline.ledger import write_atomic
 from slidecube.pipeline.lock import guard
-from slidecube.pipeline.statistics import load_statistics
+from slidecube.pipeline.statistics import load_statistics, read_manifest
 from slidecube.pipeline.store import Workspace
 
 TERRAIN_VARIABLES = ("elevation", "slope_deg", "aspect_deg")
@@ -174,15 +174,15 @@ def model_of(config: Config) -> Detector:
     return model
 
 
-def _require_clusters(model: Detector, clusters: tuple[int, ...] | None) -> None:
-    if clusters is None:
+def _require_clusters(model: Detector, chosen: Mapping[str, tuple[int, ...]] | None) -> None:
+    if chosen is None:
         return
     if not isinstance(model, Kmeans):
         raise PipelineError(
             f"Model {model.card.address} does not cluster; leave landslide_clusters out of [detect]"
         )
     k = int(model.card.parameters["k"])
-    unknown = [c for c in clusters if c >= k]
+    unknown = [c for clusters in chosen.values() for c in clusters if c >= k]
     if unknown:
         raise PipelineError(
             f"Model {model.card.address} has clusters 0 to {k - 1}; got {unknown[0]} in landslide_clusters"
@@ -197,7 +197,21 @@ def _require_statistics(workspace: Workspace, config: Config, model: Detector) -
         raise PipelineError(
             f"Model {model.card.address} learns nothing from the cube; leave [fit] statistics out"
         )
-    load_statistics(workspace.statistics(config.fit.statistics), model)
+    folder = workspace.statistics(config.fit.statistics)
+    load_statistics(folder, model)
+    fitted, own = read_manifest(folder)["cube"], fit_terms(config)
+    other = [f"{name} = {fitted[name]!r}, not {own[name]!r}" for name in own if fitted.get(name) != own[name]]
+    if other:
+        raise PipelineError(
+            f"Statistics {config.fit.statistics} were fitted to another cube: {'; '.join(other)}; set that back, or "
+            "leave [fit] statistics out"
+        )
+
+
+def fit_terms(config: Config) -> dict[str, Any]:
+    """What of a cube must agree for statistics of one to hold for another, as canonical JSON types."""
+    cube = config.cube.model_dump(mode="json", include={"composite", "mask"})
+    return {"resolution_m": config.area.resolution_m, **cube}
 
 
 def learns(card: ModelCard) -> bool:
@@ -463,10 +477,11 @@ def _assemble(
         read = (*by.values(), terrain)
         contributing = [[tasks[layer.name][tile.key][0] for layer in read] for tile in tiles]
         stat_key = (
-            config.fit.statistics or _stat_key(read, model.card, contributing, outline)
+            config.fit.statistics or _stat_key(read, model, contributing, outline)
             if learns(model.card)
             else ""
         )
+        chosen = (config.detect.landslide_clusters or {}).get(stat_key)
         epochs.append(
             EpochPlan(
                 name=epoch.name,
@@ -474,9 +489,10 @@ def _assemble(
                 post=by["post"].name,
                 terrain=terrain.name,
                 stat_key=stat_key,
-                detect_key=_detect_key(read, model.card, stat_key, config.detect.landslide_clusters),
+                detect_key=_detect_key(read, model.card, stat_key, chosen),
             )
         )
+    _require_fits(config, epochs)
     extent = [
         min(t.row for t in tiles),
         min(t.col for t in tiles),
@@ -539,10 +555,23 @@ def _source_term(name: str) -> str:
     return name if name in SOURCES else "local"
 
 
+def _require_fits(config: Config, epochs: list[EpochPlan]) -> None:
+    """Refuse clusters of a fit that this plan does not use: another fit numbers them anew."""
+    fits = {epoch.stat_key: epoch.name for epoch in epochs}
+    foreign = [key for key in config.detect.landslide_clusters or {} if key not in fits]
+    if foreign:
+        own = ", ".join(f"{key} ({name})" for key, name in fits.items())
+        raise PipelineError(
+            f"landslide_clusters names the fit {foreign[0]}, and this plan uses {own}; another fit numbers its "
+            "clusters anew: leave that line out, run `slidecube fit`, and look at the new sheet"
+        )
+
+
 def _stat_key(
-    layers: tuple[LayerPlan, ...], card: ModelCard, contributing: list[list[str]], outline: list[str]
+    layers: tuple[LayerPlan, ...], model: Detector, contributing: list[list[str]], outline: list[str]
 ) -> str:
     """Key of what is fitted to the layers of an epoch; contributing : task keys of each tile."""
+    card = model.card
     return content_key(
         "statistics",
         SCHEMA_VERSION,
@@ -550,6 +579,9 @@ def _stat_key(
         card.address,
         asdict(card.inputs),
         dict(card.parameters),
+        card.min_area_m2
+        if isinstance(model, Kmeans)
+        else None,  # the smallest objects by which clusters are named
         contributing,
         outline,
     )

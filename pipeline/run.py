@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from tqdm import tqdm
 
 from slidecube.catalog.load import require_loader
@@ -21,7 +22,7 @@ from slidecube.cluster.runner import Runner, TaskResult, TileTask, open_runner
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import unfinished, write_event
-from slidecube.pipeline.fit import contributing, fit_epoch, fit_state
+from slidecube.pipeline.fit import contributing, fit_epoch, fit_state, thaw, tried, unfitted
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.lock import Lock
@@ -61,12 +62,14 @@ def run(
     what: Config | RunPlan,
     *,
     stages: Sequence[str] = STAGES,
+    again: bool = False,
     progress: bool = True,
     say: TextIO | None = None,
 ) -> RunReport:
     """Do what is due of a plan, stage by stage, and leave a record of every tile.
 
     what : a configuration (its plan is found or made) or a plan; stages : of `STAGES`, in order
+    again : fit once more what is frozen, with the tiles that were mended since
     progress : show a bar on a terminal, lines in a log
     Raises PipelineError when the run cannot start, IncompleteError when it must stop (full disk).
     """
@@ -83,6 +86,8 @@ def run(
     with Lock(made.workspace.locks, run=made.run) as lock:
         remove_partials(made.workspace)
         create_stores(made)
+        if again:
+            thaw(made)
         return _Driver(plan=made, profile=profile, lock=lock, progress=progress, say=say or sys.stderr).drive(
             stages
         )
@@ -141,30 +146,49 @@ class _Driver:
                 f"Nothing is fitted yet for epoch {waiting[0].name!r}, and {self.plan.model.card.address} learns from "
                 "the cube; run `slidecube fit` first"
             )
-        if "detect" in stages and not waiting:
-            self._stage("detect", due(self.plan, "detect"), runner)
+        if "detect" in stages:
+            unfit = {epoch.name for epoch in waiting}
+            self._stage("detect", [t for t in due(self.plan, "detect") if t.epoch not in unfit], runner)
 
     def _fit(self, runner: Runner) -> None:
-        """Fit what is not frozen yet; tiles without layers may be missing up to the failure budget, and not beyond."""
+        """Fit what is not frozen yet; what one epoch lacks does not keep another from its fit."""
         for epoch in unfitted(self.plan):
-            lacking = {tile.key for tile in self.plan.tiles} - contributing(self.plan, epoch)
-            if len(lacking) > self.plan.config.cluster.failure_budget:
-                self.lost_tiles |= lacking
-                self.reasons += [
-                    (f"fit {tile}", "not fitted: the tile's layers are not done") for tile in sorted(lacking)
-                ]
-                return
+            if self._lacking(epoch):
+                continue
             self._event("fit_started", epoch=epoch.name, key=epoch.stat_key)
-            with self._bar(unit="epoch", desc="train") as bar:
-                folder = fit_epoch(
-                    self.plan,
-                    epoch,
-                    lambda stage, tasks: self._stage(stage, tasks, runner),
-                    threads=self.profile.worker.cpus,
-                    progress=partial(_move, bar),
-                )
+            try:
+                with self._bar(unit="epoch", desc="train") as bar:
+                    folder = fit_epoch(
+                        self.plan,
+                        epoch,
+                        lambda stage, tasks: self._stage(stage, tasks, runner),
+                        threads=self.profile.worker.cpus,
+                        fence=self.lock.require,
+                        progress=partial(_move, bar),
+                    )
+            except IncompleteError as error:
+                self.lock.require()
+                self.reasons.append((f"fit {epoch.name}", str(error)))
+                self.lost_tiles |= {tile.key for tile in self.plan.tiles}
+                continue
             self.done["fit"] += 1
             self._event("fit_frozen", epoch=epoch.name, key=epoch.stat_key, digest=frozen_digest(folder))
+
+    def _lacking(self, epoch: EpochPlan) -> bool:
+        """Tell whether an epoch cannot be fitted: what is frozen stays, so it must not be frozen too early.
+
+        Tiles whose layers failed may be missing, up to the failure budget; tiles that were not tried may not.
+        """
+        lacking = {tile.key for tile in self.plan.tiles} - contributing(self.plan, epoch)
+        untried = lacking - tried(self.plan, epoch)
+        if not untried and len(lacking) <= self.plan.config.cluster.failure_budget:
+            return False
+        self.lost_tiles |= lacking
+        self.reasons += [
+            (f"fit {tile}", "not fitted: the tile's layers are not done; run `slidecube cube`")
+            for tile in sorted(lacking)
+        ]
+        return True
 
     def _stage(self, stage: str, tasks: list[TileTask], runner: Runner) -> None:
         context = TileContext(
@@ -277,21 +301,18 @@ def _move(bar: Any, done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def unfitted(made: RunPlan) -> list[EpochPlan]:
-    """List the epochs whose statistics the model needs and that are not frozen yet."""
-    return [
-        epoch
-        for epoch in made.epochs
-        if epoch.stat_key and not frozen_digest(made.workspace.statistics(epoch.stat_key))
-    ]
-
-
 def due(made: RunPlan, stage: str) -> list[TileTask]:
     """List the tasks of a stage that have no finished record under the plan's key."""
     return [task for task, ledger in tasks_of(made, stage) if not ledger.complete(task.tile, task.key)]
 
 
 def _refuse_too_large(made: RunPlan, profile: Profile) -> None:
+    held = psutil.virtual_memory().total / 1e9
+    if made.estimate.fit_mem_gb > held and unfitted(made):
+        raise PipelineError(
+            f"Projected memory {made.estimate.fit_mem_gb:.1f} GB of the fit exceeds the {held:.0f} GB of this machine; "
+            "lower sample in [detect] parameters"
+        )
     projected = made.estimate.worker_mem_gb(profile.worker.cpus)
     if projected > profile.worker.mem_gb:
         raise PipelineError(

@@ -8,6 +8,8 @@ are; and they are spread over the whole area.
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +35,16 @@ class Sample:
     patches_nfyx: np.ndarray
 
     def save(self, path: Path) -> None:
-        """Write it, uncompressed."""
-        with path.open("wb") as file:
-            np.savez(
-                file, hash_n=self.hash_n, row_n=self.row_n, col_n=self.col_n, patches_nfyx=self.patches_nfyx
-            )
+        """Write it, uncompressed: under another name, brought to the disk, then renamed."""
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, **{name: getattr(self, name) for name in self.__slots__})
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> Sample:

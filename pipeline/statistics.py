@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def freeze(
         "key": key,
         "model": model.card.address,
         "inputs": list(model.card.inputs.names),
-        "files": {str(path.relative_to(folder)): _sha256(path) for path in sorted(files)},
+        "files": {str(path.relative_to(folder)): sha256_of(path) for path in sorted(files)},
         **facts,
     }
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
@@ -85,11 +86,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def frozen_digest(folder: Path) -> str:
-    """Digest of frozen statistics, "" where nothing is frozen."""
-    try:
-        return content_key((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    """Digest of what decides a pixel in frozen statistics, "" where nothing is frozen."""
+    manifest = read_manifest(folder)
+    if not manifest:
         return ""
+    return content_key(_deciding(manifest), manifest.get("clusters"), manifest["model"], manifest["inputs"])
+
+
+def _deciding(manifest: dict[str, Any]) -> dict[str, str]:
+    """Files that decide a pixel, with their checksums; tables, pictures and the sheet do not."""
+    return {
+        name: checksum
+        for name, checksum in manifest["files"].items()
+        if name.startswith(f"{MODEL}/") or (name.startswith("mnf-") and name.endswith(".json"))
+    }
 
 
 def load_statistics(folder: Path, model: Detector) -> Statistics:
@@ -107,9 +117,9 @@ def load_statistics(folder: Path, model: Detector) -> Statistics:
             f"Statistics {folder.name} were fitted for {manifest['model']} on {', '.join(manifest['inputs'])}; "
             f"{card.address} reads {', '.join(card.inputs.names)}; leave [fit] statistics out, or name others"
         )
-    for name, checksum in manifest["files"].items():
+    for name, checksum in _deciding(manifest).items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != checksum:
+        if not path.is_file() or sha256_of(path) != checksum:
             raise PipelineError(
                 f"{path} is not what was frozen; bring it back, or remove {folder} and run `slidecube fit`"
             )
@@ -134,13 +144,17 @@ def load_statistics(folder: Path, model: Detector) -> Statistics:
 def cached_statistics(folder: Path, digest: str, model: Detector) -> Statistics:
     """Read statistics once a process; digest : of what is frozen now, so that another freeze is read anew."""
     place = (folder, digest, repr(model.card))
-    if place not in _read:
-        _read.clear()  # one run reads one or a few; what an earlier one read is not kept
-        _read[place] = load_statistics(folder, model)
-    return _read[place]
+    with _reading:  # tiles on several threads ask at once
+        if place not in _read:
+            if len(_read) >= _KEPT:
+                _read.clear()
+            _read[place] = load_statistics(folder, model)
+        return _read[place]
 
 
+_KEPT = 8
 _read: dict[tuple[Path, str, str], Statistics] = {}
+_reading = threading.Lock()
 
 
 def _missing(folder: Path) -> str:
@@ -149,5 +163,10 @@ def _missing(folder: Path) -> str:
     return f"No fitted statistics {folder.name} in {folder.parent}; {there}; `slidecube fit` makes those of a plan"
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, "" where there is none."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""

@@ -11,14 +11,14 @@ from typing import Any
 from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.events import read_events
-from slidecube.pipeline.fit import fit_state
+from slidecube.pipeline.fit import fit_state, unfitted
 from slidecube.pipeline.inventory import REASONS, Observability
-from slidecube.pipeline.ledger import Record
+from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Lock, alive, read_lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
-from slidecube.pipeline.plan import current_run, known_runs, read_plan
+from slidecube.pipeline.plan import RunPlan, current_run, known_runs, read_plan
 from slidecube.pipeline.store import Workspace
-from slidecube.pipeline.tasks import tasks_of
+from slidecube.pipeline.tasks import FIT_STAGES, tasks_of
 
 STATES = ("done", "due", "failed", "running")
 
@@ -75,18 +75,17 @@ def status(where: str | Path) -> dict[str, Any]:
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
     lock = read_lock(workspace.locks / "driver.json")
     running = lock if alive(lock) else None
-    if running is not None and running["run"] == made.run:
-        stage = "cube" if tiles["cube"]["due"] else "detect"  # while it fits, what is to be detected waits
-        tiles[stage]["running"] = min(running["running"], tiles[stage]["due"])
-        tiles[stage]["due"] -= tiles[stage]["running"]
     fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]
     if fits:
-        frozen = sum(fit["frozen"] for fit in fits)
-        tiles = {
-            "cube": tiles["cube"],
-            "fit": {"done": frozen, "due": len(fits) - frozen, "failed": 0, "running": 0},
-            "detect": tiles["detect"],
-        }
+        fit_failures = _fit_failures(made)
+        tally.failures += fit_failures
+        frozen, stuck = sum(fit["frozen"] for fit in fits), len({f["what"] for f in fit_failures})
+        fit_tiles = {"done": frozen, "due": len(fits) - frozen - stuck, "failed": stuck, "running": 0}
+        tiles = {"cube": tiles["cube"], "fit": fit_tiles, "detect": tiles["detect"]}
+    if running is not None and running["run"] == made.run:
+        stage = next((stage for stage in tiles if tiles[stage]["due"]), "detect")
+        now = min(running["running"], tiles[stage]["due"])
+        tiles[stage] = {**tiles[stage], "running": now, "due": tiles[stage]["due"] - now}
     due = mosaic_due(made, formats=())  # the plan's TOML may be older than the one that was run
     tiles["mosaic"] = {"done": int(not due), "due": int(due), "failed": 0, "running": 0}
     total, last = _scene_reads(workspace, made.run)
@@ -107,6 +106,17 @@ def status(where: str | Path) -> dict[str, Any]:
         "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
         "running": None if running is None else running["run"],
     }
+
+
+def _fit_failures(made: RunPlan) -> list[dict[str, str]]:
+    """List what failed of fits that are not frozen, tile by tile."""
+    return [
+        {"stage": stage, "what": epoch.name, "tile": record.tile, "reason": record.reason}
+        for epoch in unfitted(made)
+        for stage in FIT_STAGES
+        for record in Ledger.of(made.workspace.statistics(epoch.stat_key) / stage)
+        if not record.complete
+    ]
 
 
 def clean(where: str | Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:

@@ -106,7 +106,7 @@ def fitted_statistics(plan: RunPlan, epoch: EpochPlan) -> Statistics:
         return Statistics(key="", digest="", mnf={}, detector=plan.model)
     folder = plan.workspace.statistics(epoch.stat_key)
     found = cached_statistics(folder, frozen_digest(folder), plan.model)
-    return found.with_clusters(plan.config.detect.landslide_clusters)
+    return found.with_clusters((plan.config.detect.landslide_clusters or {}).get(epoch.stat_key))
 
 
 def layer_ledger(plan: RunPlan, name: str) -> Ledger:

@@ -87,8 +87,11 @@ def workspaces(desk_in, tmp_path_factory):
 
     def of(model: str):
         desk.write(detect={"model": model, "parameters": LEARNS if model != "rdndvi" else {}})
-        clusters = [0] if model != "rdndvi" else None
-        desk.write(detect={"landslide_clusters": clusters})
+        desk.write(detect={"landslide_clusters": None})
+        if model != "rdndvi":
+            assert desk.cli("fit", desk.toml, "--quiet").code == 0
+            key = open_plan(desk.workspace).epochs[0].stat_key
+            desk.write(detect={"landslide_clusters": {key: [0]}})
         done = desk.cli("run", desk.toml, "--quiet")
         assert done.code == 0, done.err
         return desk.workspace

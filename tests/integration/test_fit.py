@@ -18,6 +18,7 @@ from slidecube.pipeline.statistics import load_statistics, read_manifest
 from slidecube.pipeline.store import open_layer
 
 QUICK = {"sample": 4000, "epochs": 3, "batch": 1000}
+KEY = "0123456789abcdef"
 BANDS = ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]
 
 
@@ -97,9 +98,11 @@ def test_a_person_overrules_the_rule_and_only_what_follows_runs_again(cae, comma
     assert command("run", cae.toml, "--quiet").code == 0
     before, seen = cae.files("statistics", "layers"), cae.events()
     ruled = open_inventory(cae.workspace)["probability"].values
-    shown = {}
+    key, shown = statistics(cae).name, {}
+    sheet = (statistics(cae) / "sheet" / "index.html").read_text(encoding="utf-8")
+    assert f'landslide_clusters = {{ "{key}" = [' in sheet, "the sheet says what to write"
     for clusters in ([0], [1, 2], [], [0, 1, 2, 3]):
-        cae.write(detect={"landslide_clusters": clusters})
+        cae.write(detect={"landslide_clusters": {key: clusters}})
         done = command("run", cae.toml, "--quiet")
         assert done.code == 0, done.err
         assert f"landslide = {', '.join(map(str, clusters)) or 'none'} (named by person)" in done.out
@@ -119,10 +122,13 @@ def test_a_person_overrules_the_rule_and_only_what_follows_runs_again(cae, comma
 @pytest.mark.parametrize(
     ("detect", "says"),
     [
-        ({"landslide_clusters": [4]}, "clusters 0 to 3; got 4"),
-        ({"landslide_clusters": [1, 1]}, "named twice"),
-        ({"landslide_clusters": [-1]}, "landslide_clusters"),
-        ({"model": "rdndvi", "parameters": None, "landslide_clusters": [1]}, "does not cluster"),
+        ({"landslide_clusters": {KEY: [4]}}, "clusters 0 to 3; got 4"),
+        ({"landslide_clusters": {KEY: [1, 1]}}, "named twice"),
+        ({"landslide_clusters": {KEY: [-1]}}, "landslide_clusters"),
+        ({"landslide_clusters": {"mine": [1]}}, "landslide_clusters"),
+        ({"landslide_clusters": [1]}, "landslide_clusters"),
+        ({"landslide_clusters": {KEY: [1]}}, f"names the fit {KEY}, and this plan uses"),
+        ({"model": "rdndvi", "parameters": None, "landslide_clusters": {KEY: [1]}}, "does not cluster"),
         ({"parameters": {"k": 9}}, "k=9"),
     ],
 )
@@ -163,7 +169,7 @@ def test_damaged_statistics_are_named_and_come_back(cae, command):
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     cae.write(detect={"threshold": 0.6})
     damaged = command("run", cae.toml, "--quiet")
-    assert damaged.code == 2
+    assert damaged.code == 2, damaged.err
     assert "weights.safetensors is not what was frozen" in damaged.refusal
     weights.write_bytes(whole)
     assert command("run", cae.toml, "--quiet").code == 0
@@ -237,22 +243,80 @@ def test_what_was_learnt_is_what_the_cube_holds(cae, command):
     assert read_manifest(plan.workspace.statistics(epoch.stat_key))["pixels"] == known.sum()
 
 
-def test_tiles_that_were_mended_after_the_freeze_are_told(cae, command):
+def test_tiles_that_were_mended_after_the_freeze_are_told_and_fitted_again(cae, command):
     cae.write(cluster={"failure_budget": 1})
     plan = open_plan(cae.workspace)
-    layer = plan.epochs[0].post
-    record = plan.workspace.layer(plan.grid, layer).with_suffix(".ledger") / f"{plan.tiles[0].key}.json"
+    first = plan.tiles[0].key
+    record = plan.workspace.layer(plan.grid, plan.epochs[0].post).with_suffix(".ledger") / f"{first}.json"
     kept = record.read_text()
     record.unlink()
+    early = command("fit", cae.toml, "--quiet")
+    assert early.code == 2
+    assert "run `slidecube cube`" in early.refusal, "a tile that was not tried yet is no failure"
+    record.write_text(json.dumps({**json.loads(kept), "state": "failed", "reason": "disk on fire"}))
     assert command("fit", cae.toml, "--quiet").code == 0
-    assert plan.tiles[0].key not in read_manifest(statistics(cae))["contributed"]
+    frozen = read_manifest(statistics(cae))
+    assert first not in frozen["contributed"]
     record.write_text(kept)
 
-    assert status(command, cae)["statistics"][0]["repaired_tiles"] == [plan.tiles[0].key]
+    assert status(command, cae)["statistics"][0]["repaired_tiles"] == [first]
+    assert command("run", cae.toml, "--quiet").code == 0
+    seen = cae.events()
 
+    again = command("fit", cae.toml, "--again", "--quiet")
+
+    assert again.code == 0, again.err
+    assert status(command, cae)["statistics"][0]["repaired_tiles"] == []
+    assert read_manifest(statistics(cae))["pixels"] > frozen["pixels"]
+    assert command("run", cae.toml, "--quiet").code == 0
+    assert told(cae, seen)["detect"] == len(plan.tiles), "what was learnt anew makes the detection due"
     cae.write(cluster={"failure_budget": 0}, detect={"parameters": {**QUICK, "k": 2}})
-    assert command("plan", cae.toml).code == 0
-    record.unlink()
+    record.write_text(json.dumps({**json.loads(kept), "state": "failed", "reason": "disk on fire"}))
     lacking = command("fit", cae.toml, "--quiet")
     assert lacking.code == 2
     assert "not fitted" in lacking.refusal
+
+
+def test_a_cut_off_file_of_a_step_is_made_again(cae, command):
+    cae.write(detect={"parameters": {**QUICK, "epochs": 60}})
+    process = cae.start("fit", cae.toml, "--quiet")
+    deadline = time.monotonic() + 120
+    while not list((cae.workspace / "statistics").glob("*/training-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    for wanted in ("moments/*.json", "sample/*.npz"):
+        path = next((cae.workspace / "statistics").glob(f"*/{wanted}"))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    done = command("fit", cae.toml, "--quiet")
+
+    assert done.code == 0, done.err
+    assert not list(statistics(cae).glob("training-*"))
+    assert not any("training" in name for name in read_manifest(statistics(cae))["files"])
+
+
+def test_the_smallest_area_is_a_part_of_the_naming_and_so_of_the_fit(cae, command):
+    assert command("fit", cae.toml, "--quiet").code == 0
+    one = statistics(cae).name
+    cae.write(detect={"min_area_m2": 20000})
+    assert command("fit", cae.toml, "--quiet").code == 0
+    assert statistics(cae).name != one
+    cae.write(detect={"min_area_m2": None, "threshold": 0.7})
+    assert command("plan", cae.toml).code == 0
+    assert statistics(cae).name == one, "the threshold is not"
+
+
+def test_statistics_of_another_cube_are_refused(cae, command):
+    assert command("fit", cae.toml, "--quiet").code == 0
+    cae.write(fit={"statistics": statistics(cae).name}, cube={"composite": "median"})
+    refused = command("plan", cae.toml)
+    assert refused.code == 1
+    assert "composite = 'greenest', not 'median'" in refused.refusal
+
+
+def test_a_training_that_diverges_is_one_line(cae, command):
+    cae.write(detect={"parameters": {**QUICK, "epochs": 30, "learning_rate": 1e30}})
+    refused = command("fit", cae.toml, "--quiet")
+    assert refused.code == 1
+    assert "lower learning_rate" in refused.refusal
