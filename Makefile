@@ -42,6 +42,10 @@ bench: $(VENV)/.dev ## Measure memory against the plan's prediction, and speed b
 simulation-report: $(VENV)/.dev ## Score the detectors on simulated archives of five seeds: docs/simulation-report.md
 	@"$(BIN)/python" -m slidecube.pipeline.simulate docs/simulation-report.md
 
+.PHONY: ablation
+ablation: $(VENV)/.dev ## Score k-means on plain inputs and on deep features on simulated archives: docs/ablation.md
+	@"$(BIN)/python" -m slidecube.pipeline.simulate.ablation docs/ablation.md
+
 .PHONY: real-data
 real-data: $(VENV)/.dev ## Make docs/real-data.md, its numbers and pictures from DATA, the folder of real fixtures
 	@"$(BIN)/python" docs/real_data "$(DATA)"
