@@ -13,14 +13,27 @@ from pathlib import Path
 
 import document
 import flanders
+import flanders_clusters
 import kaikoura
 import offsets
+import patches
 import sao_tome
 import segments
 import sentinel_item
+import slovenia
 
 DOCS = Path(__file__).resolve().parents[1]
-SECTIONS = (flanders, sentinel_item, kaikoura, segments, offsets, sao_tome)
+SECTIONS = (
+    flanders,
+    sentinel_item,
+    kaikoura,
+    segments,
+    slovenia,
+    flanders_clusters,
+    patches,
+    offsets,
+    sao_tome,
+)
 
 
 def main(argv: list[str]) -> int:

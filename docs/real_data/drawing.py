@@ -46,6 +46,15 @@ def true_colour(red: np.ndarray, green: np.ndarray, blue: np.ndarray, *, white: 
     return picture
 
 
+def stretched(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.ndarray:
+    """Stretch each plane from its darkest to its brightest hundredth: without the haze of Level 1C; NaN is black."""
+    planes = []
+    for plane in (red, green, blue):
+        low, high = np.nanpercentile(plane, [1, 99])
+        planes.append((plane - low) / max(high - low, 1e-6))
+    return true_colour(*planes, white=1.0)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a PNG of at most `MAX_BYTES`: in 256 colours, and coarser, where it needs that."""
     path.parent.mkdir(parents=True, exist_ok=True)

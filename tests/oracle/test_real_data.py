@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rioxarray
+import scipy.linalg
 
 from slidecube.catalog.scenes import Window
 from slidecube.pipeline.composite import MaskRule
@@ -245,3 +246,40 @@ def test_all_numbers_of_sao_tome(section, numbers, shared_data, tmp_path):
     for native in (found["native"], said["native"]):
         native.pop("against_gdaldem")
     close(found, said)
+
+
+# --- clusters without a label ------------------------------------------------------------------------------------
+
+
+def test_eigenvalues_of_the_noise_fraction_are_what_the_document_says(section, numbers, shared_data):
+    close(section("slovenia").spectra(shared_data), numbers["slovenia"]["spectra"], "slovenia")
+    close(section("patches").spectra(shared_data), numbers["patches"]["spectrum"], "patches")
+
+
+def test_eigenvalues_follow_from_numpys_covariances(section, numbers, shared_data):
+    slovenia = section("slovenia")
+    for scene, day in zip(slovenia.read(shared_data)[:2], slovenia.DATES, strict=False):  # no pixel is hidden
+        values = np.stack([scene.post[band].values for band in slovenia.PAPER_BANDS]).astype(float)
+        noise = (values[:, :-1, :-1] - values[:, 1:, 1:]).reshape(len(values), -1)
+        covariance = np.cov(values.reshape(len(values), -1))
+        found = scipy.linalg.eigh(covariance, np.cov(noise) / 2, eigvals_only=True)[::-1]
+        assert found == pytest.approx(numbers["slovenia"]["spectra"][day]["eigenvalues"], abs=0.006)
+
+
+def test_no_landslide_is_named_where_there_is_none(numbers):
+    found = [f for by in numbers["slovenia"]["single"].values() for f in by.values()]
+    found += [*numbers["slovenia"]["change"].values(), *numbers["flanders_clusters"]["models"].values()]
+    assert {tuple(f["named"]) for f in found} == {()}
+    assert {f["landslides"] for f in numbers["flanders_clusters"]["models"].values()} == {0}
+
+
+@pytest.mark.slow
+def test_plain_clusters_of_flanders_are_what_the_document_says(
+    section, numbers, shared_data, tmp_path, monkeypatch
+):
+    flanders_clusters = section("flanders_clusters")
+    models = ("kmeans", "kmeans-change")  # the bits of a training depend on the processor
+    monkeypatch.setattr(flanders_clusters, "MODELS", models)
+    found = flanders_clusters.measure(shared_data, tmp_path)
+    said = numbers["flanders_clusters"]
+    close(found, {"models": {m: said["models"][m] for m in models}, "spectra": said["spectra"]}, "flanders")
