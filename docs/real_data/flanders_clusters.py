@@ -35,6 +35,7 @@ def measure(shared: Path, scratch: Path, images: Path | None = None) -> dict[str
             "named": said["landslide_clusters"],
             "landslides": len(objects),
             "sheet_written": (folder / "sheet" / "index.html").is_file(),
+            "against_the_first": said["clusters"][0]["reason"].removeprefix("not a landslide: "),
             "clusters": [_row(cluster) for cluster in said["clusters"]],
         }
         maps[model] = cluster_map(plan)
@@ -68,7 +69,6 @@ def _row(cluster: dict[str, Any]) -> dict[str, Any]:
         "change": rounded("dndvi", 2),
         "slope_deg": rounded("slope_deg", 1),
         "score": round(cluster["score"], 3),
-        "reason": cluster["reason"],
     }
 
 
