@@ -97,8 +97,8 @@ def _value_at(tables: dict[str, Any], loc: Location) -> object:
     for part in loc:
         if isinstance(part, int) and not isinstance(value[part], dict):
             break
-        if isinstance(value, dict) and part not in value:
-            break
+        if part not in value if isinstance(value, dict) else not isinstance(part, int):
+            break  # not there, or pydantic's own word for a part, such as "[key]"
         value = value[part]
     return value
 

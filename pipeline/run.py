@@ -123,6 +123,8 @@ class _Driver:
         if "mosaic" in stages:
             products = self._mosaic()
         complete = len(self.lost_tiles) <= self.plan.config.cluster.failure_budget
+        if "fit" in stages and unfitted(self.plan):
+            complete = False
         self._event("run_ended", complete=complete, done=dict(self.done), failed=dict(self.failed))
         return RunReport(
             run=self.plan.run,

@@ -104,7 +104,7 @@ def colour_at(page, down: float) -> tuple[int, ...]:
 def test_it_opens_says_what_it_is_and_fits_the_screen(opened):
     assert opened.locator("p.banner").inner_text().startswith("SIMULATED")
     assert opened.locator("h1").inner_text() == f"run{BAD}"
-    assert "landslide_clusters = [" in opened.locator("#overrule").inner_text()
+    assert "landslide_clusters = {" in opened.locator("#overrule").inner_text()
     assert opened.locator("article.cluster").count() == 2
     assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 

@@ -23,8 +23,12 @@ def archive(tmp_path_factory):
 
 def test_the_map_of_clusters_is_what_the_pipeline_detects_with(archive):
     toml = archive.root / "named.toml"
-    chosen = 'model = "kmeans-change"\nlandslide_clusters = [0, 2]\nparameters = { sample = 3000 }'
-    toml.write_text(archive_toml(archive).replace('model = "rdndvi"', chosen), encoding="utf-8")
+    model = 'model = "kmeans-change"\nparameters = { sample = 3000 }'
+    text = archive_toml(archive).replace('model = "rdndvi"', model)
+    toml.write_text(text, encoding="utf-8")
+    key = plan(load_config(toml)).epochs[0].stat_key
+    chosen = f'{model}\nlandslide_clusters = {{ "{key}" = [0, 2] }}'
+    toml.write_text(text.replace(model, chosen), encoding="utf-8")
     made = plan(load_config(toml))
     assert run(made, progress=False).complete
     inventory = open_inventory(archive.root).isel(epoch=0)
