@@ -33,14 +33,22 @@ for _name in ("rasterio._env", "rasterio._err"):
 
 GDAL_OPTIONS = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_HTTP_MAX_RETRY": "5",
+    "GDAL_HTTP_CONNECTTIMEOUT": "10",
+    "GDAL_HTTP_LOW_SPEED_LIMIT": "1000",
+    "GDAL_HTTP_LOW_SPEED_TIME": "30",
+    "GDAL_HTTP_MAX_RETRY": "4",
     "GDAL_HTTP_RETRY_DELAY": "0.5",
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
 }
-"""Settings of GDAL under which assets are read."""
+"""Settings of GDAL under which assets are read.
+
+A transfer below 1000 bytes/s over 30 s has stalled: GDAL gives it up at once. A connection that is not made within
+10 s is tried again like an answer "busy", in all for about a minute.
+"""
 
 _ATTEMPTS = 3
 _FIRST_WAIT_S = 1.0  # doubles with each attempt
+_PATIENCE_S = 45.0  # no attempt begins later: with the longest that GDAL takes, less than two minutes for a place
 # assets of a source that failed on one tile: the source is down then, and each try of it costs a minute
 _GIVEN_UP_AFTER = 3
 _WHOLE = ("uint8", "uint16")
@@ -182,9 +190,13 @@ def _all_reasons(asset: Asset, reasons: dict[Place, str]) -> str:
 
 
 def _patiently(place: Place, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
-    """Read at one place, several times where it may only be busy."""
+    """Read at one place, several times where it may only be busy.
+
+    Raises the first failure: to open a file again GDAL may answer from its memory that there is no such file.
+    """
     # a local file that is broken stays broken
     attempts = _ATTEMPTS if place.href.startswith(("http://", "https://", "s3://")) else 1
+    began, first = time.monotonic(), None
     for attempt in range(attempts):
         try:
             href = sign_href(place.href, place.source)
@@ -193,10 +205,12 @@ def _patiently(place: Place, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
                     return _onto(asset, geobox, pixels)
                 with _shifted(asset, geobox, pixels, place.shift_dn) as moved:
                     return _onto(moved, geobox, pixels)
-        except _UNREADABLE:
-            if attempt + 1 == attempts:
-                raise
-            time.sleep(_FIRST_WAIT_S * 2**attempt)
+        except _UNREADABLE as error:
+            first = first or error
+            wait_s = _FIRST_WAIT_S * 2**attempt
+            if attempt + 1 == attempts or time.monotonic() + wait_s > began + _PATIENCE_S:
+                raise first from first.__cause__
+            time.sleep(wait_s)
     raise AssertionError
 
 

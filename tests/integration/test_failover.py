@@ -38,12 +38,15 @@ BANDS = ("B02", "B03", "B04", "B08")
 KEYS = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "SCL": "scl"}
 EVERYWHERE = read_aoi([6.0, 0.0, 7.0, 1.0])
 
+SILENT, MUTE = -1, -2
+"""In place of a status: the request is taken and never answered; its head is answered, and its body never ends."""
+
 
 class Provider(ThreadingHTTPServer):
     """A STAC API at /v1 and files at /files.
 
     items : what it holds, hrefs below /files; down : status of every search, 0 = it answers
-    broken : words of paths of files -> status they get; served : paths of the files that were asked for
+    broken : words of paths of files -> status they get, or SILENT or MUTE; served : paths of the files that were asked for
     """
 
     daemon_threads = True
@@ -111,8 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name):
         self.server.served.append(name)
         status = next((status for word, status in self.server.broken.items() if word in name), 0)
-        if status:
+        if status > 0:
             self._answer({}, status=status)
+            return
+        if status == SILENT:
+            self.rfile.read(1)  # until the client hangs up
             return
         data = (self.server.folder / name).read_bytes()
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
@@ -125,7 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
         if span:
             self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" and status == MUTE:
+            self.wfile.write(data[start : start + 10])
+            self.rfile.read(1)
+        elif self.command == "GET":
             self.wfile.write(data[start : end + 1])
 
     def _answer(self, document, status=200):
@@ -499,6 +508,24 @@ def test_what_cannot_be_read_is_read_elsewhere(providers, undisturbed, desk_of, 
     assert found.keys() == want.keys()
     for path, status in want.items():
         assert f"code: {status}" in found[path]
+
+
+@pytest.mark.parametrize("how", [SILENT, MUTE])
+def test_a_server_that_stalls_is_given_up(providers, undisturbed, desk_of, command, monkeypatch, how):
+    """Without a limit the first read would never end, and nobody would be asked instead."""
+    monkeypatch.setitem(read_module.GDAL_OPTIONS, "GDAL_HTTP_LOW_SPEED_TIME", "1")
+    monkeypatch.setattr(read_module, "_PATIENCE_S", 0.5)
+    a, b = providers
+    desk = desk_of("desk", a, b)
+    assert command("plan", desk.toml).code == 0
+    (word,) = [path for path, status in BROKEN.items() if status == 503]
+    a.broken = {word: how}
+    assert command("cube", desk.toml, "--quiet").code == 0
+    assert_equal_arrays(undisturbed("a")[0], arrays(desk))
+    told = records(desk)
+    assert substituted_of(told, b.name).keys() == {word}
+    if how == SILENT:  # told where it happened; then GDAL remembers that there is no such file
+        assert any("too slow" in why for record in told.values() for *_, why in record["substituted"])
 
 
 def test_what_was_read_elsewhere_is_told(providers, desk_of, command):
