@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import pystac
 import rasterio
-import stackstac
 import xarray as xr
 from affine import Affine
 from odc.geo.crs import CRS
@@ -324,6 +323,8 @@ def _by_stackstac(
     depends on which spelling of the projection an item carries. Its own reader is not used: it warps each window out
     of one virtual raster of the whole grid, in float and without our nodata.
     """
+    import stackstac  # noqa: PLC0415  a second, which whoever loads nothing by it need not spend
+
     box, a = blocks.boundingbox, blocks.affine
     bounds = (box.left, box.bottom, box.right, box.top)
     epsg = CRS(str(blocks.crs)).epsg

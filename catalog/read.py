@@ -48,7 +48,9 @@ A transfer below 1000 bytes/s over 30 s has stalled: GDAL gives it up at once. A
 
 _ATTEMPTS = 3
 _FIRST_WAIT_S = 1.0  # doubles with each attempt
-_PATIENCE_S = 45.0  # no attempt begins later: with the longest that GDAL takes, less than two minutes for a place
+_PATIENCE_S = (
+    45.0  # no attempt begins later: with the longest that GDAL takes, less than two minutes for a place
+)
 # assets of a source that failed on one tile: the source is down then, and each try of it costs a minute
 _GIVEN_UP_AFTER = 3
 _WHOLE = ("uint8", "uint16")

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib as mpl
 import numpy as np
 import pyproj
 import xarray as xr
-from matplotlib.figure import Figure
 from PIL import Image
 
 from slidecube.models.naming import ClusterEvidence, Naming
@@ -33,6 +31,9 @@ from slidecube.pipeline.cluster_statistics import (
     known_window,
 )
 from slidecube.pipeline.composite import SCALE, SHIFT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRUE_COLOUR = ("B04", "B03", "B02")
 _WHITE, _GAMMA = 0.18, 1.5
@@ -131,6 +132,8 @@ def write_sheet(
     blocks: Sequence[SheetBlock],
 ) -> None:
     """Write the page, its style and its plots beside the pictures of the blocks, which are there already."""
+    import matplotlib as mpl  # noqa: PLC0415  half a second, which only who draws need spend
+
     with mpl.rc_context(_PLOT):
         for summary in summaries:
             if summary.pixels:
@@ -234,6 +237,8 @@ def _plots(images: Path, s: ClusterSummary, every: Sequence[ClusterSummary], res
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     figure = Figure(figsize=(4.1, 2.75), dpi=120, facecolor="white")
     figure.subplots_adjust(left=0.15, right=0.97, bottom=0.19, top=0.97)
     ax = figure.add_subplot()

@@ -6,12 +6,12 @@ import csv
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from typing import TYPE_CHECKING
 
 from slidecube.pipeline.mnf import Mnf
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _INK, _MUTED, _KEPT, _LEFT = "#1d2b36", "#5d6b76", "#2b6ca3", "#c3ccd4"
 
@@ -74,6 +74,10 @@ def write_spectrum(mnf: Mnf, folder: Path, *, title: str = "") -> dict[str, Path
 
 
 def _figure(mnf: Mnf, title: str) -> Figure:
+    import matplotlib as mpl  # noqa: PLC0415  half a second, which only who draws need spend
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import PercentFormatter  # noqa: PLC0415
+
     rows = spectrum(mnf)
     x = [row.component for row in rows]
     with mpl.rc_context({"font.family": "sans-serif", "font.size": 9, "text.color": _INK}):

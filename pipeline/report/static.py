@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import geopandas as gpd
-import matplotlib as mpl
 import numpy as np
 import shapely
 import xarray as xr
-from matplotlib.collections import PatchCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, PathPatch, Rectangle
-from matplotlib.path import Path as MplPath
 
 from slidecube.pipeline import styles
 from slidecube.pipeline.inventory import Observability, geobox_of, stored
@@ -26,6 +21,9 @@ from slidecube.pipeline.report.pictures import (
     layer_label,
     visible_layers,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ZOOM_PX = 400
 _INK, _PAPER, _MUTED = "#1d2b36", "#ffffff", "#5d6b76"
@@ -46,6 +44,9 @@ def render_picture(
     bounds : part of the map to draw; left out, it is the densest square of 400 pixels
     title : one line above; a simulated inventory says so in the picture itself
     """
+    import matplotlib as mpl  # noqa: PLC0415  half a second, which only who draws need spend
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     geobox = geobox_of(inventory)
     whole = observed_parts(inventory, geobox, epoch=view.index).bounds
     layers = visible_layers(objects[objects["epoch"] == view.name], view.evaluation)
@@ -121,6 +122,10 @@ def _hidden(ax: Any, inventory: xr.Dataset, epoch: int, box: Bounds) -> None:
 
 
 def _patches(ax: Any, shapes: Any, colour: str) -> None:
+    from matplotlib.collections import PatchCollection  # noqa: PLC0415
+    from matplotlib.patches import PathPatch  # noqa: PLC0415
+    from matplotlib.path import Path as MplPath  # noqa: PLC0415
+
     patches = []
     for shape in shapes:
         rings = [shapely.get_coordinates(r) for r in shapely.get_rings(shapely.get_parts(shape))]
@@ -155,6 +160,8 @@ def _scale_bar(ax: Any, box: Bounds) -> None:
 
 
 def _locator(figure: Figure, beside: Any, whole: Bounds, box: Bounds, every: gpd.GeoDataFrame) -> None:
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
     if box[2] - box[0] > 0.7 * (whole[2] - whole[0]):
         return
     at = beside.get_position()
@@ -194,6 +201,8 @@ def _text(figure: Figure, title: str, *, simulated: bool) -> None:
 
 
 def _legend(figure: Figure, layers: dict[str, gpd.GeoDataFrame], *, simulated: bool) -> None:
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
     order = [k for k in ("found", "tp", "fn", "fp", "other") if k in layers]
     handles = [
         Patch(color=LAYER_COLOURS[k], label=layer_label(k, len(layers[k]), simulated=simulated))

@@ -46,7 +46,8 @@ class Provider(ThreadingHTTPServer):
     """A STAC API at /v1 and files at /files.
 
     items : what it holds, hrefs below /files; down : status of every search, 0 = it answers
-    broken : words of paths of files -> status they get, or SILENT or MUTE; served : paths of the files that were asked for
+    broken : words of paths of files -> status they get, or SILENT or MUTE
+    served : paths of the files that were asked for
     """
 
     daemon_threads = True

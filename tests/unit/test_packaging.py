@@ -261,3 +261,11 @@ def test_rasters_are_written_only_in_pipeline(repo_root):
                 path.read_text(),
             )
             assert found == [], path
+
+
+@pytest.mark.parametrize("module", ["slidecube.pipeline.status", "slidecube.pipeline.run"])
+def test_what_few_need_is_imported_when_needed(module):
+    """Every worker and every look at a workspace would wait for them."""
+    asked = f"import sys, {module}; print(*{{'stackstac', 'matplotlib', 'torch'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
