@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import psutil
 import pytest
 
 from slidecube.pipeline.ledger import VOLATILE
+from slidecube.pipeline.tasks import FIT_STAGES
 
 SEED = 20180906
 DASK = {"profile": "dask-local", "workers": 2, "mem_gb": 4.0}
@@ -81,7 +85,7 @@ def without_volatile(text: bytes) -> dict[str, object]:
 
 def assert_same(desk, reference) -> None:
     """Every array, record, object and file name as if nothing had happened."""
-    for folders in (("layers",), ("inventories",)):
+    for folders in (("layers",), ("statistics",), ("inventories",)):
         found, expected = desk.files(*folders), reference.files(*folders)
         assert sorted(found) == sorted(expected)
         for name, data in expected.items():
@@ -99,11 +103,20 @@ def assert_same(desk, reference) -> None:
 
 
 def assert_told_once(desk) -> None:
-    """Each task was done once, and told once, whoever was killed before telling."""
+    """Each task was done once, and told once, whoever was killed before telling.
+
+    A fit's tasks are told once or, where their driver died before, not at all: nobody counts scenes by them.
+    """
+    fit = [
+        (e["stage"], e["tile"], e["key"])
+        for e in desk.events()
+        if e.get("stage") in FIT_STAGES and "tile" in e
+    ]
+    assert len(fit) == len(set(fit))
     told = Counter(
         (e["layer"], e["epoch"], e["tile"], e["key"])
         for e in desk.events()
-        if e["event"] == "task" and e["status"] != "failed"
+        if e["event"] == "task" and e["status"] != "failed" and e["stage"] not in FIT_STAGES
     )
     assert told
     assert set(told.values()) == {1}
@@ -259,6 +272,24 @@ STEPS = (
 )
 
 
+FIT_STEPS = (
+    ("slidecube.pipeline.ledger:Ledger.write", 1),  # moments without their record
+    ("slidecube.pipeline.report.spectrum:write_spectrum", 1),  # moments that nobody merged
+    ("slidecube.pipeline.mnf:Mnf.to_json", 1),  # a spectrum without its transform
+    ("slidecube.pipeline.sample:gather", 1),  # a sample that nobody learnt from
+    ("slidecube.models.unsupervised:Kmeans.save", 1),  # a trained network, and its checkpoint alone
+    ("slidecube.pipeline.clusters:describe_clusters", 1),  # clusters without names
+    ("slidecube.pipeline.statistics:freeze", 1),  # everything but the manifest
+    ("slidecube.pipeline.ledger:Ledger.write", 1),  # a detection without its record
+)
+"""As STEPS, for a model that learns; the cubes are there."""
+
+CAE = {
+    "cube": {"bands": ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]},
+    "detect": {"model": "cae-kmeans", "parameters": {"sample": 4000, "epochs": 3, "batch": 1000}},
+}
+
+
 @pytest.fixture(scope="module")
 def zygote():
     """A process that has imported everything and forks for each command: (argv, target, number) -> wait status."""
@@ -294,6 +325,27 @@ def test_killed_between_any_two_steps(desk_in, tmp_path, undisturbed, zygote):
 
     assert status == 0
     assert_same(desk, undisturbed[0])
+    assert_told_once(desk)
+
+
+@pytest.mark.slow
+def test_a_fit_killed_between_its_steps(desk_in, tmp_path, zygote):
+    """What it learns, and what is found by it, is to the last byte that of a fit that nobody disturbed."""
+    calm = desk_in(tmp_path / "calm", output={"formats": ["parquet", "cog"]}, **CAE)
+    assert zygote(["cube", calm.toml, "--quiet"]) == 0
+    shutil.copytree(calm.folder, tmp_path / "desk")
+    desk = dataclasses.replace(calm, folder=tmp_path / "desk", sections=copy.deepcopy(calm.sections)).write()
+    assert zygote(["run", calm.toml, "--quiet"]) == 0
+
+    for target, number in (*FIT_STEPS, ("", 0)):
+        before = records(desk)
+        status = zygote(["run", desk.toml, "--quiet"], target, number)
+        now = records(desk)
+        assert {name: now[name] for name in before} == before, f"done again: killed at {target} {number}"
+        assert (os.WTERMSIG(status) == signal.SIGKILL) == bool(target), f"never reached: {target} {number}"
+
+    assert status == 0
+    assert_same(desk, calm)
     assert_told_once(desk)
 
 
