@@ -25,7 +25,11 @@ def client():
     """Two worker processes."""
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address="127.0.0.1:0",
+            host="127.0.0.1",
         ) as cluster,
         Client(cluster) as client,
     ):
@@ -56,7 +60,9 @@ def test_one_big_cube_on_a_cluster_is_what_the_batch_run_wrote(workspaces, clien
     known = written["observability"].values == 3
     assert known.sum() > 50_000
     stored = np.rint(written["probability"].values[known] / PROBABILITY_SCALE).astype(int)
-    np.testing.assert_array_equal(np.floor(found.values[known] / PROBABILITY_SCALE).astype(int), stored)
+    np.testing.assert_array_equal(
+        np.floor(found.values[known].astype(np.float64) / PROBABILITY_SCALE).astype(int), stored
+    )
     assert np.unique(stored).size > 100
 
 
