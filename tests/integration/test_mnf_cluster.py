@@ -47,7 +47,9 @@ def test_two_processes_give_the_bits_of_one_thread():
     components = mnf.transform(whole, nodata=0)
 
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster,
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+        ) as cluster,
         Client(cluster) as client,
     ):
         lazy = cube((128, 100))
