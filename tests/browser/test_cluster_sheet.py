@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +17,6 @@ from slidecube.pipeline import styles
 from slidecube.pipeline.clusters import ClusterBlock, describe_clusters
 from slidecube.pipeline.config import DEFAULT_BANDS
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-FLAGS = (
-    "--no-sandbox",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
 BAD = "<img src=x onerror=window.ran=1><script>window.ran=2</script>"
 SIDE = 200
 
@@ -61,17 +48,6 @@ def sheet(tmp_path_factory) -> Path:
         simulated=True,
     )
     return folder / "sheet" / "index.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as p:
-        running = p.chromium.launch(executable_path=found, args=list(FLAGS))
-        yield running
-        running.close()
 
 
 @pytest.fixture(params=[1400, 380])

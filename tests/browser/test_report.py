@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import io
-import os
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -25,29 +23,11 @@ from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.report import EpochView, Picture, write_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-FLAGS = (
-    "--no-sandbox",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
 BAD = "<img src=x onerror=window.ran=1><script>window.ran=2</script>"
 FRAME = GeoBox((4096, 4096), Affine(10, 0, 300_000, 0, -10, 4_800_000), "EPSG:32633")
 GEOBOX = FRAME[512:768, 512:768]
 GREEN, BROWN, RED, BLUE = (30, 110, 40), (150, 110, 60), (190, 30, 60), (20, 60, 190)
 READY = "html[data-ready=true]"
-
-
-def chromium() -> str:
-    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    return found
 
 
 def flat(colour: tuple[int, int, int]) -> Picture:
@@ -106,14 +86,6 @@ def report(tmp_path_factory) -> Path:
     )
     out = tmp_path_factory.mktemp("report") / "report"
     return write_report(out, inventory=inventory, objects=objects, views=[view], lineage=lineage)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as p:
-        running = p.chromium.launch(executable_path=chromium(), args=list(FLAGS))
-        yield running
-        running.close()
 
 
 @pytest.fixture
