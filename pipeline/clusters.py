@@ -22,7 +22,7 @@ from slidecube.pipeline.cluster_statistics import (
 )
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.ledger import write_atomic
-from slidecube.pipeline.plan import minimum_size_px
+from slidecube.pipeline.run_plan import minimum_size_px
 
 __all__ = ["ClusterBlock", "describe_clusters", "evidence_of"]
 

@@ -22,7 +22,7 @@ from slidecube.pipeline.inventory import (
 )
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
-from slidecube.pipeline.plan import RunPlan, halo_px, minimum_size_px
+from slidecube.pipeline.run_plan import RunPlan, halo_px, minimum_size_px
 from slidecube.pipeline.tasks import TileContext, fitted_statistics, layer_ledger, store_tile
 from slidecube.pipeline.terrain import SLOPE_NODATA
 

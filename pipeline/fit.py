@@ -29,8 +29,8 @@ from slidecube.pipeline.lineage import is_simulated
 from slidecube.pipeline.mnf import Mnf, fit_mnf
 from slidecube.pipeline.moments import Moments, block_moments, merge
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
-from slidecube.pipeline.plan import EpochPlan, RunPlan, fit_terms
 from slidecube.pipeline.report.spectrum import write_spectrum
+from slidecube.pipeline.run_plan import EpochPlan, RunPlan, fit_terms
 from slidecube.pipeline.sample import draw, gather, limit_of, pixel_hash
 from slidecube.pipeline.statistics import (
     MANIFEST,

@@ -9,7 +9,7 @@ from slidecube.pipeline.inventory import (
     Observability,
     finish_inventory,
 )
-from slidecube.pipeline.plan import RunPlan
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import Variable, create_arrays
 
 _DAYS = {"units": "days since 1970-01-01", "long_name": "date", "comment": "0 = none"}

@@ -30,9 +30,9 @@ from slidecube.pipeline.lineage import (
 )
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.open import detected, open_detected
-from slidecube.pipeline.plan import EpochPlan, RunPlan
 from slidecube.pipeline.publish import write_products
 from slidecube.pipeline.report_stage import write_plan_report
+from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.tasks import tasks_of
 

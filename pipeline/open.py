@@ -12,7 +12,8 @@ import xarray as xr
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.inventory import CF, Observability, open_stored
 from slidecube.pipeline.ledger import Ledger
-from slidecube.pipeline.plan import RunPlan, current_run, read_plan
+from slidecube.pipeline.plan_files import current_run, read_plan
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import detect_keys
 

@@ -17,7 +17,7 @@ from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import Layers, build_features, required_variables
 from slidecube.pipeline.mnf import Mnf
-from slidecube.pipeline.plan import RunPlan
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.tasks import layer_ledger
 

@@ -17,8 +17,8 @@ from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lineage import Lineage
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.open import open_detected, open_plan
-from slidecube.pipeline.plan import RunPlan
 from slidecube.pipeline.report import EpochView, Picture, render_picture, write_report
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import read_window
 
 MAX_PICTURE_PX = 2000

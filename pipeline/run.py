@@ -27,7 +27,8 @@ from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
-from slidecube.pipeline.plan import EpochPlan, RunPlan, plan
+from slidecube.pipeline.plan import plan
+from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import frozen_digest
 from slidecube.pipeline.store import remove_partials
 from slidecube.pipeline.tasks import FENCED, FIT_STAGES, TileContext, tasks_of

@@ -16,7 +16,8 @@ from slidecube.pipeline.inventory import REASONS, Observability
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Lock, alive, read_lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
-from slidecube.pipeline.plan import RunPlan, current_run, known_runs, read_plan
+from slidecube.pipeline.plan_files import current_run, known_runs, read_plan
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import FIT_STAGES, tasks_of
 

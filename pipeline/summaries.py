@@ -8,8 +8,8 @@ from typing import Any
 
 from slidecube.catalog.search import Newest, scenes_by_tile
 from slidecube.pipeline.lineage import sourcing_lines
-from slidecube.pipeline.plan import RunPlan
 from slidecube.pipeline.run import RunReport
+from slidecube.pipeline.run_plan import RunPlan
 
 _SHOWN = 10
 """Failures that are listed one by one; `status --json` has all."""

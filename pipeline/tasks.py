@@ -15,7 +15,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import holds
-from slidecube.pipeline.plan import EpochPlan, RunPlan
+from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import Statistics, cached_statistics, frozen_digest
 from slidecube.pipeline.store import erase_tile, geobox_of, stored_bytes, write_tile
 

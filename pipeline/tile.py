@@ -34,7 +34,8 @@ from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.fit import moments_tile, sample_tile
 from slidecube.pipeline.ledger import Record
-from slidecube.pipeline.plan import RunPlan, read_plan
+from slidecube.pipeline.plan_files import read_plan
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import TileContext, ledger_of, require_lock, store_tile
 from slidecube.pipeline.terrain import terrain

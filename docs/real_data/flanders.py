@@ -22,7 +22,7 @@ from rasterio.warp import transform_geom
 
 from slidecube.pipeline.indices import ndvi, rdndvi
 from slidecube.pipeline.open import open_inventory, open_plan
-from slidecube.pipeline.plan import RunPlan
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import read_window
 
 EPOCH = "autumn"

@@ -16,7 +16,7 @@ from slidecube.models.unsupervised import Kmeans, predict_clusters
 from slidecube.pipeline import styles
 from slidecube.pipeline.open import open_plan
 from slidecube.pipeline.pixels import PixelWindow, features_of, read_layers
-from slidecube.pipeline.plan import RunPlan
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.statistics import load_statistics
 
 MODELS = ("kmeans", "cae-kmeans", "kmeans-change", "cae-kmeans-change")

@@ -24,7 +24,7 @@ from slidecube.pipeline.detect import without_small
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.evaluate import Evaluation
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
-from slidecube.pipeline.plan import RunPlan, minimum_size_px
+from slidecube.pipeline.run_plan import RunPlan, minimum_size_px
 from slidecube.pipeline.simulate.archive import SimulatedArchive, simulate_archive
 from slidecube.pipeline.simulate.baselines import Detection, of_mask, score, truth_mask
 from slidecube.pipeline.simulate.detectors import detection_of, run_model

@@ -11,9 +11,10 @@ from slidecube.pipeline.demo import archive_toml
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.inventory import Observability
 from slidecube.pipeline.open import open_inventory
-from slidecube.pipeline.plan import RunPlan, plan
+from slidecube.pipeline.plan import plan
 from slidecube.pipeline.report_stage import read_objects
 from slidecube.pipeline.run import run
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.simulate.archive import SimulatedArchive
 from slidecube.pipeline.simulate.baselines import Detection, Detector
 

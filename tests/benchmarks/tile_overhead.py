@@ -29,7 +29,8 @@ from slidecube.pipeline.features import build_features
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, read_layers
-from slidecube.pipeline.plan import RunPlan, halo_px, minimum_size_px, plan
+from slidecube.pipeline.plan import plan
+from slidecube.pipeline.run_plan import RunPlan, halo_px, minimum_size_px
 from slidecube.pipeline.store import write_tile
 from slidecube.pipeline.tasks import TileContext, ledger_of, tasks_of
 from slidecube.pipeline.terrain import terrain_block

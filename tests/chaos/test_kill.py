@@ -255,7 +255,7 @@ for line in sys.stdin:
 STEPS = (
     # where, and at which call of what is left to do
     ("slidecube.catalog.scenes:SceneTable.to_parquet", 1),  # half a plan
-    ("slidecube.pipeline.plan:_Index.remember", 1),  # a plan that no index knows
+    ("slidecube.pipeline.plan_files:Index.remember", 1),  # a plan that no index knows
     ("slidecube.pipeline.store:create_arrays", 3),  # some stores
     ("zarr.storage._local:_put", 7),  # an array's metadata half written
     ("slidecube.pipeline.inventory:_coordinate", 2),  # an inventory without coordinates

@@ -10,8 +10,9 @@ from slidecube.pipeline.config import load_config
 from slidecube.pipeline.demo import archive_toml
 from slidecube.pipeline.detect import without_small
 from slidecube.pipeline.open import open_inventory
-from slidecube.pipeline.plan import minimum_size_px, plan
+from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run import run
+from slidecube.pipeline.run_plan import minimum_size_px
 from slidecube.pipeline.simulate import ablation
 from slidecube.pipeline.simulate.archive import simulate_archive
 

@@ -1,0 +1,220 @@
+"""Plans on the disk: written once, read back, and found again by the TOML that they answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyogrio
+
+from slidecube.catalog.aoi import Aoi
+from slidecube.catalog.grid import Tile, TileGrid
+from slidecube.catalog.scenes import SceneTable, Window
+from slidecube.pipeline.config import Config, load_config
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.estimate import Estimate
+from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
+from slidecube.pipeline.ledger import write_atomic
+from slidecube.pipeline.lock import guard
+from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan
+from slidecube.pipeline.store import Workspace
+
+
+def read_plan(workspace: Workspace, run: str, *, config: Config | None = None) -> RunPlan:
+    """Read a plan back.
+
+    config : the configuration as it stands now, whose machine settings count; the plan's own when left out
+    """
+    folder = workspace.plan(run)
+    if not (folder / "plan.json").exists():
+        raise PipelineError(f"No plan {run!r} in {workspace.root}; make it with `slidecube plan`")
+    try:
+        return _read_folder(folder, workspace, config)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        pa.ArrowException,
+        pyogrio.errors.DataSourceError,
+    ) as error:
+        raise PipelineError(
+            f"Plan {folder} is damaged ({' '.join(str(error).split())[:160]}); remove this folder and plan again, "
+            "what is done stays done"
+        ) from None
+
+
+def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> RunPlan:
+    raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    frame = gpd.read_file(folder / "aoi.geojson")
+    grid = TileGrid(**raw["grid"])
+    table = pq.read_table(folder / "tiles.parquet").to_pylist()
+    return RunPlan(
+        run=folder.name,
+        workspace=workspace,
+        config=config or load_config(folder / "run.toml", base=Path(raw["base"])),
+        aoi=Aoi(name=raw["aoi"], geometry=frame.geometry.iloc[0]),
+        grid=grid,
+        tiles=tuple(grid.tile_of(row["tile"]) for row in table),
+        scenes=SceneTable.read_parquet(folder / "scenes.parquet"),
+        layers=tuple(_layer_from(entry) for entry in raw["layers"]),
+        epochs=tuple(EpochPlan(**entry) for entry in raw["epochs"]),
+        tasks={
+            entry["name"]: {
+                row["tile"]: (row[f"{entry['name']}.key"], tuple(row[f"{entry['name']}.scenes"]))
+                for row in table
+            }
+            for entry in raw["layers"]
+        },
+        inventory=raw["inventory"],
+        estimate=Estimate(**raw["estimate"]),
+    )
+
+
+def current_run(workspace: Workspace) -> str | None:
+    """Name of the plan that was last made or used in a workspace."""
+    return Index.read(workspace).latest or None
+
+
+def known_runs(workspace: Workspace) -> dict[str, str]:
+    """Plans that a TOML can still ask for: the newest of each TOML, by its path."""
+    index = Index.read(workspace)
+    return dict(index.newest)
+
+
+@dataclass(slots=True)
+class Index:
+    """Which plan answers which TOML and which search: `plans/index.json`."""
+
+    runs: dict[str, str] = field(default_factory=dict)
+    searches: dict[str, str] = field(default_factory=dict)
+    newest: dict[str, str] = field(default_factory=dict)
+    latest: str = ""
+
+    @classmethod
+    def read(cls, workspace: Workspace) -> Index:
+        """Read it; an empty one where there is none, or a damaged one."""
+        try:
+            index = cls(**json.loads((workspace.root / "plans" / "index.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return cls()
+        except (ValueError, TypeError):  # only speeds things up: a damaged one is made anew
+            return cls()
+        tables = (index.runs, index.searches, index.newest)
+        return index if all(isinstance(table, dict) for table in tables) else cls()
+
+    def remember(self, workspace: Workspace, made: RunPlan) -> None:
+        """Take a plan in and write, where that changes something."""
+        before = asdict(self)
+        self.note(made)
+        if asdict(self) == before:
+            return
+        with guard(workspace.locks / "plans"):  # another plan may have been made since we read
+            fresh = Index.read(workspace)
+            fresh.note(made)
+            write_atomic(
+                workspace.root / "plans" / "index.json", json.dumps(asdict(fresh), indent=1, sort_keys=True)
+            )
+
+    def note(self, made: RunPlan) -> None:
+        """Take a plan in."""
+        config = made.config
+        self.runs[f"{config.stem} {content_key(config.science())}"] = made.run
+        self.searches[search_key(config, made.tiles)] = made.run
+        self.newest[str(config.path)] = made.run
+        self.latest = made.run
+
+
+def search_key(config: Config, tiles: tuple[Tile, ...]) -> str:
+    """Key of a search: what was asked for, over which tiles."""
+    return content_key(config.search_terms(), str(tiles[0].geobox.crs), [tile.key for tile in tiles])
+
+
+def write_plan(made: RunPlan) -> None:
+    """Write a plan into its folder: into a temporary one first, then renamed, so that half a plan is never found."""
+    folder = made.workspace.plan(made.run)
+    if (folder / "plan.json").exists():
+        return
+    for stale in folder.parent.glob(".*.partial"):  # of a killed driver
+        pid = stale.name.split(".")[-2]
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            shutil.rmtree(stale, ignore_errors=True)
+            stale.unlink(missing_ok=True)
+    partial = folder.with_name(f".{made.run}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        (partial / "run.toml").write_text(made.config.text, encoding="utf-8")
+        made.scenes.to_parquet(partial / "scenes.parquet")
+        gpd.GeoDataFrame(
+            {"name": [made.aoi.name]}, geometry=[made.aoi.to_crs("EPSG:4326")], crs="EPSG:4326"
+        ).to_file(partial / "aoi.geojson", driver="GeoJSON", COORDINATE_PRECISION=15, RFC7946="NO")
+        rows = [
+            {
+                "tile": tile.key,
+                "row": tile.row,
+                "col": tile.col,
+                **{f"{name}.key": by[tile.key][0] for name, by in made.tasks.items()},
+                **{f"{name}.scenes": list(by[tile.key][1]) for name, by in made.tasks.items()},
+            }
+            for tile in made.tiles
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), partial / "tiles.parquet")
+        text = json.dumps(_plan_json(made), indent=1, sort_keys=True)
+        (partial / "plan.json").write_text(text, encoding="utf-8")
+        with guard(made.workspace.locks / "plans"):
+            if not (folder / "plan.json").exists():  # another driver may have been faster
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _plan_json(made: RunPlan) -> dict[str, Any]:
+    grid = made.grid
+    return {
+        "aoi": made.aoi.name,
+        "base": str(made.config.base),
+        "epochs": [asdict(epoch) for epoch in made.epochs],
+        "estimate": asdict(made.estimate),
+        "grid": {
+            "crs": grid.crs,
+            "resolution_m": grid.resolution_m,
+            "tile_px": grid.tile_px,
+            "block_px": grid.block_px,
+        },
+        "inventory": made.inventory,
+        "layers": [
+            {
+                "name": la.name,
+                "kind": la.kind,
+                "key": la.key,
+                "window": None if la.window is None else str(la.window),
+            }
+            for la in made.layers
+        ],
+        "model": asdict(made.model.card) | {"parameters": dict(made.model.card.parameters)},
+        "scenes_digest": made.scenes.digest,
+        "schema_version": SCHEMA_VERSION,
+        "sources": [asdict(entry) for entry in made.scenes.sourcing],
+        "science": made.config.science(),
+        "tiles": len(made.tiles),
+    }
+
+
+def _layer_from(entry: dict[str, Any]) -> LayerPlan:
+    window = None
+    if entry["window"] is not None:
+        import datetime as dt  # noqa: PLC0415
+
+        start, end = (dt.date.fromisoformat(day) for day in entry["window"].split("_"))
+        window = Window(start=start, end=end)
+    return LayerPlan(name=entry["name"], kind=entry["kind"], key=entry["key"], window=window)
