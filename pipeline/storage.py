@@ -1,0 +1,623 @@
+"""Places: a local folder or `s3://bucket/prefix`, and the few things that are done differently in the two.
+
+Everything else works with a `Place`: a `pathlib.Path`, or an `ObjectPath`, which speaks as much of pathlib's language
+as a workspace needs. An `ObjectPath` is no `os.PathLike`: a library that knows files only refuses it at once, and is
+given a folder by `staged` or a file by `fetched` instead (ADR 10).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from slidecube.pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+    from zarr.abc.store import Store
+
+SCHEME = "s3://"
+AT_ONCE = 64
+"""Requests in flight when many objects are read or removed."""
+
+CONNECT_S, SILENT_S, REQUEST_S = 5.0, 20.0, 300.0
+"""A request is given up, and tried again, when it does not connect, falls silent, or takes so long in all."""
+
+RETRIES = 10
+"""Of requests that were answered with 5xx or 429, broken off or given up; with back-off and jitter."""
+
+_BACKOFF_S, _MAX_BACKOFF_S, _RETRY_S = 0.1, 15.0, 180.0
+_SETTINGS = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_CONFIG_FILE",
+)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectPath:
+    """A place in a bucket, in pathlib's words; folders are prefixes, and exist while there is something in them.
+
+    bucket : its name; key : without a slash at either end, "" for the bucket itself
+    """
+
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.bucket}/{self.key}".rstrip("/")
+
+    def __truediv__(self, other: str) -> ObjectPath:
+        return self.joinpath(other)
+
+    @property
+    def _pure(self) -> PurePosixPath:
+        return PurePosixPath(self.key)
+
+    @property
+    def name(self) -> str:
+        """Last part of the key."""
+        return self._pure.name
+
+    @property
+    def stem(self) -> str:
+        """Name without its ending."""
+        return self._pure.stem
+
+    @property
+    def suffix(self) -> str:
+        """Ending of the name."""
+        return self._pure.suffix
+
+    @property
+    def parent(self) -> ObjectPath:
+        """The folder that holds it."""
+        return self._at(self._pure.parent)
+
+    @property
+    def parents(self) -> tuple[ObjectPath, ...]:
+        """All folders that hold it, the nearest first."""
+        return tuple(self._at(parent) for parent in self._pure.parents)
+
+    def joinpath(self, *parts: str) -> ObjectPath:
+        """Place below."""
+        return self._at(self._pure.joinpath(*parts))
+
+    def with_name(self, name: str) -> ObjectPath:
+        """Place beside."""
+        return self._at(self._pure.with_name(name))
+
+    def with_suffix(self, suffix: str) -> ObjectPath:
+        """Place beside with another ending."""
+        return self._at(self._pure.with_suffix(suffix))
+
+    def relative_to(self, other: ObjectPath) -> PurePosixPath:
+        """Path from a folder above; raises ValueError when it is none."""
+        if self.bucket != other.bucket:
+            raise ValueError(f"{self} does not lie in {other}")
+        return self._pure.relative_to(other.key or ".")
+
+    def is_relative_to(self, other: ObjectPath) -> bool:
+        """Tell whether it lies in a folder."""
+        return self.bucket == other.bucket and self._pure.is_relative_to(other.key or ".")
+
+    def exists(self) -> bool:
+        """Tell whether there is an object here, or one below."""
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        """Tell whether there is an object here."""
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        """Tell whether there is an object below."""
+        with _told(self):
+            return any(_store(self.bucket).list(self._prefix, chunk_size=1))
+
+    def stat(self) -> ObjectStat:
+        """Size of the object; raises FileNotFoundError."""
+        with _told(self):
+            meta = _store(self.bucket).head(self.key)
+        return ObjectStat(st_size=int(meta["size"]))
+
+    def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """Do nothing: folders come with what is in them."""
+
+    def read_bytes(self) -> bytes:
+        """Content of the object; raises FileNotFoundError."""
+        with _told(self):
+            return bytes(_store(self.bucket).get(self.key).bytes())
+
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """Content of the object as text; raises FileNotFoundError."""
+        return self.read_bytes().decode(encoding, errors)
+
+    def open(self, mode: str = "rb") -> BytesIO:
+        """Content of the object as a file in memory."""
+        assert mode == "rb"
+        return BytesIO(self.read_bytes())
+
+    def unlink(self, *, missing_ok: bool = False) -> None:
+        """Remove the object; S3 does not say whether there was one."""
+        assert missing_ok or self.is_file()
+        with _told(self):
+            _store(self.bucket).delete(self.key)
+
+    def iterdir(self) -> Iterator[ObjectPath]:
+        """Yield what lies in the folder, objects and folders."""
+        with _told(self):
+            found = _store(self.bucket).list_with_delimiter(self._prefix)
+        for prefix in found["common_prefixes"]:
+            yield ObjectPath(self.bucket, prefix.rstrip("/"))
+        for meta in found["objects"]:
+            yield ObjectPath(self.bucket, meta["path"])
+
+    def glob(self, pattern: str) -> Iterator[ObjectPath]:
+        """Yield what matches a pattern of names with `*`, one level a name."""
+        first, _, rest = pattern.partition("/")
+        if "*" not in first:
+            found = self / first
+            yield from found.glob(rest) if rest else ([found] if found.exists() else ())
+            return
+        for place in self.iterdir():
+            if fnmatchcase(place.name, first):
+                yield from place.glob(rest) if rest else (place,)
+
+    def rglob(self, pattern: str) -> Iterator[ObjectPath]:
+        """Yield all objects below whose name matches a pattern."""
+        for name in sizes(self, deep=True):
+            found = self / name
+            if fnmatchcase(found.name, pattern):
+                yield found
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.key}/" if self.key else ""
+
+    def _at(self, path: PurePosixPath) -> ObjectPath:
+        return ObjectPath(self.bucket, "" if str(path) == "." else str(path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectStat:
+    """What is known of an object; st_size : bytes."""
+
+    st_size: int
+
+
+Place = Path | ObjectPath
+"""Where something lies."""
+
+
+def place_of(where: str | Path | ObjectPath) -> Place:
+    """Take an address, a local path or `s3://bucket/prefix`; nothing is asked of the disk or a server.
+
+    Raises PipelineError for another scheme, or a bucket without a name.
+    """
+    text = str(where)
+    if isinstance(where, ObjectPath):
+        return where
+    text = re.sub(r"^s3:/+", SCHEME, text)  # a Path swallows a slash
+    scheme = re.match(r"[a-z][a-z0-9+.-]*://", text)
+    if scheme is None:
+        return Path(text).absolute()
+    bucket, _, key = text.removeprefix(SCHEME).partition("/")
+    if scheme[0] != SCHEME or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,62}", bucket):
+        raise PipelineError(
+            f"Address {text!r} is neither a folder nor an s3://bucket/prefix; give one of these"
+        )
+    parts = PurePosixPath(key).parts
+    if ".." in parts or "//" in key or key.startswith("/"):
+        raise PipelineError(f"Address {text!r} has an empty or a '..' part; write the prefix plainly")
+    return ObjectPath(bucket, "/".join(parts))
+
+
+def require_reachable(place: Place) -> None:
+    """Raise PipelineError, in one line, when a bucket cannot be asked: no such bucket, no rights, nobody there."""
+    if isinstance(place, Path):
+        return
+    store = _open(place.bucket, _settings(), retries=2)
+    try:
+        list(store.list(place._prefix, chunk_size=1))  # noqa: SLF001
+    except Exception as error:  # noqa: BLE001  the library's own classes do not tell these apart
+        raise PipelineError(_unreachable(place, str(error))) from None
+
+
+def _unreachable(place: ObjectPath, said: str) -> str:
+    endpoint = _endpoint(_settings())[0] or "AWS"
+    if "NoSuchBucket" in said or "404" in said:
+        return f"There is no bucket {place.bucket!r} at {endpoint}; make it, or name another in [output] workspace"
+    if re.search(r"\b(401|403)\b|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch", said):
+        return (
+            f"{endpoint} refuses access to {place} with these credentials; check AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and the rights to list, read, write and delete"
+        )
+    return f"{endpoint} does not answer for {place} ({_brief(said)}); check AWS_ENDPOINT_URL and the network"
+
+
+def write_atomic(place: Place, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, and nothing else, whatever dies.
+
+    Locally under a temporary name, flushed to the disk, then renamed; in a bucket by one PUT.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if isinstance(place, ObjectPath):
+        with _told(place):
+            _store(place.bucket).put(place.key, data)
+        return
+    partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(place)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def create(place: Place, content: bytes) -> bool:
+    """Write a file that is not there yet; returns whether we made it: of many who try, exactly one does.
+
+    content : no other's, such as one with a token. A request that was answered with a fault may have been obeyed, and
+        then only the content tells whose it was.
+    """
+    if isinstance(place, Path):
+        with guard(place):
+            if place.exists():
+                return False
+            write_atomic(place, content)
+            return True
+    return _put_if(place, content, "create")
+
+
+def read_tagged(place: Place) -> tuple[bytes, str] | None:
+    """Content of a file and the tag by which `swap` knows it, None where there is none."""
+    try:
+        if isinstance(place, Path):
+            content = place.read_bytes()
+            return content, _tag(content)
+        with _told(place):
+            got = _store(place.bucket).get(place.key)
+            return bytes(got.bytes()), str(got.meta["e_tag"])
+    except FileNotFoundError:
+        return None
+
+
+def swap(place: Place, content: bytes, tag: str) -> bool:
+    """Write a file if it is still the one of the tag; returns whether it was. content : no other's, see `create`."""
+    if isinstance(place, Path):
+        with guard(place):
+            found = read_tagged(place)
+            if found is None or found[1] != tag:
+                return False
+            write_atomic(place, content)
+            return True
+    return _put_if(place, content, {"e_tag": tag})
+
+
+def _put_if(place: ObjectPath, content: bytes, mode: Any) -> bool:
+    from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415
+
+    try:
+        with _told(place, AlreadyExistsError, PreconditionError):
+            _store(place.bucket).put(place.key, content, mode=mode)
+    except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+        found = read_tagged(place)
+        return found is not None and found[0] == content
+    return True
+
+
+def _tag(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+@contextmanager
+def guard(place: Path) -> Iterator[None]:
+    """Hold a local file for the moment of looking and writing, among all processes that ask so."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(place.with_name(f".{place.name}.guard"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def sizes(folder: Place, *, deep: bool = False) -> dict[str, int]:
+    """Files of a folder by name, with their bytes; {} where there is no folder. deep : also those below, by path."""
+    if isinstance(folder, ObjectPath):
+        return _object_sizes(folder, deep=deep)
+    if not deep:
+        try:
+            with os.scandir(folder) as found:
+                return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+        except FileNotFoundError:
+            return {}
+    return {
+        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def _object_sizes(folder: ObjectPath, *, deep: bool) -> dict[str, int]:
+    prefix = folder._prefix  # noqa: SLF001
+    with _told(folder):
+        if deep:
+            found = [meta for chunk in _store(folder.bucket).list(prefix, chunk_size=1000) for meta in chunk]
+        else:
+            found = list(_store(folder.bucket).list_with_delimiter(prefix)["objects"])
+    return {meta["path"].removeprefix(prefix): int(meta["size"]) for meta in found}
+
+
+def names(folder: Place) -> list[str]:
+    """Names of the files of a folder, sorted; nothing else is asked of them."""
+    if isinstance(folder, ObjectPath):
+        return sorted(_object_sizes(folder, deep=False))
+    try:
+        with os.scandir(folder) as found:
+            return sorted(entry.name for entry in found)
+    except FileNotFoundError:
+        return []
+
+
+def read_many(places: Iterable[Place]) -> Iterator[bytes | None]:
+    """Yield the contents of many files in their order, None where there is none; objects are read side by side."""
+    if isinstance(first := next(iter(asked := list(places)), None), ObjectPath):
+        _store(first.bucket)  # one connection for all
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from pool.map(_read_or_none, asked)
+        return
+    for place in asked:
+        yield _read_or_none(place)
+
+
+def _read_or_none(place: Place) -> bytes | None:
+    try:
+        return place.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def remove_many(places: Iterable[Place]) -> None:
+    """Remove many files; those that are gone already are no error."""
+    by_bucket: dict[str, list[str]] = {}
+    for place in places:
+        if isinstance(place, Path):
+            place.unlink(missing_ok=True)
+        else:
+            by_bucket.setdefault(place.bucket, []).append(place.key)
+    for bucket, keys in by_bucket.items():
+        with _told(ObjectPath(bucket, "")):
+            _store(bucket).delete(keys)
+
+
+def remove_tree(folder: Place) -> None:
+    """Remove a folder and what is in it, or a file; nothing there is no error."""
+    if isinstance(folder, ObjectPath):
+        remove_many([folder, *(folder / name for name in sizes(folder, deep=True))])
+    elif folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        folder.unlink(missing_ok=True)
+
+
+def zarr_store(group: Place) -> Store:
+    """Store of a Zarr group, which Dask may send to other processes; it carries no secret."""
+    import zarr.storage  # noqa: PLC0415
+
+    if isinstance(group, Path):
+        return zarr.storage.LocalStore(group)
+    return zarr.storage.ObjectStore(_open(group.bucket, _settings(), prefix=group.key))
+
+
+@contextmanager
+def staged(folder: Place, *, root: Place | None = None) -> Iterator[Path]:
+    """Give a local folder to libraries that write files; for a bucket it is uploaded when the block ends well.
+
+    root : folder above, such as the workspace; the local folder then lies as deep below one of its own, so that
+        relative links come out alike
+    """
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="slidecube-") as scratch:
+        below = folder.relative_to(root).parts if isinstance(root, ObjectPath) else (folder.name,)
+        local = Path(scratch).joinpath(*below)
+        local.mkdir(parents=True)
+        yield local
+        upload(local, folder)
+
+
+def upload(local: Path, folder: Place) -> None:
+    """Copy the files of a local folder into another, in the order of their names; large ones in parts."""
+    for name in sorted(sizes(local, deep=True)):
+        put_file(local / name, folder.joinpath(*PurePosixPath(name).parts))
+
+
+def put_file(local: Path, place: Place) -> None:
+    """Copy a local file to a place, whole or not at all."""
+    if isinstance(place, ObjectPath):
+        with _told(place):
+            _store(place.bucket).put(place.key, local)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
+    try:
+        shutil.copyfile(local, partial)
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def fetched(place: Place) -> Iterator[Path]:
+    """Give a local file, or a folder, to libraries that read files; one of a bucket is there while the block runs.
+
+    Raises FileNotFoundError.
+    """
+    if isinstance(place, Path):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="slidecube-") as scratch:
+        local = Path(scratch) / place.name
+        below = sizes(place, deep=True)
+        if below:
+            for name, content in zip(below, read_many(place / name for name in below), strict=True):
+                file = local / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content or b"")
+        else:
+            local.write_bytes(place.read_bytes())
+        yield local
+
+
+@contextmanager
+def kept_file(place: Place) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Give a local file that is written again and again, such as a checkpoint, and what brings it to its place.
+
+    Yields the file, as it was left there before if it was, and a function that uploads it when it has changed.
+    """
+    if isinstance(place, Path):
+        yield place, lambda: None
+        return
+    with tempfile.TemporaryDirectory(prefix="slidecube-") as scratch:
+        local = Path(scratch) / place.name
+        before = _read_or_none(place)
+        if before is not None:
+            local.write_bytes(before)
+        seen = [local.stat().st_mtime_ns if local.exists() else 0]
+
+        def keep() -> None:
+            now = local.stat().st_mtime_ns if local.exists() else 0
+            if now != seen[0]:
+                put_file(local, place)
+                seen[0] = now
+
+        yield local, keep
+
+
+def relative_href(to: Place, at: Place) -> str:
+    """Relative link from a folder to a place of the same workspace."""
+    start, end = (f"/{p.bucket}/{p.key}" if isinstance(p, ObjectPath) else str(p) for p in (at, to))
+    return Path(os.path.relpath(end, start)).as_posix()
+
+
+def _store(bucket: str) -> S3Store:
+    return _open(bucket, _settings())
+
+
+def _settings() -> tuple[str, ...]:
+    """What of the environment decides which server is asked; part of the key under which a connection is kept."""
+    return tuple(os.environ.get(name, "") for name in _SETTINGS)
+
+
+@lru_cache(maxsize=64)
+def _open(bucket: str, settings: tuple[str, ...], *, prefix: str = "", retries: int = RETRIES) -> S3Store:
+    from obstore.store import S3Store  # noqa: PLC0415  a local workspace needs none of it
+
+    endpoint, region = _endpoint(settings)
+    where: dict[str, Any] = {"endpoint": endpoint, "virtual_hosted_style_request": False} if endpoint else {}
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        region=region,
+        credential_provider=_credentials,
+        client_options={
+            "allow_http": endpoint.startswith("http://"),
+            "connect_timeout": timedelta(seconds=CONNECT_S),
+            "read_timeout": timedelta(seconds=SILENT_S),
+            "timeout": timedelta(seconds=REQUEST_S),
+        },
+        retry_config={
+            "max_retries": retries,
+            "retry_timeout": timedelta(seconds=_RETRY_S),
+            "backoff": {
+                "init_backoff": timedelta(seconds=_BACKOFF_S),
+                "max_backoff": timedelta(seconds=_MAX_BACKOFF_S),
+                "base": 2,
+            },
+        },
+        **where,
+    )
+
+
+@lru_cache(maxsize=8)
+def _endpoint(settings: tuple[str, ...]) -> tuple[str, str]:
+    """Endpoint, "" for AWS itself, and region, from the environment and the profile files."""
+    del settings  # what it depends on; botocore reads it itself
+    import botocore.session  # noqa: PLC0415
+
+    session = botocore.session.Session()
+    region = session.get_config_variable("region") or "us-east-1"
+    client = session.create_client("s3", region_name=region, aws_access_key_id="x", aws_secret_access_key="x")  # noqa: S106
+    url = str(client.meta.endpoint_url)
+    return ("" if re.search(r"\.amazonaws\.com(\.cn)?$", url) else url), str(region)
+
+
+def _credentials() -> Any:
+    """Credentials of the standard chain: environment, profile files, web identity, container, instance.
+
+    Asked for by the library when those it has run out; they are held in memory and never told.
+    """
+    import botocore.session  # noqa: PLC0415
+
+    found = botocore.session.Session().get_credentials()
+    if found is None:
+        raise PermissionError(
+            errno.EACCES,
+            "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        )
+    frozen = found.get_frozen_credentials()
+    return {
+        "access_key_id": frozen.access_key,
+        "secret_access_key": frozen.secret_key,
+        "token": frozen.token,
+        "expires_at": datetime.now(UTC)
+        + timedelta(minutes=10),  # those of a role change; asking costs little
+    }
+
+
+@contextmanager
+def _told(place: ObjectPath, *passing: type[Exception]) -> Iterator[None]:
+    """Say in one line what a server did; the library's own text runs over pages. Missing objects stay missing."""
+    from obstore.exceptions import BaseError  # noqa: PLC0415
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (FileNotFoundError, *passing)) or not isinstance(error, (BaseError, OSError)):
+            raise
+        raise OSError(errno.EIO, f"Storage failed: {_brief(str(error))}", str(place)) from None
+
+
+def _brief(said: str) -> str:
+    """First line of what the library says, without the body of the answer and without any query."""
+    line = " ".join(said.partition("Debug source")[0].split())
+    code = re.search(r"<Code>([A-Za-z]+)</Code>", line)
+    line = re.sub(r"\?[^ ]*", "", line.partition("<")[0]).strip(" :")
+    return f"{line[:200]}{f' {code[1]}' if code else ''}"
