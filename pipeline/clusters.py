@@ -21,8 +21,8 @@ from slidecube.pipeline.cluster_statistics import (
     Distribution,
 )
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.ledger import write_atomic
 from slidecube.pipeline.run_plan import minimum_size_px
+from slidecube.pipeline.storage import write_atomic
 
 __all__ = ["ClusterBlock", "describe_clusters", "evidence_of"]
 

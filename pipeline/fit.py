@@ -24,7 +24,7 @@ from slidecube.pipeline.clusters import ClusterBlock, describe_clusters
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.features import MNF_BANDS, Layers, mnf_image, mnf_images
 from slidecube.pipeline.keys import content_key
-from slidecube.pipeline.ledger import Ledger, Record, write_atomic
+from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lineage import is_simulated
 from slidecube.pipeline.mnf import Mnf, fit_mnf
 from slidecube.pipeline.moments import Moments, block_moments, merge
@@ -43,6 +43,7 @@ from slidecube.pipeline.statistics import (
     read_manifest,
     sha256_of,
 )
+from slidecube.pipeline.storage import write_atomic
 from slidecube.pipeline.tasks import TileContext, fit_tasks, layer_ledger, require_lock
 
 _TRAINING = "training-"

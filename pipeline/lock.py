@@ -19,7 +19,7 @@ from typing import Any, Self
 import psutil
 
 from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.ledger import write_atomic
+from slidecube.pipeline.storage import write_atomic
 
 BEAT_S = 2.0
 SILENT_S = 20.0

@@ -19,7 +19,6 @@ from slidecube.pipeline.disk import naming_a_full_disk
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.fit import fit_state
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
-from slidecube.pipeline.ledger import write_atomic
 from slidecube.pipeline.lineage import (
     Lineage,
     LineageEpoch,
@@ -33,6 +32,7 @@ from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.publish import write_products
 from slidecube.pipeline.report_stage import write_plan_report
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
+from slidecube.pipeline.storage import write_atomic
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.tasks import tasks_of
 

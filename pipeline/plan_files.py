@@ -22,9 +22,9 @@ from slidecube.pipeline.config import Config, load_config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
-from slidecube.pipeline.ledger import write_atomic
 from slidecube.pipeline.lock import guard
 from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan
+from slidecube.pipeline.storage import write_atomic
 from slidecube.pipeline.store import Workspace
 
 

@@ -26,10 +26,10 @@ from slidecube.pipeline.inventory import (
     geobox_of,
     stored,
 )
-from slidecube.pipeline.ledger import write_atomic
 from slidecube.pipeline.lineage import Lineage
 from slidecube.pipeline.polygons import SCHEMA
 from slidecube.pipeline.stac import inventory_item, item_text
+from slidecube.pipeline.storage import write_atomic
 
 FORMATS = ("parquet", "gpkg", "cog", "stac")
 LAYER = "landslides"

@@ -18,8 +18,8 @@ from slidecube.models.unsupervised import Kmeans
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import mnf_images
 from slidecube.pipeline.keys import content_key
-from slidecube.pipeline.ledger import write_atomic
 from slidecube.pipeline.mnf import Mnf
+from slidecube.pipeline.storage import write_atomic
 
 MANIFEST = "statistics.json"
 MODEL = "model"

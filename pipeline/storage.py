@@ -308,6 +308,18 @@ def read_tagged(place: Place) -> tuple[bytes, str] | None:
         return None
 
 
+def stamp(place: Place) -> str | None:
+    """Say which version of a file is there, None where there is none; another one for another content."""
+    try:
+        if isinstance(place, Path):
+            found = place.stat()
+            return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
+        with _told(place):
+            return str(_store(place.bucket).head(place.key)["e_tag"])
+    except FileNotFoundError:
+        return None
+
+
 def swap(place: Place, content: bytes, tag: str) -> bool:
     """Write a file if it is still the one of the tag; returns whether it was. content : no other's, see `create`."""
     if isinstance(place, Path):

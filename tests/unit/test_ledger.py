@@ -9,7 +9,10 @@ import os
 import pytest
 
 from slidecube.pipeline import ledger as ledger_module
-from slidecube.pipeline.ledger import VOLATILE, Ledger, Record, write_atomic
+from slidecube.pipeline import storage
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.ledger import PACKED, VOLATILE, Ledger, Record
+from slidecube.pipeline.storage import write_atomic
 
 RECORD = Record(
     tile="r001c002",
@@ -143,9 +146,176 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch, dies_in):
     def die(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((os, "fsync") if dies_in == "fsync" else (ledger_module.Path, "replace")), die)
+    monkeypatch.setattr(*((os, "fsync") if dies_in == "fsync" else (storage.Path, "replace")), die)
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "new")
 
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.fixture
+def many(ledger, monkeypatch) -> dict[str, Record]:
+    """Twelve records that are written loose, and enough of them to be folded."""
+    monkeypatch.setattr(ledger_module, "PACK_FROM", 10)
+    records = {
+        f"r000c{n:03d}": dataclasses.replace(
+            RECORD,
+            tile=f"r000c{n:03d}",
+            key=f"{n:016x}",
+            state=("done", "empty", "failed")[n % 3],
+            numbers={"px": n},
+        )
+        for n in range(12)
+    }
+    for record in records.values():
+        ledger.write(record)
+    return records
+
+
+def known(ledger: Ledger) -> dict[str, Record]:
+    """What every way of reading says, which is the same."""
+    loaded = ledger.load()
+    assert loaded == {tile: record for tile in loaded if (record := ledger.read(tile)) is not None}
+    assert ledger.keys() == {tile: (r.key, r.complete) for tile, r in loaded.items()}
+    assert ledger.table()["tile"].to_pylist() == sorted(loaded)
+    assert sum(ledger.table()["bytes"].to_pylist()) == sum(r.bytes for r in loaded.values())
+    return loaded
+
+
+def loose(ledger: Ledger) -> list[str]:
+    return sorted(p.name for p in ledger.folder.glob("*.json"))
+
+
+def test_folded_records_come_back_equal(ledger, many):
+    before = known(ledger)
+
+    assert ledger.pack() == 12
+    assert loose(ledger) == []
+    assert known(ledger) == before == many
+    assert ledger.read("r999c999") is None
+    assert ledger.complete("r000c000", many["r000c000"].key)
+    assert not ledger.complete("r000c002", many["r000c002"].key), "failed"
+
+
+def test_few_records_stay_loose(ledger, monkeypatch):
+    monkeypatch.setattr(ledger_module, "PACK_FROM", 2)
+    ledger.write(RECORD)
+
+    assert ledger.pack() == 0
+    assert loose(ledger) == ["r001c002.json"]
+
+
+def test_a_loose_record_wins_and_is_folded_again(ledger, many, monkeypatch):
+    ledger.pack()
+    newer = dataclasses.replace(many["r000c004"], key="f" * 16, state="done")
+    ledger.write(newer)
+    ledger.write(RECORD)
+
+    assert known(ledger) == {**many, newer.tile: newer, RECORD.tile: RECORD}
+
+    monkeypatch.setattr(ledger_module, "PACK_FROM", 1)
+    assert ledger.pack() == 2
+    assert known(ledger) == {**many, newer.tile: newer, RECORD.tile: RECORD}
+    assert loose(ledger) == []
+
+
+def test_forgetting_wins_over_the_table_and_over_the_next_folding(ledger, many, monkeypatch):
+    ledger.pack()
+    ledger.forget("r000c003")
+    ledger.forget("r000c003")
+    ledger.forget("never written")
+    left = {tile: record for tile, record in many.items() if tile != "r000c003"}
+
+    assert ledger.read("r000c003") is None
+    assert known(ledger) == left
+
+    monkeypatch.setattr(ledger_module, "PACK_FROM", 1)
+    ledger.pack()
+    assert known(ledger) == left
+    assert loose(ledger) == []
+    ledger.write(many["r000c003"])
+    assert known(ledger) == many
+
+
+def test_a_damaged_loose_record_is_work_to_do_though_the_table_has_it(ledger, many):
+    ledger.pack()
+    (ledger.folder / "r000c000.json").write_text("{")
+
+    assert not ledger.complete("r000c000", many["r000c000"].key)
+    assert ledger.keys()["r000c000"] == ("", False)
+
+
+def test_a_damaged_table_is_named(ledger, many):
+    ledger.pack()
+    (ledger.folder / PACKED).write_bytes(b"PAR1 nothing")
+
+    with pytest.raises(
+        PipelineError, match=r"packed\.parquet is damaged .*remove it, and its tiles are made anew"
+    ):
+        ledger.read("r000c000")
+
+
+class Killed(BaseException):
+    """Ends a step as kill -9 would: nothing that follows is done."""
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_a_folding_that_is_killed_between_its_steps_loses_nothing(ledger, many, monkeypatch, step):
+    """The steps are: reading, writing the table (fsync, rename), and each file that goes."""
+    ledger.write(dataclasses.replace(many["r000c001"], key="e" * 16))
+    before = known(ledger)
+    left = [step]
+
+    def mortal(do):
+        def wrapped(*args, **kwargs):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return do(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module, "read_tagged", mortal(ledger_module.read_tagged))
+        patch.setattr(storage.os, "fsync", mortal(os.fsync))
+        patch.setattr(storage.Path, "replace", mortal(storage.Path.replace))
+        patch.setattr(storage.Path, "unlink", mortal(storage.Path.unlink))
+        with pytest.raises(Killed):
+            ledger.pack()
+
+    assert known(ledger) == before, "while it lies half folded"
+    ledger.pack()
+    assert known(ledger) == before
+    monkeypatch.setattr(ledger_module, "PACK_FROM", 1)
+    ledger.pack()
+    assert loose(ledger) == []
+    assert known(ledger) == before
+
+
+def test_a_record_that_changes_while_it_is_folded_stays(ledger, many, monkeypatch):
+    newer = dataclasses.replace(many["r000c007"], key="d" * 16)
+    create = ledger_module.create
+
+    def meanwhile(place, content):
+        ledger.write(newer)
+        return create(place, content)
+
+    monkeypatch.setattr(ledger_module, "create", meanwhile)
+    ledger.pack()
+
+    assert known(ledger)["r000c007"] == newer
+
+
+def test_of_two_that_fold_one_does_and_nothing_is_lost(ledger, many, monkeypatch):
+    create = ledger_module.create
+
+    def second_first(place, content):
+        monkeypatch.setattr(ledger_module, "create", create)
+        assert ledger.pack() == 12
+        return create(place, content)
+
+    monkeypatch.setattr(ledger_module, "create", second_first)
+
+    assert ledger.pack() == 0
+    assert known(ledger) == many
