@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +20,7 @@ from slidecube.pipeline.cluster_statistics import (
 )
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.run_plan import minimum_size_px
-from slidecube.pipeline.storage import write_atomic
+from slidecube.pipeline.storage import Place, replaced, write_atomic
 
 __all__ = ["ClusterBlock", "describe_clusters", "evidence_of"]
 
@@ -31,7 +29,7 @@ _QUARTILES = (0.25, 0.5, 0.75)
 
 
 def describe_clusters(
-    folder: Path,
+    folder: Place,
     blocks: Iterable[ClusterBlock],
     *,
     model: Kmeans,
@@ -47,8 +45,7 @@ def describe_clusters(
     The files hold no date and no path: equal blocks leave equal bytes.
     Raises PipelineError when no pixel of the blocks has a cluster.
     """
-    partial = folder / f".{SHEET_FOLDER}.{secrets.token_hex(4)}.partial"
-    try:
+    with replaced(folder / SHEET_FOLDER) as partial:
         (partial / "img").mkdir(parents=True)
         statistics, shown = _read_blocks(partial, blocks, _clusters(model))
         summaries = statistics.summaries()
@@ -71,10 +68,6 @@ def describe_clusters(
         )
         write_sheet(partial, facts, summaries=summaries, naming=naming, blocks=shown)
         write_atomic(folder / CLUSTERS_FILE, _json(facts, summaries, naming, shown))
-        shutil.rmtree(folder / SHEET_FOLDER, ignore_errors=True)
-        partial.replace(folder / SHEET_FOLDER)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return naming
 
 

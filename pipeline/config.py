@@ -25,6 +25,7 @@ from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.refusals import did_you_mean, refusal
+from slidecube.pipeline.storage import SCHEME, Place, place_of
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
 """Canonical names of Sentinel-2's bands."""
@@ -271,16 +272,21 @@ class Fit(_Section):
 class Output(_Section):
     """Where results lie, and in which formats."""
 
-    workspace: str = Field("workspace", min_length=1, description="a folder, from the TOML's folder")
+    workspace: str = Field(
+        "workspace", min_length=1, description="a folder, from the TOML's folder, or s3://bucket/prefix"
+    )
     formats: Annotated[tuple[Format, ...], BeforeValidator(_distinct)] = Field(
         FORMATS, description=f"a list, none twice, out of {', '.join(FORMATS)}"
     )
 
     @pydantic.field_validator("workspace")
     @classmethod
-    def _a_folder(cls, workspace: str) -> str:
+    def _a_place(cls, workspace: str) -> str:
         if re.match(r"[a-z][a-z0-9+.-]+://", workspace):
-            raise ValueError("object stores are not supported yet; name a folder")
+            try:
+                place_of(workspace)
+            except PipelineError as error:
+                raise ValueError(str(error)) from None
         return workspace
 
 
@@ -343,9 +349,10 @@ class Config:
         return self.path.stem
 
     @property
-    def workspace(self) -> Path:
-        """The workspace's folder, absolute."""
-        return self.resolve(self.output.workspace)
+    def workspace(self) -> Place:
+        """The workspace's place: a folder, absolute, or a prefix of a bucket."""
+        text = self.output.workspace
+        return place_of(text) if text.startswith(SCHEME) else self.resolve(text)
 
     def resolve(self, text: str) -> Path:
         """Return a path of the TOML as an absolute path."""

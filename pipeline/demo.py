@@ -14,6 +14,7 @@ from slidecube.pipeline.plan import plan
 from slidecube.pipeline.report_stage import evaluate_workspace, evaluation_json, report_workspace
 from slidecube.pipeline.run import run
 from slidecube.pipeline.simulate import SimulatedArchive, simulate_archive
+from slidecube.pipeline.storage import Place, write_atomic
 
 EPOCH = "event"
 
@@ -25,8 +26,8 @@ class Demo:
     report : index.html; picture : PNG; table : the scores as text; seconds : of each step
     """
 
-    report: Path
-    picture: Path
+    report: Place
+    picture: Place
     table: str
     seconds: dict[str, float]
 
@@ -76,7 +77,7 @@ def demo(out: Path, *, seed: int = 0, size: str = "default", say: TextIO | None 
         raise IncompleteError(f"The demonstration is incomplete: {first[0]}: {first[1]}")
     scores = evaluate_workspace(out, out / "truth" / "landslides.parquet")
     folder = made.workspace.products(made.inventory)
-    (folder / "evaluation.json").write_text(evaluation_json(scores), encoding="utf-8")
+    write_atomic(folder / "evaluation.json", evaluation_json(scores))
     picture = folder / "inventory.png"
     index = report_workspace(out, evaluations=scores, picture=picture)
     lap("evaluation and report")

@@ -7,10 +7,9 @@ naming of the clusters, and the manifest that freezes it all.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,17 @@ from slidecube.pipeline.statistics import (
     read_manifest,
     sha256_of,
 )
-from slidecube.pipeline.storage import write_atomic
+from slidecube.pipeline.storage import (
+    Place,
+    kept_file,
+    matching,
+    remove_many,
+    remove_tree,
+    replaced,
+    sizes,
+    staged,
+    write_atomic,
+)
 from slidecube.pipeline.tasks import TileContext, fit_tasks, layer_ledger, require_lock
 
 _TRAINING = "training-"
@@ -64,7 +73,7 @@ def fit_epoch(
     threads: int,
     fence: Callable[[], None],
     progress: Progress | None = None,
-) -> Path:
+) -> Place:
     """Fit what the plan's model needs of an epoch and freeze it; what is frozen already stays.
 
     run_tasks : how the tasks of a step are run; threads : of the naming of the clusters; progress : of the training
@@ -94,9 +103,8 @@ def fit_epoch(
     fence()
     freeze(folder, key=epoch.stat_key, model=plan.model, files=_results(folder), facts=facts)
     for working in (folder / "sample", folder / "sample.ledger"):  # large, and made again from the layers
-        shutil.rmtree(working, ignore_errors=True)
-    for checkpoint in folder.glob(f"{_TRAINING}*"):
-        checkpoint.unlink()
+        remove_tree(working)
+    remove_many(matching(folder, f"{_TRAINING}*"))
     return folder
 
 
@@ -120,11 +128,11 @@ def _named(
     }
 
 
-def _results(folder: Path) -> list[Path]:
+def _results(folder: Place) -> list[Place]:
     """Files that are frozen; beside them lie the moments, and what a killed fit left."""
-    there = [*folder.glob("mnf-*.json"), *folder.glob("mnf-*/*"), folder / "clusters.json"]
-    there += [path for part in (MODEL, "sheet") for path in (folder / part).rglob("*")]
-    return [path for path in there if path.is_file() and not path.name.startswith(".")]
+    parts = ("mnf-*.json", "mnf-*/*", "clusters.json", f"{MODEL}/*", "sheet/*")
+    there = [folder / name for name in sizes(folder, deep=True) if any(fnmatchcase(name, p) for p in parts)]
+    return [path for path in there if not path.name.startswith(".")]
 
 
 def unfitted(made: RunPlan) -> list[EpochPlan]:
@@ -287,7 +295,8 @@ def _fit_mnf(
         )
         mnf = fit_mnf(sums, bands=MNF_BANDS, components=components)
         fence()
-        write_spectrum(mnf, folder / f"mnf-{image}", title=f"MNF of {image}, epoch {epoch.name}")
+        with staged(folder / f"mnf-{image}") as local:
+            write_spectrum(mnf, local, title=f"MNF of {image}, epoch {epoch.name}")
         write_atomic(mnf_file(folder, image), mnf.to_json())
     return _read_mnf(plan, folder)
 
@@ -305,11 +314,17 @@ def _learn(
     said = content_key([mnf[image].to_json() for image in sorted(mnf)])
     made = _run_step(plan, epoch, run_tasks, step=_Step(stage="sample", names=[".npz"], terms=(said,)))
     drawn = gather(made, plan.model.card.sample_patches)
-    checkpoint = folder / f"{_TRAINING}{said}.safetensors"
-    fitted = plan.model.fit(drawn.patches_nfyx, checkpoint=checkpoint, progress=progress)
+    with kept_file(folder / f"{_TRAINING}{said}.safetensors") as (checkpoint, keep):
+
+        def told(done: int, total: int) -> None:
+            keep()
+            if progress:
+                progress(done, total)
+
+        fitted = plan.model.fit(drawn.patches_nfyx, checkpoint=checkpoint, progress=told)
     fence()
-    shutil.rmtree(folder / MODEL, ignore_errors=True)
-    fitted.save(folder / MODEL)
+    with replaced(folder / MODEL) as local:
+        fitted.save(local)
     return fitted
 
 
@@ -325,11 +340,11 @@ class _Step:
     terms: tuple[str, ...] = ()
 
 
-def _run_step(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, *, step: _Step) -> list[Path]:
+def _run_step(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, *, step: _Step) -> list[Place]:
     """Run what is due of a step; returns the files that it left, in the order of the plan's tiles."""
     folder = plan.workspace.statistics(epoch.stat_key) / step.stage
 
-    def files(tile: str) -> list[Path]:
+    def files(tile: str) -> list[Place]:
         return [folder / f"{tile}{name}" for name in step.names]
 
     def whole(task: TileTask, ledger: Ledger) -> bool:
@@ -351,8 +366,8 @@ def _run_step(plan: RunPlan, epoch: EpochPlan, run_tasks: RunTasks, *, step: _St
 
 
 def _whole_step(
-    tasks: list[tuple[TileTask, Ledger]], files: Callable[[str], list[Path]], *, of: str
-) -> list[Path]:
+    tasks: list[tuple[TileTask, Ledger]], files: Callable[[str], list[Place]], *, of: str
+) -> list[Place]:
     """Return the files of all tiles; raises when one is missing, or when there are none."""
     made, failed = [], []
     for task, ledger in tasks:
@@ -373,7 +388,7 @@ def _whole_step(
     return made
 
 
-def _read_mnf(plan: RunPlan, folder: Path) -> dict[str, Mnf]:
+def _read_mnf(plan: RunPlan, folder: Place) -> dict[str, Mnf]:
     images = mnf_images(plan.model.card.inputs)
     return {image: Mnf.from_json(mnf_file(folder, image).read_text(encoding="utf-8")) for image in images}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.storage import Place, zarr_store
 
 PROBABILITY_SCALE = 1e-4
 PROBABILITY_NODATA = 65535
@@ -102,7 +102,7 @@ CONVENTIONS: list[dict[str, str]] = [
 
 
 @contextmanager
-def reading(path: Path, remedy: str = "remove it, and what it held is made anew") -> Iterator[None]:
+def reading(path: Place, remedy: str = "remove it, and what it held is made anew") -> Iterator[None]:
     """Name a damaged store in one line; the libraries say what they stumbled over, but not where."""
     try:
         yield
@@ -112,7 +112,7 @@ def reading(path: Path, remedy: str = "remove it, and what it held is made anew"
         ) from None
 
 
-def finish_inventory(path: Path, *, geobox: GeoBox, epochs: Sequence[str]) -> None:
+def finish_inventory(path: Place, *, geobox: GeoBox, epochs: Sequence[str]) -> None:
     """Give an inventory its coordinates, grid mapping and attributes, so that any CF or GeoZarr reader places it.
 
     path : Zarr v3 group of (epoch, y, x) arrays, written already; nothing of their data is touched
@@ -120,7 +120,7 @@ def finish_inventory(path: Path, *, geobox: GeoBox, epochs: Sequence[str]) -> No
     Doing it again changes nothing.
     Raises PipelineError when an array's shape is not that of the epochs and the GeoBox.
     """
-    group = zarr.open_group(path, mode="r+", use_consolidated=False)
+    group = zarr.open_group(zarr_store(path), mode="r+", use_consolidated=False)
     names = [name for name in VARIABLES if name in group]
     shape = (len(epochs), *geobox.shape)
     for name in names:
@@ -155,10 +155,12 @@ def geozarr_attrs(geobox: GeoBox) -> dict[str, Any]:
     }
 
 
-def open_stored(path: Path) -> xr.Dataset:
+def open_stored(path: Place) -> xr.Dataset:
     """Open an inventory lazily, with its values as they are stored."""
     with reading(path):
-        inventory: xr.Dataset = xr.open_zarr(path, consolidated=False, mask_and_scale=False, chunks={})
+        inventory: xr.Dataset = xr.open_zarr(
+            zarr_store(path), consolidated=False, mask_and_scale=False, chunks={}
+        )
     return inventory
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from slidecube.catalog.sources import SOURCES
-from slidecube.pipeline.disk import naming_a_full_disk
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.fit import fit_state
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
@@ -32,7 +30,7 @@ from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.publish import write_products
 from slidecube.pipeline.report_stage import write_plan_report
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
-from slidecube.pipeline.storage import write_atomic
+from slidecube.pipeline.storage import Place, below, relative_href, remove_tree, staged, write_atomic
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.tasks import tasks_of
 
@@ -64,7 +62,7 @@ def any_detected(plan: RunPlan) -> bool:
     return any(detected(plan, epoch.name) for epoch in plan.epochs)
 
 
-def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
+def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Place:
     """Label the objects of every epoch, write the products, and then their record.
 
     Raises PipelineError when no tile has been detected.
@@ -88,19 +86,19 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
     inventory = plan.workspace.inventory(plan.inventory)
     made = lineage(plan)
     formats = [f for f in plan.config.output.formats if f != "report"]
-    paths = write_products(
-        folder,
-        objects=objects,
-        inventory=open_detected(plan),
-        inventory_path=inventory,
-        lineage=made,
-        formats=formats,
-        footprint=plan.aoi.to_crs("EPSG:4326"),
-    )
+    with staged(folder, root=plan.workspace.root) as local:
+        paths = write_products(
+            local,
+            objects=objects,
+            inventory=open_detected(plan),
+            inventory_path=local / relative_href(inventory, folder),
+            lineage=made,
+            formats=formats,
+            footprint=plan.aoi.to_crs("EPSG:4326"),
+        )
+        products = sorted(str(path.relative_to(local)) for path in paths.values())
     if "report" in plan.config.output.formats:
-        with naming_a_full_disk(folder):
-            paths["report"] = write_plan_report(plan, objects=objects)
-    products = sorted(str(p.relative_to(folder)) for p in paths.values() if p.is_relative_to(folder))
+        products = sorted([*products, below(write_plan_report(plan, objects=objects), folder)])
     _remove_stale(folder, {*_read_record(folder)["products"], *_JUDGEMENTS} - set(products))
     record = {
         "key": key,
@@ -114,7 +112,7 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Path:
     return folder
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Place) -> dict[str, Any]:
     nothing: dict[str, Any] = {"key": "", "formats": [], "products": []}
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -123,11 +121,11 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return nothing | record if isinstance(record, dict) else nothing
 
 
-def _remove_stale(folder: Path, products: set[str]) -> None:
+def _remove_stale(folder: Place, products: set[str]) -> None:
     """Remove products of formats that are not asked for any more: they would show an older inventory."""
     for product in products:
         if product.startswith("report/"):
-            shutil.rmtree(folder / "report", ignore_errors=True)
+            remove_tree(folder / "report")
         (folder / product).unlink(missing_ok=True)
 
 

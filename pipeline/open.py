@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -14,11 +13,12 @@ from slidecube.pipeline.inventory import CF, Observability, open_stored
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.plan_files import current_run, read_plan
 from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.storage import Place, place_of
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import detect_keys
 
 
-def open_plan(where: str | Path) -> RunPlan:
+def open_plan(where: str | Place) -> RunPlan:
     """Read the current plan of a workspace."""
     workspace = Workspace.at(where)
     run = current_run(workspace)
@@ -29,7 +29,7 @@ def open_plan(where: str | Path) -> RunPlan:
     return read_plan(workspace, run)
 
 
-def open_inventory(path: str | Path) -> xr.Dataset:
+def open_inventory(path: str | Place) -> xr.Dataset:
     """Open an inventory lazily, one Dask chunk a tile.
 
     path : a workspace (its current inventory) or one `inventories/*.zarr`
@@ -40,7 +40,7 @@ def open_inventory(path: str | Path) -> xr.Dataset:
     record (of a workspace: under the current plan's key) are shown as not processed, whatever lies on the disk.
     Raises PipelineError when there is no inventory.
     """
-    group = Path(path)
+    group = place_of(path)
     if group.suffix != ".zarr":
         return _decoded(open_detected(open_plan(group)))
     stored = _open(group)
@@ -65,7 +65,7 @@ def detected(plan: RunPlan, epoch: str) -> dict[str, str]:
     return {tile: key for tile, key in keys.items() if ledger.complete(tile, key)}
 
 
-def _open(group: Path) -> xr.Dataset:
+def _open(group: Place) -> xr.Dataset:
     if not (group / "zarr.json").is_file():
         raise PipelineError(f"There is no inventory {group}; make it with `slidecube run FILE.toml`")
     stored = open_stored(group)

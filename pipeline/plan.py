@@ -32,6 +32,7 @@ from slidecube.pipeline.plan_keys import (
 )
 from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan, fit_terms, halo_px, learns, model_of
 from slidecube.pipeline.statistics import load_statistics, read_manifest
+from slidecube.pipeline.storage import fetched
 from slidecube.pipeline.store import Workspace
 
 
@@ -89,7 +90,8 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
         )
     earlier = index.searches.get(search_key(config, tiles))
     if earlier and not refresh and (workspace.plan(earlier) / "scenes.parquet").exists():
-        scenes, reused = SceneTable.read_parquet(workspace.plan(earlier) / "scenes.parquet"), True
+        with fetched(workspace.plan(earlier) / "scenes.parquet") as file:
+            scenes, reused = SceneTable.read_parquet(file), True
     else:
         scenes, reused = _search(config, aoi, _tiled(aoi, tiles)), False
     made = _assemble(config, workspace=workspace, aoi=aoi, grid=grid, tiles=tiles, scenes=scenes, model=model)

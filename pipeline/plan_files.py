@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyogrio
@@ -22,10 +19,12 @@ from slidecube.pipeline.config import Config, load_config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
-from slidecube.pipeline.lock import guard
 from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan
-from slidecube.pipeline.storage import write_atomic
+from slidecube.pipeline.storage import create, fetched, made_once, read_tagged, swap
 from slidecube.pipeline.store import Workspace
+
+PLAN = "plan.json"
+"""File of a plan that is written last."""
 
 
 def read_plan(workspace: Workspace, run: str, *, config: Config | None = None) -> RunPlan:
@@ -34,10 +33,11 @@ def read_plan(workspace: Workspace, run: str, *, config: Config | None = None) -
     config : the configuration as it stands now, whose machine settings count; the plan's own when left out
     """
     folder = workspace.plan(run)
-    if not (folder / "plan.json").exists():
+    if not (folder / PLAN).exists():
         raise PipelineError(f"No plan {run!r} in {workspace.root}; make it with `slidecube plan`")
     try:
-        return _read_folder(folder, workspace, config)
+        with fetched(folder) as local:
+            return _read_folder(local, workspace, config)
     except (
         OSError,
         ValueError,
@@ -53,7 +53,7 @@ def read_plan(workspace: Workspace, run: str, *, config: Config | None = None) -
 
 
 def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> RunPlan:
-    raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     frame = gpd.read_file(folder / "aoi.geojson")
     grid = TileGrid(**raw["grid"])
     table = pq.read_table(folder / "tiles.parquet").to_pylist()
@@ -103,9 +103,15 @@ class Index:
     def read(cls, workspace: Workspace) -> Index:
         """Read it; an empty one where there is none, or a damaged one."""
         try:
-            index = cls(**json.loads((workspace.root / "plans" / "index.json").read_text(encoding="utf-8")))
+            return cls.parsed((workspace.root / "plans" / "index.json").read_bytes())
         except FileNotFoundError:
             return cls()
+
+    @classmethod
+    def parsed(cls, content: bytes) -> Index:
+        """Make it of a file's content."""
+        try:
+            index = cls(**json.loads(content))
         except (ValueError, TypeError):  # only speeds things up: a damaged one is made anew
             return cls()
         tables = (index.runs, index.searches, index.newest)
@@ -117,12 +123,14 @@ class Index:
         self.note(made)
         if asdict(self) == before:
             return
-        with guard(workspace.locks / "plans"):  # another plan may have been made since we read
-            fresh = Index.read(workspace)
+        place = workspace.root / "plans" / "index.json"
+        while True:  # another plan may be noted meanwhile
+            found = read_tagged(place)
+            fresh = Index.parsed(found[0]) if found else Index()
             fresh.note(made)
-            write_atomic(
-                workspace.root / "plans" / "index.json", json.dumps(asdict(fresh), indent=1, sort_keys=True)
-            )
+            content = json.dumps(asdict(fresh), indent=1, sort_keys=True).encode()
+            if create(place, content) if found is None else swap(place, content, found[1]):
+                return
 
     def note(self, made: RunPlan) -> None:
         """Take a plan in."""
@@ -139,24 +147,16 @@ def search_key(config: Config, tiles: tuple[Tile, ...]) -> str:
 
 
 def write_plan(made: RunPlan) -> None:
-    """Write a plan into its folder: into a temporary one first, then renamed, so that half a plan is never found."""
+    """Write a plan into its folder, whole or not at all; one that is there already stays."""
     folder = made.workspace.plan(made.run)
-    if (folder / "plan.json").exists():
+    if (folder / PLAN).exists():
         return
-    for stale in folder.parent.glob(".*.partial"):  # of a killed driver
-        pid = stale.name.split(".")[-2]
-        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            shutil.rmtree(stale, ignore_errors=True)
-            stale.unlink(missing_ok=True)
-    partial = folder.with_name(f".{made.run}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        (partial / "run.toml").write_text(made.config.text, encoding="utf-8")
-        made.scenes.to_parquet(partial / "scenes.parquet")
+    with made_once(folder, PLAN) as local:
+        (local / "run.toml").write_text(made.config.text, encoding="utf-8")
+        made.scenes.to_parquet(local / "scenes.parquet")
         gpd.GeoDataFrame(
             {"name": [made.aoi.name]}, geometry=[made.aoi.to_crs("EPSG:4326")], crs="EPSG:4326"
-        ).to_file(partial / "aoi.geojson", driver="GeoJSON", COORDINATE_PRECISION=15, RFC7946="NO")
+        ).to_file(local / "aoi.geojson", driver="GeoJSON", COORDINATE_PRECISION=15, RFC7946="NO")
         rows = [
             {
                 "tile": tile.key,
@@ -167,15 +167,9 @@ def write_plan(made: RunPlan) -> None:
             }
             for tile in made.tiles
         ]
-        pq.write_table(pa.Table.from_pylist(rows), partial / "tiles.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), local / "tiles.parquet")
         text = json.dumps(_plan_json(made), indent=1, sort_keys=True)
-        (partial / "plan.json").write_text(text, encoding="utf-8")
-        with guard(made.workspace.locks / "plans"):
-            if not (folder / "plan.json").exists():  # another driver may have been faster
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (local / PLAN).write_text(text, encoding="utf-8")
 
 
 def _plan_json(made: RunPlan) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.open import open_detected, open_plan
 from slidecube.pipeline.report import EpochView, Picture, render_picture, write_report
 from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.storage import Place, matching, staged
 from slidecube.pipeline.store import read_window
 
 MAX_PICTURE_PX = 2000
@@ -39,7 +40,7 @@ _GAMMA = 1.5
 
 
 def evaluate_workspace(
-    where: str | Path, truth: str | Path, *, simulated: bool | None = None
+    where: str | Place, truth: str | Path, *, simulated: bool | None = None
 ) -> dict[str, Evaluation]:
     """Judge the inventory of a workspace against reference polygons, epoch by epoch.
 
@@ -68,8 +69,8 @@ def evaluate_workspace(
 
 
 def report_workspace(
-    where: str | Path, *, evaluations: Mapping[str, Evaluation] | None = None, picture: Path | None = None
-) -> Path:
+    where: str | Place, *, evaluations: Mapping[str, Evaluation] | None = None, picture: Place | None = None
+) -> Place:
     """Write the report of a workspace's current inventory; returns its index.html.
 
     evaluations : by epoch, to show what was missed and what was invented
@@ -86,8 +87,8 @@ def write_plan_report(
     *,
     objects: gpd.GeoDataFrame | None = None,
     evaluations: Mapping[str, Evaluation] | None = None,
-    picture: Path | None = None,
-) -> Path:
+    picture: Place | None = None,
+) -> Place:
     """Write the report of a plan's inventory; see `report_workspace`."""
     folder = plan.workspace.products(plan.inventory)
     table = read_objects(plan) if objects is None else objects
@@ -103,22 +104,21 @@ def write_plan_report(
         )
         for index, epoch in enumerate(plan.epochs)
     ]
-    files = {path.name: path for path in sorted(folder.glob("landslides.*"))}
-    files |= {path.name: path for path in sorted(folder.glob("*/*.tif"))}
-    files |= {path.name: path for path in sorted(folder.glob("stac/*.json"))}
+    files = {path.name: path for path in matching(folder, "landslides.*", "*/*.tif", "stac/*.json")}
     index = write_report(
         folder / "report", inventory=inventory, objects=table, views=views, lineage=lineage, products=files
     )
     if picture is not None:
         title = f"{plan.inventory}: {plan.model.card.address}, unreviewed"
-        render_picture(
-            picture,
-            inventory=inventory,
-            objects=table,
-            view=views[0],
-            title=title,
-            simulated=lineage.simulated,
-        )
+        with staged(picture.parent) as local:
+            render_picture(
+                local / picture.name,
+                inventory=inventory,
+                objects=table,
+                view=views[0],
+                title=title,
+                simulated=lineage.simulated,
+            )
     return index
 
 
@@ -130,7 +130,8 @@ def read_objects(plan: RunPlan) -> gpd.GeoDataFrame:
             f"There is no {path}; run `slidecube mosaic` first, with 'parquet' in [output] formats"
         )
     try:
-        table: gpd.GeoDataFrame = gpd.read_parquet(path)
+        with path.open("rb") as file:
+            table: gpd.GeoDataFrame = gpd.read_parquet(file)
     except (OSError, ValueError) as error:
         raise PipelineError(
             f"{path} cannot be read ({' '.join(str(error).split())[:160]}); remove it and run again"

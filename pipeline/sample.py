@@ -8,13 +8,13 @@ are; and they are spread over the whole area.
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
+
+from slidecube.pipeline.storage import Place, write_atomic
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MARGIN = 1.25
@@ -34,22 +34,16 @@ class Sample:
     col_n: np.ndarray
     patches_nfyx: np.ndarray
 
-    def save(self, path: Path) -> None:
-        """Write it, uncompressed: under another name, brought to the disk, then renamed."""
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, **{name: getattr(self, name) for name in self.__slots__})
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    def save(self, path: Place) -> None:
+        """Write it, uncompressed, whole or not at all."""
+        held = BytesIO()
+        np.savez(held, **{name: getattr(self, name) for name in self.__slots__})
+        write_atomic(path, held.getvalue())
 
     @classmethod
-    def read(cls, path: Path) -> Sample:
+    def read(cls, path: Place) -> Sample:
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return cls(**{name: arrays[name] for name in cls.__slots__})
 
 
@@ -94,14 +88,14 @@ def draw(
     )
 
 
-def gather(paths: Sequence[Path], patches: int) -> Sample:
+def gather(paths: Sequence[Place], patches: int) -> Sample:
     """Join the samples of tiles, in one order whatever the tiles, and keep the patches of the smallest hashes.
 
     paths : files as `Sample.save` writes them; the patches of one at a time are in memory beside those that are kept
     """
     places = []
     for part, path in enumerate(paths):
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             count = len(arrays["hash_n"])
             places.append(
                 (arrays["hash_n"], arrays["row_n"], arrays["col_n"], np.full(count, part), np.arange(count))
@@ -111,7 +105,7 @@ def gather(paths: Sequence[Path], patches: int) -> Sample:
     out: np.ndarray | None = None
     for part, path in enumerate(paths):
         own = np.flatnonzero(part_n[kept] == part)
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             held = arrays["patches_nfyx"]
         out = np.empty((len(kept), *held.shape[1:]), np.float32) if out is None else out
         out[own] = held[at_n[kept[own]]]

@@ -10,7 +10,6 @@ import json
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from slidecube.models.predict import Detector
@@ -19,7 +18,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import mnf_images
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.mnf import Mnf
-from slidecube.pipeline.storage import write_atomic
+from slidecube.pipeline.storage import Place, below, fetched, matching, write_atomic
 
 MANIFEST = "statistics.json"
 MODEL = "model"
@@ -53,26 +52,26 @@ class Statistics:
         )
 
 
-def mnf_file(folder: Path, image: str) -> Path:
+def mnf_file(folder: Place, image: str) -> Place:
     """File of the MNF of an image."""
     return folder / f"mnf-{image}.json"
 
 
 def freeze(
-    folder: Path, *, key: str, model: Detector, files: Iterable[Path], facts: Mapping[str, Any]
+    folder: Place, *, key: str, model: Detector, files: Iterable[Place], facts: Mapping[str, Any]
 ) -> None:
     """Write the manifest: from now on this is what the key means."""
     manifest = {
         "key": key,
         "model": model.card.address,
         "inputs": list(model.card.inputs.names),
-        "files": {str(path.relative_to(folder)): sha256_of(path) for path in sorted(files)},
+        "files": {below(path, folder): sha256_of(path) for path in files},
         **facts,
     }
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Place) -> dict[str, Any]:
     """Read the manifest of frozen statistics, {} where nothing is frozen."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -85,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def frozen_digest(folder: Path) -> str:
+def frozen_digest(folder: Place) -> str:
     """Digest of what decides a pixel in frozen statistics, "" where nothing is frozen."""
     manifest = read_manifest(folder)
     if not manifest:
@@ -102,7 +101,7 @@ def _deciding(manifest: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def load_statistics(folder: Path, model: Detector) -> Statistics:
+def load_statistics(folder: Place, model: Detector) -> Statistics:
     """Read frozen statistics for a model.
 
     model : as built, not fitted
@@ -124,7 +123,10 @@ def load_statistics(folder: Path, model: Detector) -> Statistics:
                 f"{path} is not what was frozen; bring it back, or remove {folder} and run `slidecube fit`"
             )
     clusters = manifest.get("clusters")
-    fitted = model.restore(folder / MODEL) if card.sample_patches else model
+    fitted = model
+    if card.sample_patches:
+        with fetched(folder / MODEL) as local:
+            fitted = model.restore(local)
     if clusters is not None and isinstance(fitted, Kmeans):
         fitted = fitted.with_landslide(tuple(clusters))
     return Statistics(
@@ -141,7 +143,7 @@ def load_statistics(folder: Path, model: Detector) -> Statistics:
     )
 
 
-def cached_statistics(folder: Path, digest: str, model: Detector) -> Statistics:
+def cached_statistics(folder: Place, digest: str, model: Detector) -> Statistics:
     """Read statistics once a process; digest : of what is frozen now, so that another freeze is read anew."""
     place = (folder, digest, repr(model.card))
     with _reading:  # tiles on several threads ask at once
@@ -153,17 +155,17 @@ def cached_statistics(folder: Path, digest: str, model: Detector) -> Statistics:
 
 
 _KEPT = 8
-_read: dict[tuple[Path, str, str], Statistics] = {}
+_read: dict[tuple[Place, str, str], Statistics] = {}
 _reading = threading.Lock()
 
 
-def _missing(folder: Path) -> str:
-    known = sorted(p.parent.name for p in folder.parent.glob(f"*/{MANIFEST}"))
+def _missing(folder: Place) -> str:
+    known = [place.parent.name for place in matching(folder.parent, f"*/{MANIFEST}")]
     there = f"there are: {', '.join(known)}" if known else "there are none"
     return f"No fitted statistics {folder.name} in {folder.parent}; {there}; `slidecube fit` makes those of a plan"
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Place) -> str:
     """Checksum of a file, "" where there is none."""
     try:
         with path.open("rb") as file:

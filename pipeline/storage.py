@@ -26,6 +26,8 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from slidecube.pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -134,12 +136,12 @@ class ObjectPath:
 
     def is_dir(self) -> bool:
         """Tell whether there is an object below."""
-        with _told(self):
+        with naming_faults(self):
             return any(_store(self.bucket).list(self._prefix, chunk_size=1))
 
     def stat(self) -> ObjectStat:
         """Size of the object; raises FileNotFoundError."""
-        with _told(self):
+        with naming_faults(self):
             meta = _store(self.bucket).head(self.key)
         return ObjectStat(st_size=int(meta["size"]))
 
@@ -148,7 +150,7 @@ class ObjectPath:
 
     def read_bytes(self) -> bytes:
         """Content of the object; raises FileNotFoundError."""
-        with _told(self):
+        with naming_faults(self):
             return bytes(_store(self.bucket).get(self.key).bytes())
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -163,12 +165,12 @@ class ObjectPath:
     def unlink(self, *, missing_ok: bool = False) -> None:
         """Remove the object; S3 does not say whether there was one."""
         assert missing_ok or self.is_file()
-        with _told(self):
+        with naming_faults(self):
             _store(self.bucket).delete(self.key)
 
     def iterdir(self) -> Iterator[ObjectPath]:
         """Yield what lies in the folder, objects and folders."""
-        with _told(self):
+        with naming_faults(self):
             found = _store(self.bucket).list_with_delimiter(self._prefix)
         for prefix in found["common_prefixes"]:
             yield ObjectPath(self.bucket, prefix.rstrip("/"))
@@ -265,7 +267,7 @@ def write_atomic(place: Place, content: str | bytes) -> None:
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if isinstance(place, ObjectPath):
-        with _told(place):
+        with naming_faults(place):
             _store(place.bucket).put(place.key, data)
         return
     partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
@@ -301,7 +303,7 @@ def read_tagged(place: Place) -> tuple[bytes, str] | None:
         if isinstance(place, Path):
             content = place.read_bytes()
             return content, _tag(content)
-        with _told(place):
+        with naming_faults(place):
             got = _store(place.bucket).get(place.key)
             return bytes(got.bytes()), str(got.meta["e_tag"])
     except FileNotFoundError:
@@ -314,7 +316,7 @@ def stamp(place: Place) -> str | None:
         if isinstance(place, Path):
             found = place.stat()
             return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
-        with _told(place):
+        with naming_faults(place):
             return str(_store(place.bucket).head(place.key)["e_tag"])
     except FileNotFoundError:
         return None
@@ -336,7 +338,7 @@ def _put_if(place: ObjectPath, content: bytes, mode: Any) -> bool:
     from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415
 
     try:
-        with _told(place, AlreadyExistsError, PreconditionError):
+        with naming_faults(place, AlreadyExistsError, PreconditionError):
             _store(place.bucket).put(place.key, content, mode=mode)
     except (AlreadyExistsError, PreconditionError, FileNotFoundError):
         found = read_tagged(place)
@@ -377,12 +379,35 @@ def sizes(folder: Place, *, deep: bool = False) -> dict[str, int]:
 
 def _object_sizes(folder: ObjectPath, *, deep: bool) -> dict[str, int]:
     prefix = folder._prefix  # noqa: SLF001
-    with _told(folder):
+    with naming_faults(folder):
         if deep:
             found = [meta for chunk in _store(folder.bucket).list(prefix, chunk_size=1000) for meta in chunk]
         else:
             found = list(_store(folder.bucket).list_with_delimiter(prefix)["objects"])
     return {meta["path"].removeprefix(prefix): int(meta["size"]) for meta in found}
+
+
+def matching(folder: Place, *patterns: str) -> list[Place]:
+    """Places below a folder that match patterns of names with `*`, one level a name, sorted."""
+    found: list[Place] = [place for pattern in patterns for place in folder.glob(pattern)]
+    return sorted(found, key=str)
+
+
+def below(place: Place, folder: Place) -> str:
+    """Path from a folder to a place in it; raises ValueError when it does not lie there."""
+    if isinstance(place, ObjectPath) and isinstance(folder, ObjectPath):
+        return str(place.relative_to(folder))
+    assert isinstance(place, Path)
+    assert isinstance(folder, Path)
+    return str(place.relative_to(folder))
+
+
+def size_of(file: Place) -> int:
+    """Bytes of a file, 0 where there is none."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def names(folder: Place) -> list[str]:
@@ -423,7 +448,7 @@ def remove_many(places: Iterable[Place]) -> None:
         else:
             by_bucket.setdefault(place.bucket, []).append(place.key)
     for bucket, keys in by_bucket.items():
-        with _told(ObjectPath(bucket, "")):
+        with naming_faults(ObjectPath(bucket, "")):
             _store(bucket).delete(keys)
 
 
@@ -439,11 +464,13 @@ def remove_tree(folder: Place) -> None:
 
 def zarr_store(group: Place) -> Store:
     """Store of a Zarr group, which Dask may send to other processes; it carries no secret."""
-    import zarr.storage  # noqa: PLC0415
-
     if isinstance(group, Path):
-        return zarr.storage.LocalStore(group)
-    return zarr.storage.ObjectStore(_open(group.bucket, _settings(), prefix=group.key))
+        from zarr.storage import LocalStore  # noqa: PLC0415
+
+        return LocalStore(group)
+    from slidecube.pipeline.bucket_store import BucketStore  # noqa: PLC0415  a local workspace needs none of it
+
+    return BucketStore(_open(group.bucket, _settings(), prefix=group.key))
 
 
 @contextmanager
@@ -465,6 +492,64 @@ def staged(folder: Place, *, root: Place | None = None) -> Iterator[Path]:
         upload(local, folder)
 
 
+@contextmanager
+def replaced(folder: Place) -> Iterator[Path]:
+    """Give an empty local folder which takes the place of another one when the block ends well."""
+    if isinstance(folder, ObjectPath):
+        with tempfile.TemporaryDirectory(prefix="slidecube-") as scratch:
+            yield Path(scratch)
+            made = sizes(Path(scratch), deep=True)
+            upload(Path(scratch), folder)
+            remove_many(folder / name for name in sizes(folder, deep=True) if name not in made)
+        return
+    for stale in folder.parent.glob(f".{folder.name}.*.partial"):  # of a writer that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def made_once(folder: Place, last: str) -> Iterator[Path]:
+    """Give an empty local folder which becomes another one when the block ends well and nobody was faster.
+
+    last : name of the file that tells that the folder is whole; never seen before the others are there
+    """
+    if isinstance(folder, ObjectPath):
+        with tempfile.TemporaryDirectory(prefix="slidecube-") as scratch:
+            yield Path(scratch)
+            for name in sorted(sizes(Path(scratch), deep=True)):
+                if name != last:
+                    put_file(Path(scratch) / name, folder / name)
+            create(folder / last, (Path(scratch) / last).read_bytes())
+        return
+    _remove_abandoned(folder.parent)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        with guard(folder.parent / "index.json"):
+            if not (folder / last).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that are gone left half made."""
+    for stale in folder.glob(".*.partial"):
+        pid = stale.name.split(".")[-2]
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            remove_tree(stale)
+
+
 def upload(local: Path, folder: Place) -> None:
     """Copy the files of a local folder into another, in the order of their names; large ones in parts."""
     for name in sorted(sizes(local, deep=True)):
@@ -474,7 +559,7 @@ def upload(local: Path, folder: Place) -> None:
 def put_file(local: Path, place: Place) -> None:
     """Copy a local file to a place, whole or not at all."""
     if isinstance(place, ObjectPath):
-        with _told(place):
+        with naming_faults(place):
             _store(place.bucket).put(place.key, local)
         return
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -615,7 +700,7 @@ def _credentials() -> Any:
 
 
 @contextmanager
-def _told(place: ObjectPath, *passing: type[Exception]) -> Iterator[None]:
+def naming_faults(place: ObjectPath, *passing: type[Exception]) -> Iterator[None]:
     """Say in one line what a server did; the library's own text runs over pages. Missing objects stay missing."""
     from obstore.exceptions import BaseError  # noqa: PLC0415
 

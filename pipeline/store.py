@@ -25,6 +25,7 @@ from zarr.codecs import ZstdCodec
 from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.inventory import geozarr_attrs, reading
+from slidecube.pipeline.storage import Place, place_of, remove_tree, require_reachable, size_of, zarr_store
 
 _WRITTEN = ("layers", "statistics", "inventories", "products")
 """Folders of a workspace that only the holder of its lock writes to."""
@@ -46,56 +47,59 @@ class Variable:
 class Workspace:
     """Where a run keeps what it knows and makes.
 
-    root : folder; made when it is first written to
+    root : folder or prefix; made when it is first written to
     """
 
-    root: Path
+    root: Place
 
     @classmethod
-    def at(cls, where: str | Path) -> Workspace:
-        """Open a workspace by its address."""
-        if "://" in str(where):
-            raise PipelineError(
-                f"Workspace {str(where)!r} is no folder; object stores are not supported yet, give a local path"
-            )
-        root = Path(where).absolute()
-        first = next(folder for folder in (root, *root.parents) if folder.exists())
-        if not first.is_dir():
-            raise PipelineError(f"Workspace {str(where)!r} is no folder: {first} is a file; name a folder")
+    def at(cls, where: str | Place) -> Workspace:
+        """Open a workspace by its address, a folder or `s3://bucket/prefix`.
+
+        Raises PipelineError when it is a file, or a bucket that cannot be asked.
+        """
+        root = place_of(where)
+        require_reachable(root)
+        if isinstance(root, Path):
+            first = next(folder for folder in (root, *root.parents) if folder.exists())
+            if not first.is_dir():
+                raise PipelineError(
+                    f"Workspace {str(where)!r} is no folder: {first} is a file; name a folder"
+                )
         return cls(root=root)
 
-    def layer(self, grid: TileGrid, name: str) -> Path:
+    def layer(self, grid: TileGrid, name: str) -> Place:
         """Path of a layer's Zarr group."""
         return self.root / "layers" / grid.key / f"{name}.zarr"
 
-    def inventory(self, name: str) -> Path:
+    def inventory(self, name: str) -> Place:
         """Path of an inventory's Zarr group."""
         return self.root / "inventories" / f"{name}.zarr"
 
-    def products(self, name: str) -> Path:
+    def products(self, name: str) -> Place:
         """Folder of an inventory's products."""
         return self.root / "products" / name
 
-    def plan(self, run: str) -> Path:
+    def plan(self, run: str) -> Place:
         """Folder of a plan."""
         return self.root / "plans" / run
 
-    def statistics(self, stat_key: str) -> Path:
+    def statistics(self, stat_key: str) -> Place:
         """Folder of what was fitted to the layers of an epoch."""
         return self.root / "statistics" / stat_key
 
-    def events(self, run: str) -> Path:
+    def events(self, run: str) -> Place:
         """File of a run's events, one JSON a line."""
         return self.root / "events" / f"{run}.jsonl"
 
     @property
-    def locks(self) -> Path:
+    def locks(self) -> Place:
         """Folder of locks."""
         return self.root / "locks"
 
 
 def create_arrays(
-    path: Path,
+    path: Place,
     variables: Mapping[str, Variable],
     *,
     geobox: GeoBox,
@@ -112,11 +116,11 @@ def create_arrays(
     """
     lead = dict(leading or {})
     with reading(path):
-        group = zarr.open_group(path, mode="a", zarr_format=3)
+        group = zarr.open_group(zarr_store(path), mode="a", zarr_format=3)
         for name in variables:  # opened now, so that a damaged one is named before anything is computed
             group.get(name)
     if any(name not in group for name in variables):
-        shutil.rmtree(path.with_suffix(".ledger"), ignore_errors=True)
+        remove_tree(path.with_suffix(".ledger"))
     group.attrs.update({**attrs, **geozarr_attrs(geobox)})
     for name, variable in variables.items():
         if name in group:
@@ -134,12 +138,12 @@ def create_arrays(
         )
 
 
-def geobox_of(path: Path) -> GeoBox:
+def geobox_of(path: Place) -> GeoBox:
     """Pixels that a group's arrays cover."""
     from affine import Affine  # noqa: PLC0415
 
     with reading(path):
-        attrs = zarr.open_group(path, mode="r").attrs
+        attrs = zarr.open_group(zarr_store(path), mode="r").attrs
     try:
         transform, shape, wkt = attrs["spatial:transform"], attrs["spatial:shape"], attrs["proj:wkt2"]
     except KeyError as missing:
@@ -149,7 +153,7 @@ def geobox_of(path: Path) -> GeoBox:
 
 
 def write_tile(
-    path: Path, data: Mapping[str, np.ndarray], *, at_px: tuple[int, int], leading: tuple[int, ...] = ()
+    path: Place, data: Mapping[str, np.ndarray], *, at_px: tuple[int, int], leading: tuple[int, ...] = ()
 ) -> dict[str, str]:
     """Write one tile of several variables, each exactly one shard, bring it to the disk, and read it back.
 
@@ -157,7 +161,7 @@ def write_tile(
     Returns variable -> checksum of the stored bytes, "empty" where all is fill (nothing is stored then).
     Raises PipelineError when the tile is not exactly one shard, or when the read-back differs.
     """
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(zarr_store(path), mode="r+")
     checksums = {}
     for name, values in data.items():
         array = group[name]
@@ -179,7 +183,7 @@ def write_tile(
     return checksums
 
 
-def erase_tile(path: Path, *, at_px: tuple[int, int], shard: int, leading: tuple[int, ...] = ()) -> None:
+def erase_tile(path: Place, *, at_px: tuple[int, int], shard: int, leading: tuple[int, ...] = ()) -> None:
     """Remove what is stored of a tile, so that it reads as fill."""
     for folder in path.glob("*/c"):
         file = _shard_file(path, folder.parent.name, at_px=at_px, shard=shard, leading=leading)
@@ -187,7 +191,7 @@ def erase_tile(path: Path, *, at_px: tuple[int, int], shard: int, leading: tuple
 
 
 def stored_bytes(
-    path: Path,
+    path: Place,
     names: Iterator[str] | list[str],
     *,
     at_px: tuple[int, int],
@@ -196,11 +200,11 @@ def stored_bytes(
 ) -> int:
     """Bytes that a tile takes on disk."""
     files = [_shard_file(path, name, at_px=at_px, shard=shard, leading=leading) for name in names]
-    return sum(f.stat().st_size for f in files if f.exists())
+    return sum(map(size_of, files))
 
 
 def read_window(
-    path: Path, names: list[str], *, window: tuple[slice, slice], leading: tuple[int, ...] = ()
+    path: Place, names: list[str], *, window: tuple[slice, slice], leading: tuple[int, ...] = ()
 ) -> dict[str, np.ndarray]:
     """Read a window of several variables; what lies outside the arrays is fill.
 
@@ -208,7 +212,7 @@ def read_window(
     """
     remedy = f"remove it or its records in {path.with_suffix('.ledger').name}, and its tiles are made anew"
     with reading(path, remedy):
-        group = zarr.open_group(path, mode="r")
+        group = zarr.open_group(zarr_store(path), mode="r")
         return {name: _window_of(group[name], window, leading) for name in names}
 
 
@@ -226,13 +230,13 @@ def _window_of(array: Any, window: tuple[slice, slice], leading: tuple[int, ...]
     return out
 
 
-def open_layer(path: Path, *, tiles: list[Tile] | None = None) -> xr.Dataset:
+def open_layer(path: Place, *, tiles: list[Tile] | None = None) -> xr.Dataset:
     """Open a layer lazily, one Dask chunk a shard's block row, cropped to the tiles' bounding box when given.
 
     Returns (y, x) variables as stored, with coordinates and `spatial_ref`.
     """
     geobox = geobox_of(path)
-    group = zarr.open_group(path, mode="r")
+    group = zarr.open_group(zarr_store(path), mode="r")
     names = sorted(name for name, _ in group.arrays() if name not in {"x", "y", "spatial_ref", "epoch"})
     roi = _bounding_roi(geobox, tiles) if tiles else np.s_[0 : geobox.shape[0], 0 : geobox.shape[1]]
     import dask.array as da  # noqa: PLC0415
@@ -250,8 +254,10 @@ def remove_partials(workspace: Workspace) -> int:
     """Remove the temporary files and folders that a killed writer left; returns how many.
 
     Only in folders of our own: a workspace may be somebody's home, and a browser calls its downloads so, too. Plans
-    are not looked at, they are written outside the driver's lock.
+    are not looked at, they are written outside the driver's lock. A bucket holds none: what is put is there whole.
     """
+    if not isinstance(workspace.root, Path):
+        return 0
     removed = 0
     for folder, folders, files in chain.from_iterable(os.walk(workspace.root / own) for own in _WRITTEN):
         for name in [f for f in folders if f.endswith(".partial")]:
@@ -266,14 +272,19 @@ def remove_partials(workspace: Workspace) -> int:
 
 
 def _shard_file(
-    path: Path, name: str, *, at_px: tuple[int, int], shard: int, leading: tuple[int, ...]
-) -> Path:
+    path: Place, name: str, *, at_px: tuple[int, int], shard: int, leading: tuple[int, ...]
+) -> Place:
     """File of a tile's one shard of a variable."""
     return path.joinpath(name, "c", *map(str, [*leading, at_px[0] // shard, at_px[1] // shard]))
 
 
-def _flush(file: Path) -> None:
-    """Bring a file to the disk: a record must not outlive its data in a power cut, or a full network disk."""
+def _flush(file: Place) -> None:
+    """Bring a file to the disk: a record must not outlive its data in a power cut, or a full network disk.
+
+    What a bucket has taken, it keeps.
+    """
+    if not isinstance(file, Path):
+        return
     try:
         fd = os.open(file, os.O_RDONLY)
     except FileNotFoundError:  # all fill: nothing is stored
@@ -284,7 +295,7 @@ def _flush(file: Path) -> None:
         os.close(fd)
 
 
-def _checksum(file: Path) -> str:
+def _checksum(file: Place) -> str:
     try:
         return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
     except FileNotFoundError:
@@ -299,7 +310,7 @@ def _bounding_roi(geobox: GeoBox, tiles: list[Tile]) -> tuple[slice, slice]:
 
 
 def _require_shard(
-    path: Path, name: str, array: zarr.Array[Any], values: np.ndarray, at_px: tuple[int, int]
+    path: Place, name: str, array: zarr.Array[Any], values: np.ndarray, at_px: tuple[int, int]
 ) -> None:
     assert array.shards is not None
     shard = array.shards[-2:]

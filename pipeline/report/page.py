@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from bokeh.embed import components
 from odc.geo.geobox import GeoBox
 
 from slidecube.pipeline import styles
+from slidecube.pipeline.disk import naming_a_full_disk
 from slidecube.pipeline.evaluate import size_label
 from slidecube.pipeline.inventory import REASONS, geobox_of
 from slidecube.pipeline.lineage import Lineage, sourcing_lines
@@ -38,6 +38,7 @@ from slidecube.pipeline.report.pictures import (
     visible_layers,
 )
 from slidecube.pipeline.report.static import render_picture
+from slidecube.pipeline.storage import Place, relative_href, replaced
 
 N_GALLERY = 12
 N_TABLE = 20
@@ -46,14 +47,14 @@ COARSEST = 4
 
 
 def write_report(
-    out_dir: Path,
+    out_dir: Place,
     *,
     inventory: xr.Dataset,
     objects: gpd.GeoDataFrame,
     views: Sequence[EpochView],
     lineage: Lineage,
-    products: Mapping[str, Path] | None = None,
-) -> Path:
+    products: Mapping[str, Place] | None = None,
+) -> Place:
     """Write the report of an inventory; what was there is replaced when the new one is whole.
 
     inventory : (epoch, y, x), opened decoded or as stored; objects : by `polygons.SCHEMA`, of all epochs
@@ -61,18 +62,9 @@ def write_report(
     products : label -> file to link to
     Returns the path of index.html.
     """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out_dir.parent.glob(f".{out_dir.name}.*.partial"):  # of a writer that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    partial = out_dir.with_name(f".{out_dir.name}.{secrets.token_hex(4)}.partial")
-    try:
+    with replaced(out_dir) as partial, naming_a_full_disk(partial):
         page = _Page(folder=partial, inventory=inventory, objects=objects, lineage=lineage)
         _fill(page, views, _links(products or {}, out_dir))
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        partial.replace(out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out_dir / "index.html"
 
 
@@ -290,14 +282,13 @@ def _copy_assets(folder: Path, script: str) -> None:
     )
 
 
-def _links(products: Mapping[str, Path], out_dir: Path) -> list[dict[str, str]]:
-    import os  # noqa: PLC0415
+def _links(products: Mapping[str, Place], out_dir: Place) -> list[dict[str, str]]:
     from urllib.parse import quote  # noqa: PLC0415
 
     return [
         {
             "label": label,
-            "href": quote(Path(os.path.relpath(path, out_dir)).as_posix()),
+            "href": quote(relative_href(path, out_dir)),
             "name": path.name,
             "size": _size(path),
         }
@@ -306,7 +297,7 @@ def _links(products: Mapping[str, Path], out_dir: Path) -> list[dict[str, str]]:
     ]
 
 
-def _size(path: Path) -> str:
+def _size(path: Place) -> str:
     if path.is_dir():
         return "folder"
     n = float(path.stat().st_size)

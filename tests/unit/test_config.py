@@ -209,7 +209,10 @@ REFUSED = {
         MINIMAL + '[detect]\nparameters = {loss_pct = "25"}\n',
         ["detect.parameters", "numbers"],
     ),
-    "bucket": (MINIMAL + '[output]\nworkspace = "s3://b/w"\n', ["output.workspace", "name a folder"]),
+    "bucket": (
+        MINIMAL + '[output]\nworkspace = "gs://b/w"\n',
+        ["output.workspace", "neither a folder nor an s3://bucket/prefix"],
+    ),
     "format": (MINIMAL + '[output]\nformats = ["pdf"]\n', ["output.formats: got ['pdf']", "gpkg"]),
     "profile": (
         MINIMAL + '[cluster]\nprofile = "moon"\n',

@@ -211,5 +211,5 @@ def test_only_our_own_temporary_files_are_removed(tmp_path):
 
 def test_a_workspace_is_a_folder(tmp_path):
     assert Workspace.at(tmp_path).root == tmp_path
-    with pytest.raises(PipelineError, match="object stores are not supported yet"):
-        Workspace.at("s3://bucket/x")
+    with pytest.raises(PipelineError, match="neither a folder nor an s3:"):
+        Workspace.at("gs://bucket/x")
