@@ -6,15 +6,20 @@ import datetime as dt
 import errno
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from slidecube.pipeline.storage import ObjectPath, Place, matching, write_atomic
 
-def write_event(path: Path, event: str, **fields: Any) -> None:
+
+def write_event(path: Place, event: str, **fields: Any) -> None:
     """Append an event; a full disk takes none, and the task that meets it says so itself."""
     now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
     line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False)
+    if isinstance(path, ObjectPath):
+        write_atomic(path / f"{now}-{secrets.token_hex(4)}.jsonl", line + "\n")
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
@@ -27,8 +32,12 @@ def write_event(path: Path, event: str, **fields: Any) -> None:
             raise
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
+def read_events(path: Place) -> Iterator[dict[str, Any]]:
     """Yield the events of a file, in order, without the halves of lines that a killed driver left."""
+    if isinstance(path, ObjectPath):
+        for part in matching(path, "*.jsonl"):
+            yield json.loads(part.read_text())
+        return
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -40,7 +49,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def unfinished(path: Path) -> tuple[set[str], str]:
+def unfinished(path: Place) -> tuple[set[str], str]:
     """Tell what the runs of a plan told of, and since when one of them did not end.
 
     Returns the keys of the tasks, and ISO text of whole seconds, "" when the last run ended or there was none.

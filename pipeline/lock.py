@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +15,7 @@ from typing import Any, Self
 import psutil
 
 from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.storage import write_atomic
+from slidecube.pipeline.storage import Place, create, read_tagged, release, swap
 
 BEAT_S = 2.0
 SILENT_S = 20.0
@@ -36,7 +32,7 @@ class Lock:
     left running is fenced: `holds` says no to its token before it writes.
     """
 
-    def __init__(self, folder: Path, *, run: str) -> None:
+    def __init__(self, folder: Place, *, run: str) -> None:
         self.path = folder / "driver.json"
         self.token = secrets.token_hex(8)
         self._run = run
@@ -49,11 +45,12 @@ class Lock:
         """Take the lock; raises PipelineError when another driver holds it."""
         silent_since, seen = time.monotonic(), None
         while True:
-            with guard(self.path.with_name("guard")):
-                other = read_lock(self.path)
-                if other is None or _dead(other) is True:
-                    self._take()
+            found = read_tagged(self.path)
+            other = None if found is None else _parsed(found[0])
+            if other is None or _dead(other) is True:
+                if self._take(found):
                     break
+                continue  # another driver was faster
             if _dead(other) is False:
                 raise PipelineError(
                     f"Workspace {self.path.parent.parent} is in use by run {other['run']!r} "
@@ -68,10 +65,9 @@ class Lock:
                     )
                 seen, silent_since = beat, time.monotonic()
             if time.monotonic() - silent_since > SILENT_S:
-                with guard(self.path.with_name("guard")):
-                    if read_lock(self.path) == other:
-                        self._take()
-                        break
+                if self._take(found):
+                    break
+                continue
             time.sleep(BEAT_S / 2)
         self._thread = threading.Thread(target=self._keep, name="slidecube-heartbeat", daemon=True)
         self._thread.start()
@@ -84,9 +80,9 @@ class Lock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        with guard(self.path.with_name("guard")):
-            if holds(self.path, self.token):
-                self.path.unlink(missing_ok=True)
+        found = read_tagged(self.path)
+        if found is not None and self._mine(found[0]):
+            release(self.path, found[1])
 
     def require(self) -> None:
         """Raise IncompleteError when the lock was taken over: nothing may be written any more."""
@@ -103,48 +99,59 @@ class Lock:
     def _keep(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                with guard(self.path.with_name("guard")):
-                    if not holds(self.path, self.token):
-                        return  # taken over: whoever did believed us dead, and our tasks are fenced
-                    self._beat += 1
-                    self._write()
+                found = read_tagged(self.path)
+                if found is None or not self._mine(found[0]):
+                    return  # taken over: whoever did believed us dead, and our tasks are fenced
+                self._beat += 1
+                swap(self.path, self._content(), found[1])
             except OSError:  # a full disk must not end the run here: the tile that meets it says so
                 continue
 
-    def _take(self) -> None:
-        for stale in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a killed driver
-            stale.unlink(missing_ok=True)
-        self._write()
+    def _take(self, found: tuple[bytes, str] | None) -> bool:
+        """Write the lock over what was found; returns whether nobody was faster."""
+        if isinstance(self.path, Path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for stale in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a killed driver
+                stale.unlink(missing_ok=True)
+        if found is None:
+            return create(self.path, self._content())
+        return swap(self.path, self._content(), found[1])
 
-    def _write(self) -> None:
+    def _mine(self, content: bytes) -> bool:
+        held = _parsed(content)
+        return held is not None and held["token"] == self.token
+
+    def _content(self) -> bytes:
         me = psutil.Process()
-        write_atomic(
-            self.path,
-            json.dumps(
-                {
-                    "token": self.token,
-                    "run": self._run,
-                    "host": socket.gethostname(),
-                    "machine": _machine(),
-                    "pid": me.pid,
-                    "started": me.create_time(),
-                    "beat": self._beat,
-                    "running": self._running,
-                }
-            ),
-        )
+        return json.dumps(
+            {
+                "token": self.token,
+                "run": self._run,
+                "host": socket.gethostname(),
+                "machine": _machine(),
+                "pid": me.pid,
+                "started": me.create_time(),
+                "beat": self._beat,
+                "running": self._running,
+            }
+        ).encode()
 
 
-def read_lock(path: Path) -> dict[str, Any] | None:
+def read_lock(path: Place) -> dict[str, Any] | None:
     """Read who holds a lock, None when nobody does or when the file is damaged."""
+    found = read_tagged(path)
+    return None if found is None else _parsed(found[0])
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        found = json.loads(content)
+    except ValueError:
         return None
     return found if isinstance(found, dict) and set(found) >= _FIELDS else None
 
 
-def holds(path: Path, token: str) -> bool:
+def holds(path: Place, token: str) -> bool:
     """Tell whether a token still holds a lock: the fence before every write."""
     found = read_lock(path)
     return found is not None and found["token"] == token
@@ -176,15 +183,3 @@ def _machine() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # not Linux
         return ""
-
-
-@contextmanager
-def guard(path: Path) -> Iterator[None]:
-    """Exclusive hold for the moment of looking and writing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

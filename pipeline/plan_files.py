@@ -23,6 +23,9 @@ from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan
 from slidecube.pipeline.storage import create, fetched, made_once, read_tagged, swap
 from slidecube.pipeline.store import Workspace
 
+INDEX = "index.json"
+"""File beside the plans which tells what each of them answers."""
+
 PLAN = "plan.json"
 """File of a plan that is written last."""
 
@@ -103,7 +106,7 @@ class Index:
     def read(cls, workspace: Workspace) -> Index:
         """Read it; an empty one where there is none, or a damaged one."""
         try:
-            return cls.parsed((workspace.root / "plans" / "index.json").read_bytes())
+            return cls.parsed((workspace.root / "plans" / INDEX).read_bytes())
         except FileNotFoundError:
             return cls()
 
@@ -123,7 +126,7 @@ class Index:
         self.note(made)
         if asdict(self) == before:
             return
-        place = workspace.root / "plans" / "index.json"
+        place = workspace.root / "plans" / INDEX
         while True:  # another plan may be noted meanwhile
             found = read_tagged(place)
             fresh = Index.parsed(found[0]) if found else Index()

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
@@ -30,6 +29,7 @@ from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import frozen_digest
+from slidecube.pipeline.storage import Place, below
 from slidecube.pipeline.store import remove_partials
 from slidecube.pipeline.tasks import FENCED, FIT_STAGES, TileContext, tasks_of
 from slidecube.pipeline.tile import run_task
@@ -55,7 +55,7 @@ class RunReport:
     failed: dict[str, int]
     reasons: tuple[tuple[str, str], ...] = ()
     scene_reads: int = 0
-    products: Path | None = None
+    products: Place | None = None
     statistics: tuple[dict[str, Any], ...] = ()
 
 
@@ -250,7 +250,7 @@ class _Driver:
                 "the same command: what is done stays done"
             )
 
-    def _mosaic(self) -> Path | None:
+    def _mosaic(self) -> Place | None:
         self.lock.require()
         undetected = {task.tile for task in due(self.plan, "detect")} - self.lost_tiles
         self.reasons += [(f"detect {tile}", "not detected yet") for tile in sorted(undetected)]
@@ -262,7 +262,7 @@ class _Driver:
         self._event("stage_started", stage="mosaic", due=1)
         folder = mosaic_run(self.plan, say=self.say if self.progress else None)
         self.done["mosaic"] += 1
-        self._event("mosaic", products=str(folder.relative_to(self.plan.workspace.root)))
+        self._event("mosaic", products=below(folder, self.plan.workspace.root))
         return folder
 
     def _recover_events(self) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from slidecube.cluster.runner import TileTask
@@ -16,8 +14,9 @@ from slidecube.pipeline.inventory import REASONS, Observability
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Lock, alive, read_lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
-from slidecube.pipeline.plan_files import current_run, known_runs, read_plan
+from slidecube.pipeline.plan_files import INDEX, current_run, known_runs, read_plan
 from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.storage import Place, matching, remove_tree, size_of, sizes
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import FIT_STAGES, tasks_of
 
@@ -53,7 +52,7 @@ class _Tally:
                 self.unseen[REASONS[int(name.split()[1])]] += n
 
 
-def status(where: str | Path) -> dict[str, Any]:
+def status(where: str | Place) -> dict[str, Any]:
     """Say where the current plan of a workspace stands.
 
     Returns {"run", "inventory", "tiles": {stage: {"done", "due", "failed", "running"}}, "scene_reads",
@@ -120,7 +119,7 @@ def _fit_failures(made: RunPlan) -> list[dict[str, str]]:
     ]
 
 
-def clean(where: str | Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
+def clean(where: str | Place, *, dry_run: bool = False) -> list[tuple[Place, int]]:
     """Remove what no current plan uses: superseded plans, layers, inventories and products.
 
     A plan is current while it is the newest of its TOML. Events stay. Returns what was (or would be) removed, with
@@ -131,7 +130,7 @@ def clean(where: str | Path, *, dry_run: bool = False) -> list[tuple[Path, int]]
     if not current:
         raise PipelineError(f"{where} is not a workspace with a plan; there is nothing to clean")
     with Lock(workspace.locks, run="clean"):
-        keep: set[Path] = set()
+        keep: set[Place] = set()
         for name in current.values():
             made = read_plan(workspace, name)
             stores = [workspace.layer(made.grid, la.name) for la in made.layers]
@@ -139,25 +138,22 @@ def clean(where: str | Path, *, dry_run: bool = False) -> list[tuple[Path, int]]
             keep |= {workspace.plan(name), workspace.products(made.inventory), *stores}
             keep |= {store.with_suffix(".ledger") for store in stores}
             keep |= {workspace.statistics(epoch.stat_key) for epoch in made.epochs if epoch.stat_key}
-        candidates = [
-            *(p for p in (workspace.root / "plans").glob("*") if p.is_dir()),
-            *(workspace.root / "layers").glob("*/*"),
-            *(workspace.root / "statistics").glob("*"),
-            *(workspace.root / "inventories").glob("*"),
-            *(workspace.root / "products").glob("*"),
-        ]
-        removed = [(path, _size(path)) for path in sorted(candidates) if path not in keep]
+        candidates = matching(
+            workspace.root, "plans/*", "layers/*/*", "statistics/*", "inventories/*", "products/*"
+        )
+        candidates = [place for place in candidates if place.name != INDEX and not place.name.startswith(".")]
+        removed = [(path, _size(path)) for path in candidates if path not in keep]
         if not dry_run:
             for path, _ in removed:
                 # in order of name, ".ledger" before ".zarr": data without its records counts for nothing
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove_tree(path)
     return removed
 
 
 def _scene_reads(workspace: Workspace, run_name: str) -> tuple[int, int]:
     """Scenes read over the life of the workspace, and in the last run of a plan."""
     total = last = 0
-    for path in sorted((workspace.root / "events").glob("*.jsonl")):
+    for path in matching(workspace.root, "events/*.jsonl"):
         for event in read_events(path):
             total += event.get("scene_reads", 0)
             if path.stem == run_name:
@@ -165,7 +161,5 @@ def _scene_reads(workspace: Workspace, run_name: str) -> tuple[int, int]:
     return total, last
 
 
-def _size(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+def _size(path: Place) -> int:
+    return size_of(path) if path.is_file() else sum(sizes(path, deep=True).values())

@@ -334,6 +334,20 @@ def swap(place: Place, content: bytes, tag: str) -> bool:
     return _put_if(place, content, {"e_tag": tag})
 
 
+def release(place: Place, tag: str) -> None:
+    """Remove a file if it is still the one of the tag.
+
+    A bucket cannot remove on a condition: there it is left empty, for `swap` to take; whoever reads it finds nothing.
+    """
+    if isinstance(place, ObjectPath):
+        swap(place, b"", tag)
+        return
+    with guard(place):
+        found = read_tagged(place)
+        if found is not None and found[1] == tag:
+            place.unlink()
+
+
 def _put_if(place: ObjectPath, content: bytes, mode: Any) -> bool:
     from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415
 

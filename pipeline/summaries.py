@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from slidecube.catalog.search import Newest, scenes_by_tile
 from slidecube.pipeline.lineage import sourcing_lines
 from slidecube.pipeline.run import RunReport
 from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.storage import Place
 
 _SHOWN = 10
 """Failures that are listed one by one; `status --json` has all."""
@@ -76,7 +76,7 @@ def fit_lines(fit: dict[str, Any]) -> list[str]:
     return lines
 
 
-def failure_line(report: RunReport, workspace: Path) -> str:
+def failure_line(report: RunReport, workspace: Place) -> str:
     """Describe in one line why a run is incomplete."""
     failed = _count(len({what.split()[-1] for what, _ in report.reasons}), "tile")
     first = f", first {': '.join(report.reasons[0])}" if report.reasons else ""
@@ -102,7 +102,7 @@ def status_summary(state: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def clean_summary(removed: Sequence[tuple[Path, int]], *, dry_run: bool) -> str:
+def clean_summary(removed: Sequence[tuple[Place, int]], *, dry_run: bool) -> str:
     """Describe what was removed, or would be."""
     if not removed:
         return "nothing is superseded"

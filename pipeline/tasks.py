@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -17,6 +16,7 @@ from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import holds
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import Statistics, cached_statistics, frozen_digest
+from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import erase_tile, geobox_of, stored_bytes, write_tile
 
 FIT_STAGES = ("moments", "sample")
@@ -33,7 +33,7 @@ class TileContext:
     workspace, run : where the plan is; token : of the driver's lock; threads : of one tile; loader : of its cubes
     """
 
-    workspace: Path
+    workspace: Place
     run: str
     token: str
     threads: int

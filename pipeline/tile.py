@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -36,6 +35,7 @@ from slidecube.pipeline.fit import moments_tile, sample_tile
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.plan_files import read_plan
 from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import TileContext, ledger_of, require_lock, store_tile
 from slidecube.pipeline.terrain import terrain
@@ -240,7 +240,7 @@ def peak_rss_gb() -> float:
 
 
 @lru_cache(maxsize=2)
-def _plan(workspace: Path, run: str) -> RunPlan:
+def _plan(workspace: Place, run: str) -> RunPlan:
     return read_plan(Workspace(root=workspace), run)
 
 
