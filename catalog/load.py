@@ -31,7 +31,7 @@ from rasterio.enums import Resampling
 
 from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import BLOCK_PX
-from slidecube.catalog.read import GDAL_OPTIONS, Asset, Pixels, Place, ReadLog, driver_of, read_asset
+from slidecube.catalog.read import Asset, Pixels, Place, ReadLog, read_asset
 from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import REFLECTANCE_BANDS, asset_bands
 
@@ -42,7 +42,6 @@ __all__ = [
     "RESAMPLING",
     "Loader",
     "ReadLog",
-    "driver_of",
     "load",
     "on_lattice",
     "require_loader",
@@ -255,18 +254,17 @@ def _by_odc_stac(
         for record in records
         for band, asset in record.assets.items()
     }
-    with rasterio.Env(**GDAL_OPTIONS):
-        return odc_load(
-            [record.item for record in records],
-            bands=list(pixels),
-            geobox=blocks,
-            groupby="id",
-            preserve_original_order=True,
-            resampling={band: how.kernel for band, how in pixels.items()},
-            chunks={"time": -1, "y": block_px, "x": block_px},
-            driver=_NamingDriver(assets, log),
-            stac_cfg={_COLLECTION: {"assets": _band_types(list(pixels))}},
-        )
+    return odc_load(
+        [record.item for record in records],
+        bands=list(pixels),
+        geobox=blocks,
+        groupby="id",
+        preserve_original_order=True,
+        resampling={band: how.kernel for band, how in pixels.items()},
+        chunks={"time": -1, "y": block_px, "x": block_px},
+        driver=_NamingDriver(assets, log),
+        stac_cfg={_COLLECTION: {"assets": _band_types(list(pixels))}},
+    )
 
 
 class _NamingDriver(RioDriver):
@@ -430,8 +428,7 @@ class _StackReader:
         how = table.pixels
         found = None
         if (self._number, rows.start // table.block_px, cols.start // table.block_px) in table.touched:
-            with rasterio.Env(**GDAL_OPTIONS):
-                found = read_asset(table.assets[self._number], table.blocks[rows, cols], how, table.log)
+            found = read_asset(table.assets[self._number], table.blocks[rows, cols], how, table.log)
         if found is None:
             return np.full((int(window.height), int(window.width)), how.fill, how.dtype)
         return found

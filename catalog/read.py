@@ -2,29 +2,37 @@
 
 Signing, retries, other places of the same asset, the choice between copying, magnifying and warping, nodata and the
 one line of an error all stand here; `load` only decides which asset is read for which block.
+
+GDAL remembers for the life of the process that a file could not be opened. A second attempt would be answered from
+that memory, so an attempt that follows a failure has GDAL forget the file (CPL_VSIL_CURL_NON_CACHED).
 """
 
 from __future__ import annotations
 
 import logging
-import re
+import os
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import rasterio
 from odc.geo.geobox import GeoBox
 from rasterio.enums import Resampling
+from rasterio.session import DummySession
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window, from_bounds
 
-from slidecube.catalog.errors import AssetReadError, CatalogError
-from slidecube.catalog.sources import sign_href
+from slidecube.catalog.errors import PASSING, AssetReadError, CatalogError, Fault
+from slidecube.catalog.faults import fault_of, one_line, pause_asked_s, pieces_came, status_of
+from slidecube.catalog.hosts import Gate, gate_of, host_of
+from slidecube.catalog.sources import s3_options, sign_href
 from slidecube.catalog.zoom import magnification, on_binary_grid, read_magnified
 
 # these log a failed or repeated href as it is, signature included; our error names item and asset instead
@@ -37,25 +45,33 @@ GDAL_OPTIONS = {
     "GDAL_HTTP_LOW_SPEED_LIMIT": "1000",
     "GDAL_HTTP_LOW_SPEED_TIME": "30",
     "GDAL_HTTP_MAX_RETRY": "4",
+    "GDAL_HTTP_RETRY_CODES": "500,502,503,504",
     "GDAL_HTTP_RETRY_DELAY": "0.5",
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
 }
 """Settings of GDAL under which assets are read.
 
 A transfer below 1000 bytes/s over 30 s has stalled: GDAL gives it up at once. A connection that is not made within
-10 s is tried again like an answer "busy", in all for about a minute.
+10 s is tried again like an answer "busy", in all for about a minute. The status 429 comes to us at once: GDAL asks
+again without regard to how long the server wants to be left alone.
 """
 
-_ATTEMPTS = 3
-_FIRST_WAIT_S = 1.0  # doubles with each attempt
-_PATIENCE_S = (
-    45.0  # no attempt begins later: with the longest that GDAL takes, less than two minutes for a place
-)
+_ATTEMPTS: dict[Fault, int] = {"transient": 6, "throttled": 6, "expired": 3, "data": 2}
+"""Attempts at one place, by the class of the last failure; a broken file is asked for once more, bytes can rot on
+their way.
+"""
+_FIRST_WAIT_S = 0.5  # doubles with each attempt
+_PATIENCE_S = 45.0  # no attempt begins later: with what GDAL takes, two minutes for a place
 # assets of a source that failed on one tile: the source is down then, and each try of it costs a minute
 _GIVEN_UP_AFTER = 3
 _WHOLE = ("uint8", "uint16")
 _UNREADABLE = (rasterio.errors.RasterioError, OSError, CatalogError)  # the last: no token to sign with
+_FORGET = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl:/vsis3"}
 _LOGGER = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# addresses of which GDAL may remember a failure; a set's own operations are whole between threads
+_failed_before: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +128,7 @@ class ReadLog:
     lost: set[tuple[str, str, str]] = field(default_factory=set)
     substituted: set[tuple[str, str, str, str]] = field(default_factory=set)
     _failed: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    _faults: dict[tuple[str, str], Fault] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_read(self, scene: str) -> None:
@@ -123,6 +140,13 @@ class ReadLog:
         """Keep the name and the reason of a failed read."""
         with self._lock:
             self.lost.add((error.item, error.asset, error.reason))
+            self._faults[error.item, error.asset] = error.fault
+
+    @property
+    def passing(self) -> set[tuple[str, str]]:
+        """(scene id, asset) of what was lost to a fault that may be gone later: its last failure was of that kind."""
+        with self._lock:
+            return {lost for lost, fault in self._faults.items() if fault in PASSING}
 
     def add_failed(self, asset: Asset, place: Place, reason: str) -> None:
         """Remember that an asset could not be read at a place, though another may have it."""
@@ -155,22 +179,22 @@ def read_asset(asset: Asset, geobox: GeoBox, pixels: Pixels, log: ReadLog | None
     Raises AssetReadError where no place can be read and there is no log.
     """
     against = {place: log.reason_against(asset, place) for place in asset.places} if log else {}
-    reasons: dict[Place, str] = {}
+    failures: dict[Place, PlaceReadError] = {}
     for place in sorted(asset.places, key=lambda p: bool(against.get(p))):
         try:
-            found = _patiently(place, geobox, pixels)
-        except _UNREADABLE as error:
-            reasons[place] = _one_line(error)
+            found = with_opened(place, lambda opened: _moved_onto(opened, geobox, pixels, place.shift_dn))  # noqa: B023
+        except PlaceReadError as error:
+            failures[place] = error
             if log and len(asset.places) > 1:
-                log.add_failed(asset, place, reasons[place])
+                log.add_failed(asset, place, str(error))
             continue
         first = asset.places[0]
         if place is not first:
-            _tell(asset, place, reasons.get(first) or against[first], log)
+            _tell(asset, place, str(failures[first]) if first in failures else against[first], log)
         if log:
             log.add_read(asset.item)
         return found
-    failure = AssetReadError(asset.item, asset.asset, _all_reasons(asset, reasons))
+    failure = _lost(asset, failures)
     if log is None:
         raise failure from None
     log.add_lost(failure)
@@ -186,34 +210,87 @@ def _tell(asset: Asset, place: Place, reason: str, log: ReadLog | None) -> None:
         )
 
 
-def _all_reasons(asset: Asset, reasons: dict[Place, str]) -> str:
-    others = [f"; nor from {place.source}: {reasons[place]}" for place in asset.places[1:]]
-    return reasons[asset.places[0]] + "".join(others)
+def _lost(asset: Asset, failures: dict[Place, PlaceReadError]) -> AssetReadError:
+    others = [f"; nor from {place.source}: {failures[place]}" for place in asset.places[1:]]
+    passing = (error.fault for error in failures.values() if error.fault in PASSING)
+    reason = str(failures[asset.places[0]]) + "".join(others)
+    return AssetReadError(asset.item, asset.asset, reason, next(passing, "data"))
 
 
-def _patiently(place: Place, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
-    """Read at one place, several times where it may only be busy.
+class PlaceReadError(CatalogError):
+    """An asset could not be read at one place; the message is what the reader said, without credentials."""
 
-    Raises the first failure: to open a file again GDAL may answer from its memory that there is no such file.
+    def __init__(self, reason: str, fault: Fault) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
+def with_opened(place: Place, use: Callable[[rasterio.DatasetReader], _T]) -> _T:
+    """Open an asset at one place and use it, several times where that may help.
+
+    use : called with the open dataset, once an attempt
+    Raises PlaceReadError with what the last attempt said.
     """
-    # a local file that is broken stays broken
-    attempts = _ATTEMPTS if place.href.startswith(("http://", "https://", "s3://")) else 1
-    began, first = time.monotonic(), None
-    for attempt in range(attempts):
+    # a local file that is broken stays broken, and one that is away for a moment is the engine's to wait for
+    gate, remote = gate_of(host_of(place.href)), bool(host_of(place.href))
+    began, refused = time.monotonic(), ""
+    for attempt in range(max(_ATTEMPTS.values())):
+        href = place.href
         try:
-            href = sign_href(place.href, place.source)
-            with rasterio.open(href, sharing=False, driver=driver_of(href)) as asset:
-                if not place.shift_dn:
-                    return _onto(asset, geobox, pixels)
-                with _shifted(asset, geobox, pixels, place.shift_dn) as moved:
-                    return _onto(moved, geobox, pixels)
+            href = sign_href(place.href, place.source, refused=refused) if refused else _signed(place)
+            with gate.passed(), _environment(place), _opened(href) as asset:
+                found = use(asset)
         except _UNREADABLE as error:
-            first = first or error
-            wait_s = _FIRST_WAIT_S * 2**attempt
-            if attempt + 1 == attempts or time.monotonic() + wait_s > began + _PATIENCE_S:
-                raise first from first.__cause__
+            failure = _failure(error, remote=remote, signed=href != place.href)
+            if not pieces_came(
+                error
+            ):  # else what came stays in GDAL's memory, and only the rest is asked for again
+                _failed_before.add(place.href)
+            refused = href if failure.fault == "expired" else refused
+            wait_s = _wait_s(failure, attempt, gate, href)
+            hopeless = failure.fault == "data" and status_of(error) is not None
+            last = hopeless or not remote or attempt + 1 >= _ATTEMPTS[failure.fault]
+            if last or time.monotonic() + wait_s > began + _PATIENCE_S:
+                raise failure from error.__cause__
             time.sleep(wait_s)
+        else:
+            _failed_before.discard(place.href)
+            return found
     raise AssertionError
+
+
+def _signed(place: Place) -> str:
+    return sign_href(place.href, place.source)
+
+
+def _failure(error: Exception, *, remote: bool, signed: bool) -> PlaceReadError:
+    return PlaceReadError(one_line(error), fault_of(error, remote=remote, signed=signed))
+
+
+def _wait_s(failure: PlaceReadError, attempt: int, gate: Gate, href: str) -> float:
+    """Seconds until the next attempt; a host that throttles is left alone by all threads."""
+    if failure.fault == "expired" and attempt == 0:
+        return 0.0  # a new signature is all that was missing
+    wait_s: float = _FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.5)  # noqa: S311  jitter, not a secret
+    if failure.fault == "throttled":
+        wait_s = max(wait_s, pause_asked_s(href) or 0.0)
+        gate.shut(wait_s)
+    return wait_s
+
+
+def _environment(place: Place) -> rasterio.Env:
+    """GDAL's settings for one attempt; without a session: rasterio's would look for credentials at every block."""
+    forget = _FORGET if place.href in _failed_before else {}
+    return rasterio.Env(
+        DummySession(), **GDAL_OPTIONS, **s3_options(place.href, place.source, os.environ), **forget
+    )
+
+
+def _opened(href: str) -> rasterio.DatasetReader:
+    # GDAL finds the credentials of S3 itself, by the standard chain
+    path = f"/vsis3/{href.removeprefix('s3://')}" if href.startswith("s3://") else href
+    opened: rasterio.DatasetReader = rasterio.open(path, sharing=False, driver=driver_of(href))
+    return opened
 
 
 def driver_of(href: str) -> str:
@@ -223,6 +300,13 @@ def driver_of(href: str) -> str:
     this machine's own files read.
     """
     return "JP2OpenJPEG" if urlsplit(href).path.lower().endswith(".jp2") else "GTiff"
+
+
+def _moved_onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels, shift_dn: int) -> np.ndarray:
+    if not shift_dn:
+        return _onto(asset, geobox, pixels)
+    with _shifted(asset, geobox, pixels, shift_dn) as moved:
+        return _onto(moved, geobox, pixels)
 
 
 def _onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
@@ -321,9 +405,3 @@ def _source_window(asset: rasterio.DatasetReader, geobox: GeoBox) -> Window:
     right = min(asset.width, int(below.col_off + below.width) + margin[0])
     bottom = min(asset.height, int(below.row_off + below.height) + margin[1])
     return Window(left, top, max(0, right - left), max(0, bottom - top))
-
-
-def _one_line(error: Exception) -> str:
-    """Say a reader's error in one line, without query strings (they hold signatures)."""
-    cause = error.__cause__ or error
-    return re.sub(r"\?[^\s'\"]*", "", " ".join(str(cause).split()))[:300]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from slidecube.catalog.errors import CatalogError, OffsetError
+from slidecube.catalog.errors import CatalogError, OffsetError, SigningError
 from slidecube.catalog.scenes import Offset
 
 Kind = Literal["optical", "radar", "dem"]
@@ -87,6 +88,12 @@ _EARTH_SEARCH = "https://earth-search.aws.element84.com/v1"
 _PLANETARY = "https://planetarycomputer.microsoft.com/api/stac/v1"
 _PLANETARY_ACCOUNTS = ("sentinel2l2a01", "sentinel1euwest", "sentinel1euwestrtc", "elevationeuwest")
 _CDSE = "https://stac.dataspace.copernicus.eu/v1"
+_S3_OPTIONS: dict[Signing, dict[str, str]] = {
+    "none": {"AWS_NO_SIGN_REQUEST": "YES"},
+    "planetary-computer": {},
+    "aws-requester-pays": {"AWS_REQUEST_PAYER": "requester"},
+    "cdse-s3": {"AWS_S3_ENDPOINT": "eodata.dataspace.copernicus.eu", "AWS_VIRTUAL_HOSTING": "FALSE"},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +197,7 @@ _TABLE = (
         _CDSE,
         _CDSE_L2A_BANDS,
         "cdse-s3",
-        "JPEG 2000 of ESA; reading needs CDSE S3 keys and AWS_S3_ENDPOINT=eodata.dataspace.copernicus.eu",
+        "JPEG 2000 of ESA; reading needs CDSE S3 keys, as AWS keys or a profile",
     ),
     _s2(
         "cdse/sentinel-2-l1c",
@@ -555,11 +562,13 @@ def _raster_offset(item: Mapping[str, Any]) -> float | None:
 # --- signing, when hrefs are read ---------------------------------------------------------------------------------
 
 
-def sign_href(href: str, source: Source | str) -> str:
+def sign_href(href: str, source: Source | str, *, refused: str = "") -> str:
     """Return an href that can be read now; only Planetary Computer's are changed, and nothing is stored.
 
     source : a Source, or the name a Scene carries; of a local catalogue that a user saved from Planetary Computer, the
         storage account says it
+    refused : a signed href that the provider did not accept; its token is thrown away
+    Raises SigningError where the provider gives no token.
     """
     name = source if isinstance(source, str) else source.name
     known = SOURCES.get(name)
@@ -567,10 +576,45 @@ def sign_href(href: str, source: Source | str) -> str:
     if not signs or not _account(href):
         return href
     try:
-        return str(_planetary_computer().sign_url(href))
+        signed = str(_planetary_computer().sign_url(href))
+        if signed == refused:
+            with _ONE_RENEWS:
+                # another thread may have renewed it meanwhile
+                signed = str(_planetary_computer().sign_url(href))
+                if signed == refused:
+                    _forget_token(href)
+                    signed = str(_planetary_computer().sign_url(href))
     except (OSError, ValueError) as error:  # those of requests, urllib3 and pydantic
         message = " ".join(str(error).split())[:160]
-        raise CatalogError(f"Planetary Computer gave no access token for {href!r}: {message}") from None
+        raise SigningError(f"Planetary Computer gave no access token for {href!r}: {message}") from None
+    return signed
+
+
+_ONE_RENEWS = threading.Lock()
+
+
+def _forget_token(href: str) -> None:
+    """Drop the token of an href's container: the library keeps it until a minute before the end that it was told."""
+    account, container = _planetary_computer().sas.parse_blob_url(urlsplit(href))
+    tokens = _planetary_computer().sas.TOKEN_CACHE
+    for address in [key for key in tokens if key.endswith(f"/{account}/{container}")]:
+        tokens.pop(address, None)
+
+
+def s3_options(href: str, source: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return GDAL's settings for an `s3://` href of a source; {} of any other href.
+
+    environment : of the process; an endpoint that it names is a site's own mirror, and stands
+    What the table holds unsigned is public and is read without credentials; all else, and catalogues that the table
+    does not know, by the standard chain (environment, profile, instance).
+    """
+    if not href.startswith("s3://"):
+        return {}
+    known = SOURCES.get(source)
+    options = _S3_OPTIONS[known.signing] if known else {}
+    if "AWS_SHARED_CREDENTIALS_FILE" in environment:  # every other program's name of it
+        options = {**options, "CPL_AWS_CREDENTIALS_FILE": environment["AWS_SHARED_CREDENTIALS_FILE"]}
+    return {k: v for k, v in options.items() if k not in environment}
 
 
 @lru_cache(maxsize=1)

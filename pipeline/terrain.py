@@ -20,10 +20,11 @@ from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
 from rasterio.enums import Resampling
 
+from slidecube.catalog.errors import AssetReadError
 from slidecube.catalog.grid import BLOCK_PX
-from slidecube.catalog.load import Loader, ReadLog, driver_of, load
+from slidecube.catalog.load import Loader, ReadLog, load
+from slidecube.catalog.read import Place, PlaceReadError, with_opened
 from slidecube.catalog.scenes import Scene
-from slidecube.catalog.sources import sign_href
 from slidecube.pipeline.errors import PipelineError
 
 SLOPE_SCALE = 0.01
@@ -239,9 +240,12 @@ def _native_grid(scene: Scene) -> tuple[Affine, str]:
         f"EPSG:{properties['proj:epsg']}" if properties.get("proj:epsg") else None
     )
     if transform is None or crs is None:
-        href = asset["href"]
-        with rasterio.open(sign_href(href, scene.source), driver=driver_of(href)) as src:
-            return src.transform, str(src.crs)
+        try:
+            return with_opened(
+                Place(href=asset["href"], source=scene.source), lambda src: (src.transform, str(src.crs))
+            )
+        except PlaceReadError as error:
+            raise AssetReadError(scene.id, scene.bands["elevation"], str(error), error.fault) from None
     return Affine(*transform[:6]), str(crs)
 
 
