@@ -148,6 +148,13 @@ class ReadLog:
         with self._lock:
             return {lost for lost, fault in self._faults.items() if fault in PASSING}
 
+    @property
+    def passing_fault(self) -> Fault:
+        """Class of what was lost to a passing fault; that of a busy server before others, it asks for the most time."""
+        with self._lock:
+            found = {fault for fault in self._faults.values() if fault in PASSING}
+        return min(found, key=("throttled", "expired", "transient").index)
+
     def add_failed(self, asset: Asset, place: Place, reason: str) -> None:
         """Remember that an asset could not be read at a place, though another may have it."""
         with self._lock:

@@ -1,212 +1,161 @@
-"""The Dask runner: worker processes on this machine, a bounded window of tasks, one record back from each."""
+"""Workers that are processes of a Dask cluster, on this machine or anywhere."""
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-import dask
-import psutil
-from distributed import Client, LocalCluster, WorkerPlugin
+import distributed
 from distributed.scheduler import KilledWorker
 
+from slidecube.cluster.clusters import Opened, open_cluster
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import Profile
-from slidecube.cluster.runner import Results, TaskFunction, TaskResult, TileTask, failed
+from slidecube.cluster.runner import Outcome, TaskFunction, TaskResult, TileTask, failed
 
-_IN_FLIGHT_PER_WORKER = 2  # one running, one waiting: a worker never idles, and Ctrl-C loses little
-
-
-_LONE_ATTEMPTS = 2
+_LOOK_S = 1.0  # how often the scheduler is asked who is there
 _CLOSE_S = 10.0  # after a worker was killed, closing hangs now and then
-_NO_WORKERS_S = 60.0  # starting one takes seconds, and half a minute on a busy machine
-_SCRATCH = "slidecube-dask-"
 
 
-class _DieWithDriver(WorkerPlugin):
-    """A worker whose driver was killed must not go on writing: the kernel ends it too (Linux)."""
+class DaskPool:
+    """The workers of a Dask cluster, each with at most one task.
 
-    def __init__(self, driver: int) -> None:
-        self._driver = driver
-
-    def setup(self, worker: Any) -> None:
-        del worker
-        try:
-            import ctypes  # noqa: PLC0415
-
-            pr_set_pdeathsig = 1
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        except (OSError, AttributeError):  # not Linux: distributed's own watch on the parent's pipe remains
-            return
-        if os.getppid() != self._driver:  # it died before we asked
-            os._exit(1)
-
-
-class DaskRunner:
-    """Tasks on a `LocalCluster` of single-threaded-by-Dask worker processes."""
+    Each task is placed on a worker by us and not by the scheduler: when a worker dies it is clear with which tile, and
+    nothing waits behind a tile that takes long. The scheduler keeps nothing that a run needs.
+    """
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
-        self._cluster: LocalCluster | None = None
-        self._client: Client | None = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._opened: Opened | None = None
+        self._in_work: dict[str, tuple[Any, TileTask]] = {}
+        self._ended: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        self._there: dict[str, str] = {}
+        self._looked = 0.0
+        self._alone_since: float | None = None
+        self._shunned: set[str] = set()
 
     @property
     def address(self) -> str:
         """Address of the dashboard."""
-        return str(self._client.dashboard_link) if self._client is not None else ""
+        return str(self._opened.client.dashboard_link) if self._opened is not None else ""
+
+    def workers(self) -> Mapping[str, str]:
+        """Addresses and names of the workers that the scheduler knows."""
+        if time.monotonic() - self._looked >= _LOOK_S or not self._there:
+            self._look()
+        return self._there
+
+    def start(self, worker: str, function: TaskFunction, task: TileTask) -> None:
+        """Give a worker a task."""
+        key = f"{task.stage}-{task.layer}-{task.epoch}-{task.tile}-{task.key}-{os.urandom(4).hex()}"
+        future = self._client.submit(function, task, key=key, pure=False, retries=0, workers=[worker])
+        self._in_work[worker] = (future, task)
+        future.add_done_callback(lambda ended: self._ended.put((worker, ended)))
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """Return the attempts that ended, those of workers that are gone among them."""
+        ended = set[str]()
+        try:
+            while not ended or not self._ended.empty():
+                worker, future = self._ended.get(timeout=timeout_s)
+                if worker in self._in_work and future.key == self._in_work[worker][0].key:
+                    ended.add(worker)  # or else it was given up
+        except Empty:
+            self._look()
+            ended = set(self._in_work) - set(self._there)  # a scheduler waits for them for ever
+        return [self._outcome(worker) for worker in ended]
+
+    def end(self, worker: str) -> None:
+        """Kill a worker's process by its nanny; without one it is left alone and gets nothing more."""
+        self._shunned.add(worker)
+        self._there.pop(worker, None)
+        with suppress(OSError, ValueError, TimeoutError):
+            self._client.run(_kill_process, workers=[worker], nanny=True, on_error="ignore")
+        self._ended.put((worker, self._in_work[worker][0]))
+
+    def give_up(self, *, wait: bool) -> None:
+        """Wait for the tasks in work, or let go of them."""
+        futures = [future for future, _ in self._in_work.values()]
+        self._in_work.clear()
+        if wait:
+            with self._client.as_current():
+                distributed.wait(futures)
+        else:
+            self._client.cancel(futures, force=True)
 
     def __enter__(self) -> Self:
-        """Start the workers."""
-        _remove_stale_scratch()
-        self._scratch = tempfile.TemporaryDirectory(
-            prefix=f"{_SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True
-        )
-        memory = int(self._profile.worker.mem_gb * 1e9)
-        with dask.config.set(
-            {
-                "distributed.scheduler.allowed-failures": 0,  # `run` tries again, and knows better with whom
-                "distributed.worker.memory.spill": False,
-                "distributed.worker.memory.target": False,
-                # a tile's own ceiling was projected before the run; pausing a worker that holds one would only wait
-                "distributed.worker.memory.pause": False,
-                "distributed.worker.memory.terminate": 0.98,
-            }
-        ):
-            self._cluster = LocalCluster(
-                n_workers=self._profile.workers,
-                threads_per_worker=1,
-                processes=True,
-                memory_limit=memory,
-                dashboard_address="127.0.0.1:0",
-                host="127.0.0.1",
-                local_directory=self._scratch.name,
-                silence_logs=logging.ERROR,
-            )
-            self._client = Client(self._cluster)
-        self._client.register_plugin(_DieWithDriver(os.getpid()))
+        """Start the cluster, or connect to it."""
+        self._opened = open_cluster(self._profile)
+        self._alone_since = time.monotonic()
         return self
-
-    def run(self, function: TaskFunction, tasks: Iterable[TileTask]) -> Results:
-        """Yield the results of all tasks; see `Runner`."""
-        suspects = []
-        for task, result in self._each(function, tasks, self._profile.workers * _IN_FLIGHT_PER_WORKER):
-            if result is None:
-                suspects.append(task)
-            else:
-                yield result
-        # which of the tasks that a worker held when it died was the cause shows when each is tried alone
-        for task in suspects:
-            results = (r for _ in range(_LONE_ATTEMPTS) for _, r in self._each(function, [task], 1))
-            yield next((r for r in results if r is not None), _killed(task))
-
-    def _each(
-        self, function: TaskFunction, tasks: Iterable[TileTask], width: int
-    ) -> Generator[tuple[TileTask, TaskResult | None], None, None]:
-        """Yield each task with its result, None where its worker died; so many are in flight at once."""
-        assert self._client is not None
-        client, waiting = self._client, deque(tasks)
-        in_flight: dict[Any, TileTask] = {}
-        finished: SimpleQueue[Any] = SimpleQueue()
-
-        def submit() -> None:
-            task = waiting.popleft()
-            key = f"{task.stage}-{task.layer}-{task.epoch}-{task.tile}-{task.key}-{os.urandom(4).hex()}"
-            future = client.submit(function, task, key=key, pure=False, retries=0)
-            in_flight[future] = task
-            future.add_done_callback(finished.put)
-
-        try:
-            for _ in range(min(len(waiting), width)):
-                submit()
-            while in_flight:
-                future = self._next(finished)
-                if future.status in (
-                    "pending",
-                    "lost",
-                ):  # its worker died with the result: done anew elsewhere
-                    future.add_done_callback(finished.put)
-                    continue
-                task = in_flight.pop(future)
-                result = _result(future, task)
-                future.release()
-                if waiting:
-                    submit()
-                yield task, result
-        finally:
-            if in_flight:  # given up in the middle: what has not begun shall not begin
-                client.cancel(list(in_flight), force=True)
-
-    def _next(self, finished: SimpleQueue[Any]) -> Any:
-        """Wait for a finished future, but not for workers that never come back."""
-        scheduler: Any = self._cluster.scheduler  # type: ignore[union-attr]
-        alone_since = time.monotonic()
-        while True:
-            try:
-                return finished.get(timeout=1.0)
-            except Empty:
-                if scheduler.workers:
-                    alone_since = time.monotonic()
-            if time.monotonic() - alone_since > _NO_WORKERS_S:
-                raise ClusterError(
-                    f"All {self._profile.workers} workers ended and none came back in {_NO_WORKERS_S:.0f} s; "
-                    "start with `slidecube doctor`, raise mem_gb, or use profile 'threads'"
-                )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the workers, by force when they do not end in time: what a run has done stays done."""
-        pids = [] if self._cluster is None else [nanny.pid for nanny in self._cluster.workers.values()]
+        """Stop what was started, by force when it does not end in time: what a run has done stays done."""
+        if self._opened is not None:
+            self._opened.close(_CLOSE_S)
+
+    @property
+    def _client(self) -> Any:
+        assert self._opened is not None
+        return self._opened.client
+
+    def _look(self) -> None:
+        """Ask the scheduler who is there, and the cluster for who is missing."""
+        assert self._opened is not None
         try:
-            if self._client is not None:
-                self._client.close(timeout=_CLOSE_S)
-            if self._cluster is not None:
-                self._cluster.close(timeout=_CLOSE_S)
-        except TimeoutError:
-            for pid in filter(None, pids):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        finally:
-            if self._scratch is not None:
-                self._scratch.cleanup()
+            info = self._client.scheduler_info(n_workers=-1)["workers"]
+        except (OSError, TimeoutError) as error:
+            raise ClusterError(
+                f"The Dask scheduler does not answer any more ({' '.join(str(error).split())}); run the same command: "
+                "what is done stays done"
+            ) from None
+        self._looked = time.monotonic()
+        self._there = {
+            address: str(about["name"]) for address, about in info.items() if address not in self._shunned
+        }
+        if self._there:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = self._looked
+        self._opened.ask_for_missing(len(self._there))
+        patience_s = self._opened.patience_s
+        if self._alone_since is not None and self._looked - self._alone_since > patience_s:
+            raise ClusterError(
+                f"Not one of {self._profile.workers} workers is there, and none came in {patience_s:.0f} s; "
+                f"{self._opened.remedy}"
+            )
+
+    def _outcome(self, worker: str) -> Outcome:
+        future, task = self._in_work.pop(worker)
+        result = None if worker in self._shunned else _result(future, task)
+        if result is None:
+            self._there.pop(worker, None)
+            self._client.cancel([future], force=True)
+        future.release()
+        return Outcome(worker=worker, result=result)
 
 
 def _result(future: Any, task: TileTask) -> TaskResult | None:
-    """Result of a finished future, None when its worker died."""
-    if future.status == "finished":
-        found: TaskResult = future.result()
-        return found
-    error = future.exception() if future.status == "error" else None
-    if isinstance(error, KilledWorker):
+    """Result of a future, None when its worker died."""
+    try:
+        if future.status == "finished":
+            found: TaskResult = future.result()
+            return found
+        error = future.exception() if future.status == "error" else None
+    except (OSError, distributed.CancelledError, TimeoutError):  # it died with the result
         return None
-    if error is not None:
-        return failed(task, error)
-    return TaskResult(task=task, status="failed", reason=f"the task was {future.status} by Dask")
+    if error is None or isinstance(error, KilledWorker):
+        return None
+    return failed(task, error)
 
 
-def _killed(task: TileTask) -> TaskResult:
-    reason = (
-        f"the worker died {1 + _LONE_ATTEMPTS} times on this tile, the last times alone, most likely out of memory; "
-        "raise mem_gb or lower workers"
-    )
-    return TaskResult(task=task, status="failed", reason=reason)
-
-
-def _remove_stale_scratch() -> None:
-    """Remove the scratch folders of killed drivers, as far as they are ours."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+def _kill_process(dask_worker: Any) -> None:
+    os.kill(dask_worker.pid, signal.SIGKILL)

@@ -1,16 +1,25 @@
-"""What a worker has."""
+"""Profiles: where a run works, how wide, and what each worker has."""
 
 from __future__ import annotations
 
 import os
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import psutil
+import pydantic
+from pydantic import Field
 
 from slidecube.cluster.errors import ClusterError
+
+Kind = Literal[
+    "threads", "dask-local", "dask-cuda", "dask-address", "dask-jobqueue", "dask-kubernetes", "array"
+]
+System = Literal["slurm", "pbs", "lsf"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +39,112 @@ class Resources:
 class Profile:
     """Where and how wide a run is.
 
-    name : of the file in `profiles/`; runner : "threads" or "dask-local"; workers : tiles in work at once
-    worker : resources of each
+    name : of its file; runner : what starts the workers; workers : tiles in work at once; worker : resources of each
+    deadline_min : how long one tile may take, None = as long as it likes
+    options : of the runner's own table in the file, such as [jobqueue]
     """
 
     name: str
     runner: str
     workers: int
     worker: Resources
+    deadline_min: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Table(pydantic.BaseModel):
+    """A table of a profile: unknown keys are refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class JobQueue(_Table):
+    """Dask workers as jobs of a batch system."""
+
+    system: System
+    queue: str = ""
+    account: str = ""
+    interface: str = ""
+    scratch: str = ""
+    logs: str = ""
+    wait_min: float = Field(60.0, gt=0)
+    prologue: tuple[str, ...] = ()
+    directives: tuple[str, ...] = ()
+
+
+class Kubernetes(_Table):
+    """Dask workers as pods of the Dask operator."""
+
+    image: str
+    namespace: str = "default"
+    service_account: str = ""
+    secret: str = ""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    wait_min: float = Field(15.0, gt=0)
+
+
+class StageRequest(_Table):
+    """What one job of a stage asks for."""
+
+    cpus: int = Field(4, ge=1)
+    mem_gb: float = Field(16.0, gt=0)
+    gpus: int = Field(0, ge=0)
+    time_min: int = Field(240, ge=1)
+    shards: int = Field(1, ge=1)
+    at_once: int = Field(0, ge=0)
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    directives: tuple[str, ...] = ()
+
+
+class Array(_Table):
+    """A long run as arrays of jobs, each of which takes its share of the tiles."""
+
+    system: Literal["slurm", "pbs"]
+    max_array_size: int = Field(1000, ge=1)
+    drain_s: int = Field(300, ge=10)
+    prologue: tuple[str, ...] = ()
+    cube: StageRequest = Field(default_factory=lambda: StageRequest(shards=8))
+    fit: StageRequest = Field(default_factory=StageRequest)
+    detect: StageRequest = Field(default_factory=lambda: StageRequest(shards=4))
+    mosaic: StageRequest = Field(default_factory=StageRequest)
+
+
+class ProfileFile(_Table):
+    """What a profile's TOML holds."""
+
+    extends: str = ""
+    runner: Kind
+    workers: int | None = Field(None, ge=1)
+    threads_per_worker: int | None = Field(None, ge=1)
+    mem_gb: float | None = Field(None, gt=0)
+    gpus: int = Field(0, ge=0)
+    time_min: int = Field(0, ge=0)
+    deadline_min: float | None = Field(240.0, gt=0)
+    address: str = ""
+    wait_min: float = Field(10.0, gt=0)
+    jobqueue: JobQueue | None = None
+    kubernetes: Kubernetes | None = None
+    array: Array | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> ProfileFile:
+        for runner, key in _OWN_TABLE.items():
+            if (self.runner == runner) != bool(getattr(self, key)):
+                what = "is missing" if self.runner == runner else f"is of runner {runner!r} alone"
+                raise ValueError(f"{key} {what}, and this profile's runner is {self.runner!r}")
+        return self
+
+
+_OWN_TABLE = {
+    "dask-address": "address",
+    "dask-jobqueue": "jobqueue",
+    "dask-kubernetes": "kubernetes",
+    "array": "array",
+}
+_ELSEWHERE = ("dask-address", "dask-jobqueue", "dask-kubernetes")
 
 
 def cores() -> int:
@@ -45,26 +152,130 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def profiles() -> dict[str, Path]:
+    """Profiles by name with their files: those that come with slidecube, and the user's own, which win."""
+    folders = [Path(str(resources.files("slidecube.cluster"))) / "profiles", own_profiles()]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+
+
+def own_profiles() -> Path:
+    """Folder of the user's own profiles."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "slidecube" / "profiles"
+
+
 def load_profile(
     name: str,
     *,
+    base: Path | None = None,
     workers: int | None = None,
     threads_per_worker: int | None = None,
     mem_gb: float | None = None,
 ) -> Profile:
     """Read a profile and fill in what it leaves open from this machine.
 
-    Raises ClusterError for an unknown name.
+    name : of a profile, or the path of a TOML, from the folder `base`
+    workers, threads_per_worker, mem_gb : in place of the profile's
+    Raises ClusterError for an unknown name, an unreadable file, and a key or value that is not allowed.
     """
-    folder = resources.files("slidecube.cluster") / "profiles"
-    known = sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
-    if name not in known:
-        raise ClusterError(f"No cluster profile {name!r}; profiles: {', '.join(known)}")
-    table: dict[str, Any] = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
-    n = workers or table.get("workers") or (cores() if table["runner"] == "dask-local" else 1)
+    file = read_profile(name, base=base)
+    n = workers or file.workers or (cores() if file.runner == "dask-local" else _gpus(file) or 1)
+    elsewhere = file.runner in _ELSEWHERE
     # threads of one tile = cores / workers, never more: two tiles with two threads each were 21 times slower
-    threads = threads_per_worker or table.get("threads_per_worker") or max(1, cores() // n)
-    memory = mem_gb or table.get("mem_gb") or round(0.8 * psutil.virtual_memory().total / 1e9 / n, 1)
+    threads = threads_per_worker or file.threads_per_worker or (1 if elsewhere else max(1, cores() // n))
+    here_gb = round(0.8 * psutil.virtual_memory().total / 1e9 / n, 1)
+    memory = mem_gb or file.mem_gb or (4.0 if elsewhere else here_gb)
+    own = _OWN_TABLE.get(file.runner, "")
+    table = getattr(file, own) if own else None
+    options = {"address": table, "wait_min": file.wait_min} if own == "address" else {}
+    if isinstance(table, pydantic.BaseModel):
+        options = table.model_dump()
     return Profile(
-        name=name, runner=table["runner"], workers=n, worker=Resources(cpus=threads, mem_gb=memory)
+        name=name,
+        runner=file.runner,
+        workers=n,
+        worker=Resources(cpus=threads, mem_gb=memory, gpus=file.gpus, time_min=file.time_min),
+        deadline_min=file.deadline_min,
+        options=options,
     )
+
+
+def read_profile(name: str, *, base: Path | None = None) -> ProfileFile:
+    """Read and check a profile's file, with what it extends."""
+    path, table = _tables(name, base, ())
+    try:
+        return ProfileFile.model_validate(table)
+    except pydantic.ValidationError as error:
+        raise ClusterError(f"Profile {path}: {_refusal(error)}") from None
+
+
+def _tables(name: str, base: Path | None, seen: tuple[Path, ...]) -> tuple[Path, dict[str, Any]]:
+    """Tables of a profile over those of the one that it extends."""
+    path = _find(name, base)
+    if path in seen:
+        raise ClusterError(f"Profile {path} extends itself; name another one in extends")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ClusterError(f"Profile {path} cannot be read: {' '.join(str(error).split())}") from None
+    below = table.get("extends")
+    if not isinstance(below, str) or not below:
+        return path, table
+    return path, _merged(_tables(below, path.parent, (*seen, path))[1], table)
+
+
+def _find(name: str, base: Path | None) -> Path:
+    if name.endswith(".toml"):
+        path = (base or Path.cwd()) / Path(name).expanduser()
+        if not path.is_file():
+            raise ClusterError(
+                f"No profile file {path}; name a TOML, or one of {', '.join(sorted(profiles()))}"
+            )
+        return path.resolve()
+    known = profiles()
+    if name not in known:
+        raise ClusterError(
+            f"No cluster profile {name!r}; profiles: {', '.join(sorted(known))}; your own are TOML files in "
+            f"{own_profiles()}, or named by their path"
+        )
+    return known[name]
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: value for key, value in below.items() if key not in above} | above
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            both[key] = _merged(below[key], value)
+    return both
+
+
+def _refusal(error: pydantic.ValidationError) -> str:
+    """Say in one line what is wrong with the first key."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "it"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where}; allowed: {', '.join(_allowed(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    if first["type"] == "literal_error" and first["loc"] == ("runner",):
+        return f"runner: got {first['input']!r}; allowed: {', '.join(get_args(Kind))}"
+    got = f", got {first['input']!r}" if not isinstance(first["input"], dict) else ""
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _allowed(where: tuple[int | str, ...]) -> list[str]:
+    kind: type[pydantic.BaseModel] = ProfileFile
+    for part in where:
+        annotation = kind.model_fields[str(part)].annotation
+        inner = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type)]
+        kind = next(t for t in inner if issubclass(t, pydantic.BaseModel))
+    return list(kind.model_fields)
+
+
+def _gpus(file: ProfileFile) -> int | None:
+    """GPUs that this machine shows, for one worker each."""
+    if file.runner != "dask-cuda":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return len([device for device in visible.split(",") if device.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or None

@@ -1,7 +1,8 @@
 """The command line: verbs are stages.
 
 Each verb imports what it needs when it runs, so that `slidecube --version` answers at once. Errors become one line and
-an exit code in one place, `main`: 0 complete, 1 the user's error, 2 incomplete, 70 a bug, 130 interrupted.
+an exit code in one place, `main`: 0 complete, 1 the user's error, 2 incomplete, 70 a bug, 75 asked to end early by
+SIGUSR1 (the same command goes on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,22 +10,24 @@ from __future__ import annotations
 import datetime as dt
 import errno
 import json
+import os
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata, resources
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 if TYPE_CHECKING:
     from slidecube.catalog.aoi import Aoi
+    from slidecube.pipeline.lock import Job
 
-COMPLETE, USER_ERROR, INCOMPLETE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+COMPLETE, USER_ERROR, INCOMPLETE, BUG, DRAINED, INTERRUPTED = 0, 1, 2, 70, 75, 130
 
 STAGES = ("cube", "fit", "detect", "mosaic")
 
@@ -47,7 +50,17 @@ def main(argv: list[str] | None = None) -> None:
             click.echo(f"slidecube: {message}", err=True)
         if debug:
             traceback.print_exception(error)
-    sys.exit(code if isinstance(code, int) else COMPLETE)
+    _leave(code if isinstance(code, int) else COMPLETE)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process, at once where a thread was left behind: it would hold it, or crash on its way out."""
+    threads = sys.modules.get("slidecube.cluster.threads")
+    if threads is not None and threads.threads_at_work():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
@@ -61,12 +74,12 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     from slidecube.catalog.errors import CatalogError
     from slidecube.cluster.errors import ClusterError
     from slidecube.models.errors import ModelError
-    from slidecube.pipeline.errors import IncompleteError, PipelineError
+    from slidecube.pipeline.errors import DrainedError, IncompleteError, PipelineError
 
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return INTERRUPTED, "stopped; run the same command to resume"
     if isinstance(error, IncompleteError):
-        return INCOMPLETE, _one_line(str(error))
+        return DRAINED if isinstance(error, DrainedError) else INCOMPLETE, _one_line(str(error))
     if isinstance(error, CatalogError | ModelError | ClusterError | PipelineError):
         return USER_ERROR, _one_line(str(error))
     if isinstance(error, click.ClickException):
@@ -178,13 +191,32 @@ def plan(file: Path, *, refresh: bool) -> None:
     click.echo(plan_summary(made, newest=_newest(source, made.aoi)))
 
 
+def _where(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of every verb that works."""
+    verb = click.option("--quiet", is_flag=True, help="Show no progress.")(verb)
+    return click.option(
+        "--profile",
+        metavar="NAME",
+        help="Where to run, in place of [cluster] profile: a name, or a TOML's path.",
+    )(verb)
+
+
+_shard = click.option(
+    "--shard", metavar="I/N", callback=lambda _, __, text: _part(text), help="Only share I of N, from 0."
+)
+_mend = click.option(
+    "--mend", is_flag=True, help="Read again what lacks scenes that could not be read for a passing reason."
+)
+
+
 @cli.command()
 @click.argument("file", type=TomlFile)
 @click.option("--refresh", is_flag=True, help="Search again, and process what is new.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
-def run(file: Path, *, refresh: bool, quiet: bool) -> None:
+@_mend
+@_where
+def run(file: Path, *, refresh: bool, **how: Any) -> None:
     """Make the whole inventory; run again to resume."""
-    _run(file, STAGES, refresh=refresh, quiet=quiet)
+    _run(file, STAGES, refresh=refresh, **how)
 
 
 @cli.command()
@@ -201,35 +233,38 @@ def status(workspace: Path, *, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("file", type=TomlFile)
-@click.option("--quiet", is_flag=True, help="Show no progress.")
-def cube(file: Path, *, quiet: bool) -> None:
+@_mend
+@_shard
+@_where
+def cube(file: Path, **how: Any) -> None:
     """Build the layers only: composites and terrain."""
-    _run(file, ("cube",), quiet=quiet)
+    _run(file, ("cube",), **how)
 
 
 @cli.command()
 @click.argument("file", type=TomlFile)
 @click.option("--again", is_flag=True, help="Fit once more what is frozen, with the tiles mended since.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
-def fit(file: Path, *, again: bool, quiet: bool) -> None:
+@_where
+def fit(file: Path, **how: Any) -> None:
     """Fit what the model learns from the layers, and freeze it."""
-    _run(file, ("fit",), again=again, quiet=quiet)
+    _run(file, ("fit",), **how)
 
 
 @cli.command()
 @click.argument("file", type=TomlFile)
-@click.option("--quiet", is_flag=True, help="Show no progress.")
-def detect(file: Path, *, quiet: bool) -> None:
+@_shard
+@_where
+def detect(file: Path, **how: Any) -> None:
     """Run the model over the layers that are there."""
-    _run(file, ("detect",), quiet=quiet)
+    _run(file, ("detect",), **how)
 
 
 @cli.command()
 @click.argument("file", type=TomlFile)
-@click.option("--quiet", is_flag=True, help="Show no progress.")
-def mosaic(file: Path, *, quiet: bool) -> None:
+@_where
+def mosaic(file: Path, **how: Any) -> None:
     """Join the tiles into landslides across their edges."""
-    _run(file, ("mosaic",), quiet=quiet)
+    _run(file, ("mosaic",), **how)
 
 
 @cli.command()
@@ -352,16 +387,55 @@ def _newest(source: str, aoi: Aoi) -> str:
 
 
 def _run(
-    file: Path, stages: tuple[str, ...], *, refresh: bool = False, again: bool = False, quiet: bool = False
+    file: Path,
+    stages: tuple[str, ...],
+    *,
+    refresh: bool = False,
+    shard: tuple[int, int] | None = None,
+    quiet: bool = False,
+    **how: Any,
 ) -> None:
     from slidecube.pipeline.config import load_config
-    from slidecube.pipeline.errors import IncompleteError
+    from slidecube.pipeline.errors import DrainedError, IncompleteError
+    from slidecube.pipeline.lock import Shard
     from slidecube.pipeline.plan import plan as make_plan
+    from slidecube.pipeline.run import Drain, Part
     from slidecube.pipeline.run import run as run_plan
     from slidecube.pipeline.summaries import failure_line, run_summary
 
+    drain = Drain()
+    signal.signal(signal.SIGUSR1, lambda *_: drain.ask())
     config = load_config(file)
-    report = run_plan(make_plan(config, refresh=refresh), stages=stages, again=again, progress=not quiet)
+    part = Part(
+        shard=None if shard is None else Shard(stage=stages[0], index=shard[0], count=shard[1]), job=_job()
+    )
+    report = run_plan(
+        make_plan(config, refresh=refresh), stages=stages, part=part, drain=drain, progress=not quiet, **how
+    )
     click.echo(run_summary(report))
+    if report.drained:
+        raise DrainedError("asked to end early, and some work is left; run the same command to go on")
     if not report.complete:
         raise IncompleteError(failure_line(report, config.workspace))
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    """Read `3/8`."""
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise click.BadParameter(f"got {text!r}; allowed: I/N with I from 0 to N - 1, such as 0/8")
+    return int(index), int(count)
+
+
+def _job() -> Job:
+    """Say which job of Slurm this is, and how often it was started again."""
+    from slidecube.pipeline.lock import Job
+
+    name = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return Job(
+        name=f"slurm {name}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}" * bool(name),
+        restarts=int(restarts) if restarts.isdecimal() else 0,
+    )

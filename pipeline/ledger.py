@@ -57,8 +57,9 @@ class Record:
 
     key : content key of the work
     state : "done", "empty" (done, and there was nothing to see, with a reason) or "failed"
-    reason : one line, for "empty" and "failed"; traceback : for "failed"
+    reason : one line, for "empty" and "failed"; fault, traceback : for "failed"
     scene_reads : scenes of which pixels were read; lost : assets that could not be read, [scene, asset, reason]
+    passing : how many of them because of a fault that passes: reading the tile again may mend it
     substituted : assets that were read from another source, [scene, asset, source, why not from its own]; the pixels
         are the same, so it changes no key
     checksums : variable -> checksum of the stored bytes; numbers : counts of pixels, by name
@@ -69,10 +70,12 @@ class Record:
     key: str
     state: State
     reason: str = ""
+    fault: str = ""
     traceback: str = ""
     scenes: tuple[str, ...] = ()
     scene_reads: int = 0
     lost: tuple[tuple[str, str, str], ...] = ()
+    passing: int = 0
     substituted: tuple[tuple[str, str, str, str], ...] = ()
     checksums: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
@@ -164,6 +167,13 @@ class Ledger:
             else:
                 found[tile] = (record.key, record.complete)
         return found
+
+    def passing(self) -> set[str]:
+        """Tiles that lack something because of a fault that passes."""
+        found = self.table()
+        return {
+            tile for tile, n in zip(found["tile"].to_pylist(), found["passing"].to_pylist(), strict=True) if n
+        }
 
     def load(self) -> dict[str, Record]:
         """All records, by tile."""

@@ -1,4 +1,7 @@
-"""One driver a workspace: a lock with a heartbeat, and a fence for what a dead driver left running."""
+"""Who may write into a workspace: locks with a heartbeat, and a fence for what a dead driver left running.
+
+A driver holds the workspace alone. The shards of a stage hold it side by side, each by a lock of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -15,63 +20,146 @@ from typing import Any, Self
 import psutil
 
 from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.storage import Place, create, read_tagged, release, swap
+from slidecube.pipeline.storage import Place, create, names, read_tagged, release, swap
 
 BEAT_S = 2.0
 SILENT_S = 20.0
 """A driver on another machine whose beat has not changed for so long is taken for dead; clocks are not compared."""
 
-_FIELDS = {"token", "run", "host", "machine", "pid", "started", "beat", "running"}
+_FIELDS = {
+    "token",
+    "run",
+    "shard",
+    "job",
+    "restarts",
+    "host",
+    "machine",
+    "pid",
+    "started",
+    "beat",
+    "running",
+}
+
+
+DRIVER = "driver.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One of the parts into which the tiles of a stage are dealt.
+
+    index : from 0; count : of all
+    """
+
+    stage: str
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count} of {self.stage}"
+
+    @property
+    def slug(self) -> str:
+        """Name for files."""
+        return f"{self.stage}-{self.index}of{self.count}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job of a batch system that may be started again, and how often it was: an earlier start of it is gone."""
+
+    name: str = ""
+    restarts: int = 0
 
 
 class Lock:
     """The right to write into a workspace.
 
-    A second driver is refused while the first one lives. A dead one is taken over: at once when it ran on this
-    machine (its process is gone), after `SILENT_S` without a heartbeat when it ran elsewhere. Work that a dead driver
-    left running is fenced: `holds` says no to its token before it writes.
+    A second driver is refused while the first one lives, and so is the same shard twice, a driver beside shards, and
+    shards of another number. A dead one is taken over: at once when it ran on this machine (its process is gone) or
+    when its batch system has started its job again, after `SILENT_S` without a heartbeat when it ran elsewhere. Work
+    that a dead driver left running is fenced: `holds` says no to its token before it writes.
     """
 
-    def __init__(self, folder: Place, *, run: str) -> None:
-        self.path = folder / "driver.json"
+    def __init__(
+        self, folder: Place, *, run: str, shard: Shard | None = None, job: Job | None = None
+    ) -> None:
+        self.path = folder / (DRIVER if shard is None else f"shard-{shard.slug}.json")
         self.token = secrets.token_hex(8)
         self._run = run
+        self._shard = shard
+        self._job = job or Job()
         self._beat = 0
         self._running = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        """Take the lock; raises PipelineError when another driver holds it."""
-        silent_since, seen = time.monotonic(), None
+        """Take the lock; raises PipelineError when somebody else holds the workspace."""
+        seen: dict[Place, tuple[tuple[str, int], float]] = {}  # whose beat, and since when it is the same
         while True:
             found = read_tagged(self.path)
-            other = None if found is None else _parsed(found[0])
-            if other is None or _dead(other) is True:
-                if self._take(found):
+            others = self._in_the_way()
+            now = time.monotonic()
+            for path, other in others.items():
+                beat = (other["token"], other["beat"])
+                earlier, since = seen.setdefault(path, (beat, now))
+                if beat != earlier:
+                    raise PipelineError(self._refusal(other))
+                if now - since <= SILENT_S:
+                    break
+            else:
+                if self._take(found, others):
                     break
                 continue  # another driver was faster
-            if _dead(other) is False:
-                raise PipelineError(
-                    f"Workspace {self.path.parent.parent} is in use by run {other['run']!r} "
-                    f"(process {other['pid']} on {other['host']}); wait for it, or stop it"
-                )
-            beat = (other["token"], other["beat"])
-            if beat != seen:  # on another machine: only its heartbeat tells
-                if seen is not None:
-                    raise PipelineError(
-                        f"Workspace {self.path.parent.parent} is in use by run {other['run']!r} on host "
-                        f"{other['host']}; wait for it, or stop it"
-                    )
-                seen, silent_since = beat, time.monotonic()
-            if time.monotonic() - silent_since > SILENT_S:
-                if self._take(found):
-                    break
-                continue
             time.sleep(BEAT_S / 2)
         self._thread = threading.Thread(target=self._keep, name="slidecube-heartbeat", daemon=True)
         self._thread.start()
         return self
+
+    def _in_the_way(self) -> dict[Place, dict[str, Any]]:
+        """Locks that exclude ours and are not known to be dead; of those on other machines only the heartbeat tells.
+
+        Raises PipelineError when one is alive for certain.
+        """
+        folder, found = self.path.parent, {}
+        for name in names(folder):
+            if not self._excludes(name):
+                continue
+            other = read_lock(folder / name)
+            if other is not None and other["token"] == self.token:
+                continue
+            dead = other is None or self._started_again(other) or _dead(other)
+            if other is not None and dead is False:
+                raise PipelineError(self._refusal(other))
+            if other is not None and dead is None:
+                found[folder / name] = other
+        return found
+
+    def _excludes(self, name: str) -> bool:
+        """Tell whether the lock of a name excludes ours: its own, a driver's, for a driver everyone's."""
+        if name in {DRIVER, self.path.name}:
+            return True
+        if not (name.startswith("shard-") and name.endswith(".json")):
+            return False
+        if self._shard is None:
+            return True
+        same_stage = name.startswith(f"shard-{self._shard.stage}-")
+        return same_stage and not name.endswith(f"of{self._shard.count}.json")
+
+    def _started_again(self, other: dict[str, Any]) -> bool:
+        """Tell whether a lock is of an earlier start of our own job."""
+        return bool(self._job.name) and (
+            other["job"] == self._job.name and other["restarts"] < self._job.restarts
+        )
+
+    def _refusal(self, other: dict[str, Any]) -> str:
+        shard = f"shard {other['shard']} of " * bool(other["shard"])
+        host = f"host {other['host']}" if _elsewhere(other) else f"process {other['pid']} on {other['host']}"
+        return (
+            f"Workspace {self.path.parent.parent} is in use by {shard}run {other['run']!r} ({host}); wait for it, or "
+            "stop it"
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -80,9 +168,7 @@ class Lock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        found = read_tagged(self.path)
-        if found is not None and self._mine(found[0]):
-            release(self.path, found[1])
+        self._give_back()
 
     def require(self) -> None:
         """Raise IncompleteError when the lock was taken over: nothing may be written any more."""
@@ -107,15 +193,38 @@ class Lock:
             except OSError:  # a full disk must not end the run here: the tile that meets it says so
                 continue
 
-    def _take(self, found: tuple[bytes, str] | None) -> bool:
-        """Write the lock over what was found; returns whether nobody was faster."""
+    def _take(self, found: tuple[bytes, str] | None, silent: Iterable[Place]) -> bool:
+        """Write the lock over what was found; returns whether nobody was faster.
+
+        silent : locks of drivers that are believed dead
+        """
         if isinstance(self.path, Path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for stale in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a killed driver
                 stale.unlink(missing_ok=True)
-        if found is None:
-            return create(self.path, self._content())
-        return swap(self.path, self._content(), found[1])
+        for path in silent:
+            if path != self.path:
+                _release(path)
+        if not (create(self.path, self._content()) if found is None else self._swap(found[1])):
+            return False
+        try:
+            # a shard and a driver write two files: who was first shows only now
+            others = [other for path, other in self._in_the_way().items() if path != self.path]
+        except PipelineError:
+            self._give_back()
+            raise
+        if others:
+            self._give_back()
+            raise PipelineError(self._refusal(others[0]))
+        return True
+
+    def _swap(self, tag: str) -> bool:
+        return swap(self.path, self._content(), tag)
+
+    def _give_back(self) -> None:
+        found = read_tagged(self.path)
+        if found is not None and self._mine(found[0]):
+            release(self.path, found[1])
 
     def _mine(self, content: bytes) -> bool:
         held = _parsed(content)
@@ -127,6 +236,9 @@ class Lock:
             {
                 "token": self.token,
                 "run": self._run,
+                "shard": "" if self._shard is None else str(self._shard),
+                "job": self._job.name,
+                "restarts": self._job.restarts,
                 "host": socket.gethostname(),
                 "machine": _machine(),
                 "pid": me.pid,
@@ -141,6 +253,19 @@ def read_lock(path: Place) -> dict[str, Any] | None:
     """Read who holds a lock, None when nobody does or when the file is damaged."""
     found = read_tagged(path)
     return None if found is None else _parsed(found[0])
+
+
+def read_locks(folder: Place) -> list[dict[str, Any]]:
+    """Read the locks of a driver and of shards; damaged ones hold nothing."""
+    found = [read_lock(folder / name) for name in names(folder) if name.endswith(".json")]
+    return [lock for lock in found if lock is not None]
+
+
+def _release(path: Place) -> None:
+    """Remove a dead driver's lock."""
+    found = read_tagged(path)
+    if found is not None:
+        release(path, found[1])
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:
@@ -164,7 +289,7 @@ def alive(lock: dict[str, Any] | None) -> bool:
 
 def _dead(lock: dict[str, Any]) -> bool | None:
     """True or False for a driver of this machine, None for one elsewhere."""
-    if lock["host"] != socket.gethostname() or lock["machine"] != _machine():
+    if _elsewhere(lock):
         return None
     try:
         process = psutil.Process(lock["pid"])
@@ -173,6 +298,10 @@ def _dead(lock: dict[str, Any]) -> bool | None:
     except psutil.Error:
         return True
     return not same
+
+
+def _elsewhere(lock: dict[str, Any]) -> bool:
+    return bool(lock["host"] != socket.gethostname() or lock["machine"] != _machine())
 
 
 @lru_cache(maxsize=1)

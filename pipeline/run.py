@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import os
+import datetime as dt
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,27 +16,26 @@ import psutil
 from tqdm import tqdm
 
 from slidecube.catalog.load import require_loader
+from slidecube.cluster.pools import open_runner
 from slidecube.cluster.resources import Profile, load_profile
-from slidecube.cluster.runner import Runner, TaskResult, TileTask, open_runner
+from slidecube.cluster.runner import Retried, Runner, TaskResult, TileTask
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import unfinished, write_event
 from slidecube.pipeline.fit import contributing, fit_epoch, fit_state, thaw, tried, unfitted
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.ledger import Record
-from slidecube.pipeline.lock import Lock
+from slidecube.pipeline.lock import Job, Lock, Shard
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import frozen_digest
 from slidecube.pipeline.storage import Place, below
 from slidecube.pipeline.store import remove_partials
-from slidecube.pipeline.tasks import FENCED, FIT_STAGES, TileContext, tasks_of
+from slidecube.pipeline.tasks import FIT_STAGES, TileContext, ledger_of, tasks_of
 from slidecube.pipeline.tile import run_task
 
 STAGES = ("cube", "fit", "detect", "mosaic")
-_ENOSPC = os.strerror(errno.ENOSPC)
-_EDQUOT = os.strerror(errno.EDQUOT)
 _LOG_EVERY_S = 30.0
 
 
@@ -45,6 +44,7 @@ class RunReport:
     """What a run did.
 
     complete : nothing is due any more, or the failures lie within the budget
+    drained : it was asked to end before it was through, and some work is left
     done, failed : tiles of this run by stage; reasons : of the failures, with their tiles; products : folder or None
     statistics : what is fitted, an entry an epoch as of `fit_state`
     """
@@ -57,6 +57,32 @@ class RunReport:
     scene_reads: int = 0
     products: Place | None = None
     statistics: tuple[dict[str, Any], ...] = ()
+    drained: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The part of a run that one job of a batch system does.
+
+    shard : of the tiles of a stage; job : by which an earlier start of the same job is known to be gone
+    """
+
+    shard: Shard | None = None
+    job: Job = field(default_factory=Job)
+
+
+class Drain:
+    """A request to begin nothing more; may be made from a signal handler."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.runner: Runner | None = None
+
+    def ask(self) -> None:
+        """Let what is in work come to its end, and end then."""
+        self.asked = True
+        if self.runner is not None:
+            self.runner.drain()
 
 
 def run(
@@ -64,6 +90,10 @@ def run(
     *,
     stages: Sequence[str] = STAGES,
     again: bool = False,
+    mend: bool = False,
+    profile: str | None = None,
+    part: Part | None = None,
+    drain: Drain | None = None,
     progress: bool = True,
     say: TextIO | None = None,
 ) -> RunReport:
@@ -71,27 +101,47 @@ def run(
 
     what : a configuration (its plan is found or made) or a plan; stages : of `STAGES`, in order
     again : fit once more what is frozen, with the tiles that were mended since
+    mend : make tiles again that do without scenes which a passing fault kept away
+    profile : in place of the configuration's; part : of the run, None = all of it; drain : how to end it early
     progress : show a bar on a terminal, lines in a log
     Raises PipelineError when the run cannot start, IncompleteError when it must stop (full disk).
     """
     made = what if isinstance(what, RunPlan) else plan(what)
-    cluster = made.config.cluster
-    profile = load_profile(
+    part = part or Part()
+    where = _profile_of(made.config, profile)
+    require_loader(made.config.cluster.loader, made.grid.crs)
+    _refuse_too_large(made, where)
+    with Lock(made.workspace.locks, run=made.run, shard=part.shard, job=part.job) as lock:
+        if part.shard is None:  # shards beside us would lose what they are writing
+            remove_partials(made.workspace)
+        create_stores(made)
+        if again:
+            thaw(made)
+        driver = _Driver(
+            plan=made,
+            profile=where,
+            lock=lock,
+            shard=part.shard,
+            mend=mend,
+            drain=drain or Drain(),
+            progress=progress,
+            say=say or sys.stderr,
+        )
+        return driver.drive(stages)
+
+
+def _profile_of(config: Config, name: str | None) -> Profile:
+    """Profile of a configuration, or another one, to which the widths in the configuration do not belong."""
+    cluster = config.cluster
+    if name is not None:
+        return load_profile(name)
+    return load_profile(
         cluster.profile,
+        base=config.base,
         workers=cluster.workers,
         threads_per_worker=cluster.threads_per_worker,
         mem_gb=cluster.mem_gb,
     )
-    require_loader(cluster.loader, made.grid.crs)
-    _refuse_too_large(made, profile)
-    with Lock(made.workspace.locks, run=made.run) as lock:
-        remove_partials(made.workspace)
-        create_stores(made)
-        if again:
-            thaw(made)
-        return _Driver(plan=made, profile=profile, lock=lock, progress=progress, say=say or sys.stderr).drive(
-            stages
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +151,9 @@ class _Driver:
     plan: RunPlan
     profile: Profile
     lock: Lock
+    shard: Shard | None
+    mend: bool
+    drain: Drain
     progress: bool
     say: TextIO
     done: Counter[str] = field(default_factory=Counter)
@@ -111,25 +164,33 @@ class _Driver:
 
     def drive(self, stages: Sequence[str]) -> RunReport:
         self._recover_events()
-        self._event("run_started", stages=list(stages), profile=self.profile.name)
+        self._event("run_started", stages=list(stages), profile=self.profile.name, host=socket.gethostname())
         # nothing due starts no workers; what is due of detect shows when the cubes are done
-        if any(due(self.plan, stage) for stage in ("cube", "detect") if stage in stages) or (
+        if any(self._due(stage) for stage in ("cube", "detect") if stage in stages) or (
             "fit" in stages and unfitted(self.plan)
         ):
             with open_runner(self.profile) as runner:
+                self.drain.runner = runner
+                if self.drain.asked:
+                    runner.drain()
                 if runner.address and self.progress:
                     print(f"Dask dashboard: {runner.address}", file=self.say)
                 self._on(runner, stages)
         products = None
-        if "mosaic" in stages:
+        if "mosaic" in stages and not self.drain.asked:
             products = self._mosaic()
         complete = len(self.lost_tiles) <= self.plan.config.cluster.failure_budget
         if "fit" in stages and unfitted(self.plan):
             complete = False
+        drained = self.drain.asked and (
+            any(self._due(stage) for stage in stages if stage in {"cube", "detect"})
+            or not {"fit", "mosaic"}.isdisjoint(stages)
+        )
         self._event("run_ended", complete=complete, done=dict(self.done), failed=dict(self.failed))
         return RunReport(
             run=self.plan.run,
-            complete=complete,
+            complete=complete and not drained,
+            drained=drained,
             done=dict(self.done),
             failed=dict(self.failed),
             reasons=tuple(self.reasons),
@@ -140,18 +201,23 @@ class _Driver:
 
     def _on(self, runner: Runner, stages: Sequence[str]) -> None:
         if "cube" in stages:
-            self._stage("cube", due(self.plan, "cube"), runner)
-        if "fit" in stages:
+            self._stage("cube", self._due("cube"), runner)
+        if "fit" in stages and not self.drain.asked:
             self._fit(runner)
+        if "detect" not in stages or self.drain.asked:
+            return
         waiting = unfitted(self.plan)
-        if "detect" in stages and waiting and not self.reasons:
+        if waiting and not self.reasons:
             raise PipelineError(
                 f"Nothing is fitted yet for epoch {waiting[0].name!r}, and {self.plan.model.card.address} learns from "
                 "the cube; run `slidecube fit` first"
             )
-        if "detect" in stages:
-            unfit = {epoch.name for epoch in waiting}
-            self._stage("detect", [t for t in due(self.plan, "detect") if t.epoch not in unfit], runner)
+        unfit = {epoch.name for epoch in waiting}
+        self._stage("detect", [t for t in self._due("detect") if t.epoch not in unfit], runner)
+
+    def _due(self, stage: str) -> list[TileTask]:
+        """What is due of a stage and of our shard."""
+        return due(self.plan, stage, shard=self.shard, mend=self.mend and stage == "cube")
 
     def _fit(self, runner: Runner) -> None:
         """Fit what is not frozen yet; what one epoch lacks does not keep another from its fit."""
@@ -197,17 +263,39 @@ class _Driver:
         context = TileContext(
             workspace=self.plan.workspace.root,
             run=self.plan.run,
+            lock=self.lock.path.name,
             token=self.lock.token,
             threads=self.profile.worker.cpus,
             loader=self.plan.config.cluster.loader,
+            mend=self.mend,
         )
         self._event("stage_started", stage=stage, due=len(tasks))
         self.lock.set_running(min(len(tasks), self.profile.workers))
         # closed here: after the lock is given back, no thread may be at work
-        with closing(runner.run(partial(run_task, context), tasks)) as results:
+        with closing(runner.run(partial(run_task, context), tasks, tell=self._retried)) as results:
             for result in self._shown(stage, results, len(tasks)):
                 self._take(result)
         self.lock.set_running(0)
+        if self.shard is None:  # or others are writing records
+            for ledger in {
+                ledger_of(self.plan, task).folder: ledger_of(self.plan, task) for task in tasks
+            }.values():
+                ledger.pack()
+
+    def _retried(self, again: Retried) -> None:
+        task = again.task
+        self._event(
+            "retry",
+            stage=task.stage,
+            layer=task.layer,
+            epoch=task.epoch,
+            tile=task.tile,
+            attempt=task.attempt,
+            fault=again.fault,
+            reason=again.reason,
+            worker=again.worker,
+            wait_s=round(again.wait_s, 3),
+        )
 
     def _shown(self, stage: str, results: Iterator[TaskResult], total: int) -> Iterable[TaskResult]:
         if not self.progress or not total:
@@ -242,13 +330,37 @@ class _Driver:
         self.failed[task.stage] += 1
         self.lost_tiles.add(task.tile)
         self.reasons.append((f"{task.stage} {task.tile}", result.reason))
-        if result.reason == FENCED:
+        if result.fault == "fenced":
             self.lock.require()
-        if result.reason.startswith((_ENOSPC, _EDQUOT)):
+        self._quarantine(result)
+        if result.fault == "disk":
             raise IncompleteError(
                 f"The disk of workspace {self.plan.workspace.root} is full ({result.reason}); free some space and run "
                 "the same command: what is done stays done"
             )
+
+    def _quarantine(self, result: TaskResult) -> None:
+        """Record a tile that its workers could not: it ended them, or was never done."""
+        task, ledger = result.task, ledger_of(self.plan, result.task)
+        if result.fault not in {"worker", "deadline"}:
+            return
+        earlier = ledger.read(task.tile)
+        if earlier is not None and earlier.key == task.key and earlier.complete:
+            return  # it was done when its worker died
+        self.lock.require()
+        ledger.write(
+            Record(
+                tile=task.tile,
+                key=task.key,
+                state="failed",
+                reason=result.reason,
+                fault=result.fault,
+                attempts=task.attempt,
+                seconds=result.seconds,
+                host=socket.gethostname(),
+                written_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            )
+        )
 
     def _mosaic(self) -> Place | None:
         self.lock.require()
@@ -270,10 +382,13 @@ class _Driver:
 
         Otherwise the scenes that they read would not be counted.
         """
-        told, started = unfinished(self.plan.workspace.events(self.plan.run))
+        told, started = unfinished(self._events)
         if not started:
             return
+        mine = None if self.shard is None else set(_dealt(self.plan, self.shard))
         for task, ledger in tasks_of(self.plan):
+            if mine is not None and task not in mine:
+                continue
             record = ledger.read(task.tile)
             if record and record.key == task.key and record.written_at >= started and task.key not in told:
                 self._task_event(task, record)
@@ -288,6 +403,8 @@ class _Driver:
             key=task.key,
             status=result.status if isinstance(result, TaskResult) else result.state,
             reason=result.reason,
+            fault=result.fault or "",
+            attempt=task.attempt,
             seconds=result.seconds,
             peak_mem_gb=result.peak_mem_gb,
             bytes=result.bytes,
@@ -295,7 +412,12 @@ class _Driver:
         )
 
     def _event(self, event: str, **fields: Any) -> None:
-        write_event(self.plan.workspace.events(self.plan.run), event, **fields)
+        write_event(self._events, event, **fields)
+
+    @property
+    def _events(self) -> Place:
+        """File of our events: each driver appends to its own."""
+        return self.plan.workspace.events(self.plan.run, "" if self.shard is None else self.shard.slug)
 
 
 def _move(bar: Any, done: int, total: int) -> None:
@@ -304,9 +426,27 @@ def _move(bar: Any, done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def due(made: RunPlan, stage: str) -> list[TileTask]:
-    """List the tasks of a stage that have no finished record under the plan's key."""
-    return [task for task, ledger in tasks_of(made, stage) if not ledger.complete(task.tile, task.key)]
+def due(made: RunPlan, stage: str, *, shard: Shard | None = None, mend: bool = False) -> list[TileTask]:
+    """List the tasks of a stage, or of a shard of it, that have no finished record under the plan's key.
+
+    mend : and those that do without scenes which a passing fault kept away
+    """
+    tasks = list(tasks_of(made, stage))
+    if shard is not None:
+        tasks = tasks[shard.index :: shard.count]
+    ledgers = {ledger.folder: ledger for _, ledger in tasks}
+    known = {folder: ledger.keys() for folder, ledger in ledgers.items()}
+    lacking = {folder: ledger.passing() for folder, ledger in ledgers.items()} if mend else {}
+    return [
+        task
+        for task, ledger in tasks
+        if known[ledger.folder].get(task.tile) != (task.key, True)
+        or task.tile in lacking.get(ledger.folder, ())
+    ]
+
+
+def _dealt(made: RunPlan, shard: Shard) -> list[TileTask]:
+    return [task for task, _ in list(tasks_of(made, shard.stage))[shard.index :: shard.count]]
 
 
 def _refuse_too_large(made: RunPlan, profile: Profile) -> None:

@@ -12,7 +12,7 @@ from slidecube.pipeline.events import read_events
 from slidecube.pipeline.fit import fit_state, unfitted
 from slidecube.pipeline.inventory import REASONS, Observability
 from slidecube.pipeline.ledger import Ledger, Record
-from slidecube.pipeline.lock import Lock, alive, read_lock
+from slidecube.pipeline.lock import Lock, alive, read_locks
 from slidecube.pipeline.mosaic_stage import mosaic_due
 from slidecube.pipeline.plan_files import INDEX, current_run, known_runs, read_plan
 from slidecube.pipeline.run_plan import RunPlan
@@ -73,8 +73,7 @@ def status(where: str | Place) -> dict[str, Any]:
     for task, ledger in tasks_of(made):
         tally.add(task, ledger.read(task.tile))
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
-    lock = read_lock(workspace.locks / "driver.json")
-    running = lock if alive(lock) else None
+    at_work = [lock for lock in read_locks(workspace.locks) if alive(lock)]
     fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]
     if fits:
         fit_failures = _fit_failures(made)
@@ -82,9 +81,10 @@ def status(where: str | Place) -> dict[str, Any]:
         frozen, stuck = sum(fit["frozen"] for fit in fits), len({f["what"] for f in fit_failures})
         fit_tiles = {"done": frozen, "due": len(fits) - frozen - stuck, "failed": stuck, "running": 0}
         tiles = {"cube": tiles["cube"], "fit": fit_tiles, "detect": tiles["detect"]}
-    if running is not None and running["run"] == made.run:
+    in_work = sum(lock["running"] for lock in at_work if lock["run"] == made.run)
+    if in_work:
         stage = next((stage for stage in tiles if tiles[stage]["due"]), "detect")
-        now = min(running["running"], tiles[stage]["due"])
+        now = min(in_work, tiles[stage]["due"])
         tiles[stage] = {**tiles[stage], "running": now, "due": tiles[stage]["due"] - now}
     due = mosaic_due(made, formats=())  # the plan's TOML may be older than the one that was run
     tiles["mosaic"] = {"done": int(not due), "due": int(due), "failed": 0, "running": 0}
@@ -104,7 +104,7 @@ def status(where: str | Place) -> dict[str, Any]:
             {"scene": s, "asset": a, "source": o, "reason": r} for s, a, o, r in sorted(tally.substituted)
         ],
         "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
-        "running": None if running is None else running["run"],
+        "running": at_work[0]["run"] if at_work else None,
     }
 
 
@@ -152,13 +152,15 @@ def clean(where: str | Place, *, dry_run: bool = False) -> list[tuple[Place, int
 
 def _scene_reads(workspace: Workspace, run_name: str) -> tuple[int, int]:
     """Scenes read over the life of the workspace, and in the last run of a plan."""
-    total = last = 0
+    total, last = 0, dict[str, int]()
     for path in matching(workspace.root, "events/*.jsonl"):
+        ours = path.stem == run_name or path.stem.startswith(f"{run_name}.")  # its shards
         for event in read_events(path):
-            total += event.get("scene_reads", 0)
-            if path.stem == run_name:
-                last = 0 if event["event"] == "run_started" else last + event.get("scene_reads", 0)
-    return total, last
+            reads = event.get("scene_reads", 0)
+            total += reads
+            if ours:
+                last[path.stem] = 0 if event["event"] == "run_started" else last.get(path.stem, 0) + reads
+    return total, sum(last.values())
 
 
 def _size(path: Place) -> int:

@@ -88,9 +88,9 @@ class Workspace:
         """Folder of what was fitted to the layers of an epoch."""
         return self.root / "statistics" / stat_key
 
-    def events(self, run: str) -> Place:
-        """File of a run's events, one JSON a line."""
-        return self.root / "events" / f"{run}.jsonl"
+    def events(self, run: str, part: str = "") -> Place:
+        """File of a run's events, one JSON a line; each shard of it has its own."""
+        return self.root / "events" / f"{run}{'.' if part else ''}{part}.jsonl"
 
     @property
     def locks(self) -> Place:

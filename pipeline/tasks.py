@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -10,7 +11,7 @@ import numpy as np
 
 from slidecube.catalog.load import Loader
 from slidecube.cluster.runner import TileTask
-from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.errors import FencedError
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import holds
@@ -30,14 +31,18 @@ FENCED = "fenced: another driver holds the workspace now"
 class TileContext:
     """What a worker needs to know beside the task.
 
-    workspace, run : where the plan is; token : of the driver's lock; threads : of one tile; loader : of its cubes
+    workspace, run : where the plan is; lock, token : file of the driver's lock, and what must stand in it
+    threads : of one tile; loader : of its cubes
+    mend : make tiles again that do without scenes which a passing fault kept away
     """
 
     workspace: Place
     run: str
+    lock: str
     token: str
     threads: int
     loader: Loader = "odc-stac"
+    mend: bool = False
 
 
 def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:
@@ -83,18 +88,29 @@ def fit_tasks(plan: RunPlan, epoch: str, stage: str, *terms: str) -> Iterator[tu
 
 def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
     """Keys of tasks that read all layers of the 3 x 3 tiles around a tile."""
-    read: dict[str, list[tuple[str, str, str, bool]]] = {}
+    read: dict[str, list[tuple[str, str, str, str]]] = {}
+    states = {name: _states(layer_ledger(plan, name)) for name in epoch.layers}
     for tile in plan.tiles:
         keys = [(name, plan.tasks[name][tile.key][0]) for name in epoch.layers]
-        read[tile.key] = [
-            (name, tile.key, key, layer_ledger(plan, name).complete(tile.key, key)) for name, key in keys
-        ]
+        read[tile.key] = [(name, tile.key, key, states[name].get((tile.key, key), "")) for name, key in keys]
     return {
         tile.key: content_key(
             *terms, tile.key, [entry for neighbour in plan.neighbours(tile) for entry in read[neighbour.key]]
         )
         for tile in plan.tiles
     }
+
+
+def _states(ledger: Ledger) -> dict[tuple[str, str], str]:
+    """What of a layer's records decides what is read from them: that they are done, and the scenes that they lack."""
+    table = ledger.table()
+    columns = (table[name].to_pylist() for name in ("tile", "key", "state", "lost"))
+    found = {}
+    for tile, key, state, lost in zip(*columns, strict=True):
+        if state != "failed":
+            lacking = sorted({(scene, asset) for scene, asset, _ in json.loads(lost)}) if lost != "[]" else []
+            found[tile, key] = f"done {content_key(lacking)}" if lacking else "done"
+    return found
 
 
 def fitted_statistics(plan: RunPlan, epoch: EpochPlan) -> Statistics:
@@ -138,5 +154,5 @@ def store_tile(
 
 def require_lock(plan: RunPlan, context: TileContext) -> None:
     """Raise PipelineError when this driver does not hold the workspace any more."""
-    if not holds(plan.workspace.locks / "driver.json", context.token):
-        raise PipelineError(FENCED)
+    if not holds(plan.workspace.locks / context.lock, context.token):
+        raise FencedError(FENCED)

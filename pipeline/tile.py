@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import dask.array as da
 import numpy as np
@@ -25,12 +25,13 @@ from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import Tile
 from slidecube.catalog.load import Loader, ReadLog, load, on_lattice
 from slidecube.catalog.scenes import Scene, SceneTable
+from slidecube.cluster.faults import Fault, fault_of
 from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.errors import ModelError
 from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.composite import MaskRule, Method, clear_mask, composite
 from slidecube.pipeline.detect import detect_tile
-from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.errors import PassingError, PipelineError
 from slidecube.pipeline.fit import moments_tile, sample_tile
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.plan_files import read_plan
@@ -46,7 +47,7 @@ def run_task(context: TileContext, task: TileTask) -> TaskResult:
     try:
         record = _recorded(context, task)
     except Exception as error:  # noqa: BLE001  no room even for the record, say: the tile stays due
-        return TaskResult(task=task, status="failed", reason=_reason(error))
+        return TaskResult(task=task, status="failed", reason=_reason(error), fault=_fault(error))
     return TaskResult(
         task=task,
         status=record.state,
@@ -55,6 +56,7 @@ def run_task(context: TileContext, task: TileTask) -> TaskResult:
         bytes=record.bytes,
         scene_reads=record.scene_reads,
         reason=record.reason,
+        fault=cast("Fault | None", record.fault or None),
     )
 
 
@@ -64,12 +66,13 @@ def _recorded(context: TileContext, task: TileTask) -> Record:
     ledger = ledger_of(plan, task)
     earlier = ledger.read(task.tile)
     if earlier is not None and earlier.key == task.key and earlier.complete:
-        return earlier  # its worker died after the record and before the answer
+        lacks = context.mend and earlier.passing > 0 and task.attempt == 1
+        if not lacks:  # its worker died after the record and before the answer
+            return earlier
     try:
         record = _STAGES[task.stage](plan, task, context)
     except Exception as error:  # noqa: BLE001  the tile's edge
-        ours = isinstance(error, PipelineError | CatalogError | ModelError)
-        record = _failed(task, _reason(error), "" if ours else traceback.format_exc())
+        record = _failed(task, error)
     record = replace(
         record,
         attempts=1 if earlier is None or earlier.key != task.key else earlier.attempts + 1,
@@ -164,13 +167,14 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     log = ReadLog()
     make = _terrain_data if layer.window is None else _optical_data
     data = make(plan, tile, scenes, log, context)
-    _within_budget(plan, log, scenes)
+    _within_budget(plan, task, log, scenes)
     seen = ~np.isnan(data["elevation"]) if layer.window is None else data["clear_count"] > 0
     checksums, size = store_tile(plan, task, data, context)
     common: dict[str, Any] = {
         "scenes": tuple(s.id for s in scenes),
         "scene_reads": len(log.read),
         "lost": tuple(sorted(log.lost)),
+        "passing": len(log.passing),
         "substituted": tuple(sorted(log.substituted)),
     }
     numbers = {"px": int(seen.size), "seen_px": int(seen.sum())}
@@ -244,22 +248,40 @@ def _plan(workspace: Place, run: str) -> RunPlan:
     return read_plan(Workspace(root=workspace), run)
 
 
-def _within_budget(plan: RunPlan, log: ReadLog, scenes: Sequence[Scene]) -> None:
+def _within_budget(plan: RunPlan, task: TileTask, log: ReadLog, scenes: Sequence[Scene]) -> None:
+    """Refuse a tile that lacks more scenes than it may, and wait for those that may come while it is worth it.
+
+    Raises PassingError, by which the tile is tried again, and PipelineError when that would not help.
+    """
     lost = sorted({(scene, asset) for scene, asset, _ in log.lost})
+    if not lost:
+        return
+    first = min(log.lost)
+    what = f"first: asset {first[1]!r} of item {first[0]!r}: {first[2]}"
+    if log.passing and not task.last:
+        raise PassingError(f"{len(log.passing)} assets cannot be read now; {what}", log.passing_fault)
     scenes_lost = {scene for scene, _ in lost}
     budget = plan.config.cube.max_lost_scenes
-    if len(scenes_lost) > budget or (scenes_lost and scenes_lost == {s.id for s in scenes}):
-        first = min(log.lost)
-        raise PipelineError(
-            f"{len(scenes_lost)} of {len(scenes)} scenes cannot be read, more than max_lost_scenes={budget}; "
-            f"first: asset {first[1]!r} of item {first[0]!r}: {first[2]}"
-        )
+    if len(scenes_lost) > budget or scenes_lost == {s.id for s in scenes}:
+        n = f"{len(scenes_lost)} of {len(scenes)}"
+        message = f"{n} scenes cannot be read, more than max_lost_scenes={budget}; {what}"
+        raise PassingError(message, log.passing_fault) if log.passing else PipelineError(message)
 
 
-def _failed(task: TileTask, reason: str, trace: str) -> Record:
+def _failed(task: TileTask, error: Exception) -> Record:
+    ours = isinstance(error, PipelineError | CatalogError | ModelError)
     return Record(
-        tile=task.tile, key=task.key, state="failed", reason=" ".join(reason.split())[:1000], traceback=trace
+        tile=task.tile,
+        key=task.key,
+        state="failed",
+        reason=" ".join(_reason(error).split())[:1000],
+        fault=_fault(error),
+        traceback="" if ours else traceback.format_exc(),
     )
+
+
+def _fault(error: Exception) -> Fault:
+    return "data" if isinstance(error, ModelError) else fault_of(error)
 
 
 def _reason(error: Exception) -> str:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
 
 import cloudpickle
+import distributed
 import psutil
 import pytest
 
-from slidecube.cluster import dask
+from slidecube.cluster import clusters
+from slidecube.cluster.dask import DaskPool
 from slidecube.cluster.errors import ClusterError
+from slidecube.cluster.faults import RETRIES, Retry, fault_of
+from slidecube.cluster.pools import open_runner
 from slidecube.cluster.resources import Profile, Resources
-from slidecube.cluster.runner import TaskResult, TileTask, open_runner
+from slidecube.cluster.runner import HOPELESS, Runner, TaskResult, TileTask
+from slidecube.cluster.threads import ThreadsPool, threads_at_work
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -24,25 +30,45 @@ RUNNERS = {
     "one thread": ("threads", 1),
     "two threads": ("threads", 2),
     "two processes": ("dask-local", 2),
+    "two at an address": ("dask-address", 2),
+}
+QUICK = {
+    fault: Retry(attempts=retry.attempts, first_wait_s=0.02, longest_wait_s=0.1)
+    for fault, retry in RETRIES.items()
 }
 
 
-def open_named(name):
+@pytest.fixture(scope="module")
+def address():
+    """A cluster that somebody else started."""
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+def profile_of(name, request):
     kind, workers = RUNNERS[name]
+    options = {"address": request.getfixturevalue("address")} if kind == "dask-address" else {}
     worker = Resources(cpus=1, mem_gb=2.0)
-    return open_runner(Profile(name=kind, runner=kind, workers=workers, worker=worker))
+    return Profile(name=kind, runner=kind, workers=workers, worker=worker, options=options)
+
+
+def opened(profile, **policy):
+    pool = ThreadsPool(profile.workers) if profile.runner == "threads" else DaskPool(profile)
+    return Runner(pool, retries=QUICK, **policy)
 
 
 @pytest.fixture(scope="module", params=RUNNERS)
 def runner(request):
-    with open_named(request.param) as opened:
-        yield opened
+    with opened(profile_of(request.param, request)) as runner:
+        yield runner
 
 
-@pytest.fixture(scope="module")
-def processes():
-    with open_named("two processes") as opened:
-        yield opened
+@pytest.fixture(scope="module", params=["two processes", "two at an address"])
+def processes(request):
+    with opened(profile_of(request.param, request)) as runner:
+        yield runner
 
 
 def tasks(n: int) -> list[TileTask]:
@@ -53,30 +79,40 @@ def done(task: TileTask) -> TaskResult:
     return TaskResult(task=task, status="done", bytes=int(task.tile[-3:]))
 
 
-def run(runner, function, tasks):
+def run(runner, function, tasks, **how):
     # a lambda goes to the workers by value: they cannot import a test
-    return runner.run(lambda task: function(task), tasks)  # noqa: PLW0108
+    return runner.run(lambda task: function(task), tasks, **how)  # noqa: PLW0108
 
 
 class Noted:
-    """Does a task after it has left a file; some tasks misbehave."""
+    """Does a task after it has left a file; some tasks misbehave, by a script of their attempts."""
 
-    def __init__(self, folder: Path, *, how: str = "", bad: str = "k3", seconds: float = 0.0) -> None:
-        self.folder, self.how, self.bad, self.seconds = folder, how, bad, seconds
+    def __init__(
+        self, folder: Path, *, script: dict[str, list[str]] | None = None, seconds: float = 0.0
+    ) -> None:
+        self.folder, self.script, self.seconds = folder, script or {}, seconds
 
     def __call__(self, task: TileTask) -> TaskResult:
-        (self.folder / f"{task.key}-{time.monotonic_ns()}").touch()
+        name = f"{task.key}-{task.attempt}-{os.getpid()}-{int(task.last)}-{time.monotonic_ns()}"
+        (self.folder / name).touch()
         time.sleep(self.seconds)
-        if task.key == self.bad and self.how == "raise":
+        script = self.script.get(task.key, [])
+        how = script[min(task.attempt, len(script)) - 1] if script else ""
+        if how == "raise":
             raise ValueError("a bad\n  tile")
-        if task.key == self.bad and self.how == "die":
+        if how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if task.key == self.bad and self.how == "die once" and len(list(self.folder.glob("k3-*"))) == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hang":
+            time.sleep(600)
+        if how:
+            return TaskResult(task=task, status="failed", reason=f"{how} {task.attempt}", fault=how)
         return done(task)
 
     def begun(self, key: str = "k*") -> int:
         return len(list(self.folder.glob(f"{key}-*")))
+
+    def attempts(self, key: str) -> list[list[str]]:
+        return sorted(path.name.split("-")[1:4] for path in self.folder.glob(f"{key}-*"))
 
 
 def test_every_task_has_one_result(runner):
@@ -91,34 +127,102 @@ def test_a_runner_runs_again_and_takes_no_tasks_and_any_iterable(runner):
 
 
 def test_what_a_task_raises_is_a_value(runner, tmp_path):
-    found = {r.task.key: r for r in run(runner, Noted(tmp_path, how="raise"), tasks(8))}
+    found = {r.task.key: r for r in run(runner, Noted(tmp_path, script={"k3": ["raise"]}), tasks(8))}
 
-    assert found.pop("k3") == TaskResult(task=tasks(8)[3], status="failed", reason="ValueError: a bad tile")
+    assert found.pop("k3") == TaskResult(
+        task=tasks(8)[3], status="failed", reason="ValueError: a bad tile", fault="bug"
+    )
     assert {r.status for r in found.values()} == {"done"}
     assert len(found) == 7
 
 
-def test_few_tasks_are_in_flight(runner, tmp_path):
+@pytest.mark.parametrize("fault", ["transient", "throttled", "expired"])
+def test_a_passing_fault_is_tried_again_and_told(runner, tmp_path, fault):
+    noted, told = Noted(tmp_path, script={"k1": [fault, fault, ""]}), []
+    found = {r.task.key: r for r in run(runner, noted, tasks(4), tell=told.append)}
+
+    assert {r.status for r in found.values()} == {"done"}
+    assert found["k1"].task.attempt == 3
+    assert [(r.task.key, r.fault, r.reason) for r in told] == [("k1", fault, f"{fault} {n}") for n in (1, 2)]
+    assert [a[0] for a in noted.attempts("k1")] == ["1", "2", "3"]
+
+
+def test_the_last_attempt_knows_that_it_is_the_last(runner, tmp_path):
+    """Then a tile may do without a scene, which it would rather have waited for."""
+    noted = Noted(tmp_path, script={"k0": ["transient", "throttled", "transient", ""]})
+    (found,) = run(runner, noted, tasks(1))
+
+    assert found.status == "done"
+    assert [(n, last) for n, _, last in noted.attempts("k0")] == [
+        ("1", "0"),
+        ("2", "0"),
+        ("3", "0"),
+        ("4", "1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "attempts"),
+    [("transient", 4), ("memory", 2), ("disk", 1), ("fenced", 1), ("data", 1), ("bug", 1)],
+)
+def test_each_fault_has_its_number_of_attempts(runner, tmp_path, fault, attempts):
+    noted = Noted(tmp_path, script={"k2": [fault]})
+    found = {r.task.key: r for r in run(runner, noted, tasks(4))}
+
+    assert (found["k2"].status, found["k2"].fault, found["k2"].reason) == (
+        "failed",
+        fault,
+        f"{fault} {attempts}",
+    )
+    assert noted.begun("k2") == attempts
+    assert noted.begun() == 3 + attempts
+
+
+def test_a_waiting_task_keeps_nobody_waiting(runner, tmp_path):
+    noted = Noted(tmp_path, script={"k0": ["transient", ""]})
+    slow = {**QUICK, "transient": Retry(attempts=2, first_wait_s=1.0, longest_wait_s=1.0)}
+    same_pool = Runner(runner._pool, retries=slow)
+    order = [r.task.key for r in run(same_pool, noted, tasks(6))]
+
+    assert order[-1] == "k0"
+
+
+def test_one_task_a_worker_is_in_work(runner, tmp_path):
     """A slow reader of results holds the tasks back: a nation's tiles are never all begun."""
     noted = Noted(tmp_path)
     with closing(run(runner, noted, tasks(40))) as results:
         next(results)
         time.sleep(0.5)
 
-        assert 1 <= noted.begun() <= 1 + 2 * 2  # one is done, a worker holds at most two
+        assert 1 <= noted.begun() <= 1 + 2
         assert len(list(results)) == 39
 
 
-def test_closing_early_begins_nothing_more(runner, tmp_path):
+def test_closing_early_begins_nothing_more_and_waits_for_what_has_begun(runner, tmp_path):
     noted = Noted(tmp_path, seconds=0.05)
     with closing(run(runner, noted, tasks(40))) as results:
         next(results)
-    time.sleep(0.2)  # a process that was at work comes to its end
     begun = noted.begun()
     time.sleep(0.3)
 
-    assert noted.begun() == begun <= 6
+    assert noted.begun() == begun <= 4
     assert len(list(run(runner, done, tasks(2)))) == 2
+
+
+def test_draining_ends_what_is_in_work_and_begins_nothing(request, tmp_path):
+    for name in RUNNERS:
+        folder = tmp_path / name
+        folder.mkdir()
+        noted = Noted(folder, seconds=0.1)
+        with opened(profile_of(name, request)) as runner:
+            results = run(runner, noted, tasks(40))
+            found = [next(results)]
+            runner.drain()
+            found += list(results)
+
+            assert noted.begun() == len(found) <= 4
+            assert {r.status for r in found} == {"done"}
+            assert list(run(runner, noted, tasks(3))) == []
 
 
 def test_an_error_of_the_reader_comes_through(runner):
@@ -131,41 +235,95 @@ def test_an_error_of_the_reader_comes_through(runner):
         read()
 
 
-def test_a_tile_that_kills_its_workers_fails_alone(processes, tmp_path):
-    """Beside it others lie on the same worker; they must not be failed with it."""
-    noted = Noted(tmp_path, how="die")
+def test_where_nothing_works_the_rest_is_left_alone(runner, tmp_path):
+    every = {f"k{i}": ["data"] for i in range(200)}
+    noted, found = Noted(tmp_path, script=every), []
+    with pytest.raises(ClusterError, match=f"{HOPELESS} tiles failed one after another.*the last: data 1"):
+        found.extend(run(runner, noted, tasks(200)))
+    assert noted.begun() <= HOPELESS + 3
+
+
+def test_a_tile_that_kills_its_workers_is_given_up_and_fails_alone(processes, tmp_path):
+    noted = Noted(tmp_path, script={"k3": ["die"]})
     found = {r.task.key: r for r in run(processes, noted, tasks(9))}
 
-    assert found.pop("k3").reason.startswith("the worker died 3 times on this tile")
+    poison = found.pop("k3")
+    assert poison.fault == "worker"
+    assert poison.reason.startswith("its worker died 3 times, each time alone with this tile")
     assert noted.begun("k3") == 3
+    assert len({pid for _, pid, _ in noted.attempts("k3")}) == 3
     assert [r.status for r in found.values()] == ["done"] * 8
+    assert noted.begun() == 8 + 3, "nobody beside it was begun twice"
 
 
-def test_a_worker_that_dies_once_costs_nothing(processes, tmp_path):
-    noted = Noted(tmp_path, how="die once")
-    found = list(run(processes, noted, tasks(6)))
+def test_a_worker_that_dies_once_costs_one_attempt(processes, tmp_path):
+    noted, told = Noted(tmp_path, script={"k3": ["die", ""]}), []
+    found = list(run(processes, noted, tasks(6), tell=told.append))
 
     assert [r.status for r in found] == ["done"] * 6
     assert noted.begun("k3") == 2
-
-
-def test_workers_that_never_come_back_are_not_waited_for(monkeypatch):
-    """A task that no worker can even read ends them for good."""
-    monkeypatch.setattr(dask, "_NO_WORKERS_S", 2.0)
-    with (
-        open_named("two processes") as opened,
-        pytest.raises(ClusterError, match="none came back in 2 s; start with `slidecube doctor`"),
-    ):
-        list(opened.run(done, tasks(4)))
+    assert [(r.task.key, r.fault) for r in told] == [("k3", "worker")]
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_closing_leaves_no_process_no_thread_and_no_scratch(name, tmp_path, monkeypatch):
+def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
+    """A process is killed, a thread can only be left behind; the others go on either way."""
+    noted = Noted(tmp_path, script={"k1": ["hang"], "k2": ["hang", ""]})
+    with opened(profile_of(name, request), deadline_s=1.0) as runner:
+        found = {r.task.key: r for r in run(runner, noted, tasks(6))}
+
+    assert found["k1"].fault == "deadline"
+    assert found.pop("k1").reason.startswith("not done after ")
+    assert {r.status for r in found.values()} == {"done"}
+    assert noted.begun("k1") == noted.begun("k2") == 2
+    pids = {int(pid) for key in ("k1", "k2") for n, pid, _ in noted.attempts(key) if n == "1"}
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == [os.getpid()] * ("thread" in name)
+    assert threads_at_work() or "thread" not in name
+
+
+def test_an_interrupted_reader_leaves_threads_behind_and_does_not_wait(tmp_path):
+    noted = Noted(tmp_path, script={"k0": ["hang"]})
+    with opened(Profile(name="t", runner="threads", workers=1, worker=Resources(cpus=1, mem_gb=1))) as runner:
+        threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), closing(run(runner, noted, tasks(2))) as results:
+            next(results)
+        assert time.monotonic() - began < 10
+
+
+def test_workers_that_never_come_are_not_waited_for():
+    with distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as nobody:
+        lonely = Profile(
+            name="a",
+            runner="dask-address",
+            workers=1,
+            worker=Resources(cpus=1, mem_gb=1),
+            options={"address": nobody.scheduler_address, "wait_min": 1 / 60},
+        )
+        with opened(lonely) as runner, pytest.raises(ClusterError, match="none came in 1 s; start some with"):
+            list(runner.run(done, tasks(4)))
+
+
+def test_a_scheduler_that_is_not_there_is_one_line(monkeypatch):
+    profile = Profile(
+        name="a",
+        runner="dask-address",
+        workers=1,
+        worker=Resources(cpus=1, mem_gb=1),
+        options={"address": "tcp://127.0.0.1:9"},
+    )
+    monkeypatch.setattr(clusters, "_CONNECT_S", 1.0)
+    with pytest.raises(ClusterError, match=r"No Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
+        open_runner(profile).__enter__()
+
+
+@pytest.mark.parametrize("name", ["one thread", "two threads", "two processes"])
+def test_closing_leaves_no_process_no_thread_and_no_scratch(name, request, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before = set(psutil.Process().children(recursive=True))
-    with open_named(name) as opened:
-        assert len(list(run(opened, done, tasks(3)))) == 3
-        assert opened.address.startswith("http://127.0.0.1:") == (name == "two processes")
+    before, threads = set(psutil.Process().children(recursive=True)), set(threading.enumerate())
+    with opened(profile_of(name, request)) as runner:
+        assert len(list(run(runner, done, tasks(3)))) == 3
+        assert runner.address.startswith("http://127.0.0.1:") == (name == "two processes")
     new = set(psutil.Process().children(recursive=True)) - before
     _, alive = psutil.wait_procs(
         [p for p in new if "resource_tracker" not in " ".join(p.cmdline())], timeout=5
@@ -173,16 +331,44 @@ def test_closing_leaves_no_process_no_thread_and_no_scratch(name, tmp_path, monk
 
     assert not alive
     assert not list(tmp_path.glob("slidecube-dask-*"))
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name.startswith("slidecube-worker"):
+            thread.join(5)
+            assert not thread.is_alive()
 
 
-def test_the_scratch_of_a_killed_driver_is_removed(tmp_path, monkeypatch):
+def test_the_scratch_of_a_killed_driver_is_removed(request, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     gone, ours, others = (
         tmp_path / n for n in ("slidecube-dask-4194300-x", f"slidecube-dask-{os.getpid()}-y", "z")
     )
     for folder in (gone, ours, others):
         (folder / "inside").mkdir(parents=True)
-    with open_named("two processes"):
+    with opened(profile_of("two processes", request)):
         pass
 
     assert (gone.exists(), ours.exists(), others.exists()) == (False, True, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (OSError(28, "No space left on device"), "disk"),
+        (OSError(5, "Input/output error"), "transient"),
+        (ConnectionResetError(), "transient"),
+        (TimeoutError(), "transient"),
+        (MemoryError(), "memory"),
+        (FileNotFoundError(2, "no such file"), "bug"),
+        (ValueError("?"), "bug"),
+    ],
+)
+def test_the_class_of_an_error(error, fault):
+    assert fault_of(error) == fault
+
+
+def test_waits_grow_up_to_the_longest_and_differ():
+    retry = Retry(attempts=9, first_wait_s=2.0, longest_wait_s=10.0)
+    for attempt, longest in ((1, 2.0), (2, 4.0), (3, 8.0), (4, 10.0), (9, 10.0)):
+        waits = {retry.wait_s(attempt) for _ in range(50)}
+        assert all(longest / 2 <= wait <= longest for wait in waits)
+        assert len(waits) > 1

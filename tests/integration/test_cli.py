@@ -314,7 +314,8 @@ def test_a_complete_run_is_0_and_names_the_report(slidecube, monkeypatch, tmp_pa
 
     assert (code, err) == (0, "")
     assert f"report      {page}" in out
-    assert asked == {"stages": ("detect",), "again": False, "progress": False}
+    assert (asked.pop("part"), asked.pop("drain").asked) == (run_module.Part(), False)
+    assert asked == {"stages": ("detect",), "profile": None, "progress": False}
 
 
 def test_clean_says_what_it_would_remove(slidecube, monkeypatch, tmp_path):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from slidecube.pipeline import events
 from slidecube.pipeline.events import read_events, unfinished, write_event
 
 
@@ -52,8 +52,8 @@ def test_a_full_disk_takes_no_events_and_other_errors_are_told(tmp_path, monkeyp
 
         return opened
 
-    monkeypatch.setattr(events.Path, "open", fail(28))
+    monkeypatch.setattr(Path, "open", fail(28))
     write_event(tmp_path / "a.jsonl", "task")
-    monkeypatch.setattr(events.Path, "open", fail(30))
+    monkeypatch.setattr(Path, "open", fail(30))
     with pytest.raises(OSError, match="30"):
         write_event(tmp_path / "a.jsonl", "task")

@@ -30,6 +30,9 @@ def foreign(folder: Path, **changes: object) -> dict[str, object]:
     lock = {
         "token": "other",
         "run": "hokkaido-1",
+        "shard": "",
+        "job": "",
+        "restarts": 0,
         "host": lock_module.socket.gethostname(),
         "machine": lock_module._machine(),
         "pid": me.pid,
@@ -110,7 +113,7 @@ def test_a_driver_elsewhere_that_shows_life_is_left_alone(tmp_path, quick, monke
         foreign(tmp_path, **{**other, **sign})
 
     monkeypatch.setattr(lock_module.time, "sleep", sleep)
-    with pytest.raises(PipelineError, match="in use by run 'hokkaido-1' on host node-7; wait for it"):
+    with pytest.raises(PipelineError, match="in use by run 'hokkaido-1' \\(host node-7\\); wait for it"):
         Lock(tmp_path, run="a").__enter__()
 
     assert len(naps) == 1
@@ -155,7 +158,7 @@ def test_a_full_disk_does_not_stop_the_heart(tmp_path, quick, monkeypatch):
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(lock_module, "write_atomic", full)
+            patch.setattr(lock_module, "swap", full)
             time.sleep(0.2)
         beat = read_lock(lock.path)["beat"]
         deadline = time.monotonic() + 5

@@ -1,0 +1,272 @@
+"""Dask clusters: started on this machine, through a batch system, on Kubernetes, or found at an address."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dask
+import psutil
+from distributed import Client, LocalCluster, WorkerPlugin
+
+from slidecube.cluster.errors import ClusterError
+from slidecube.cluster.resources import Profile
+
+_NO_WORKERS_S = 60.0  # starting one takes seconds, and half a minute on a busy machine
+_ASK_AGAIN_S = 10.0
+_CONNECT_S = 30.0
+_SCRATCH = "slidecube-dask-"
+
+_SETTINGS = {
+    "distributed.scheduler.allowed-failures": 0,  # the runner tries again, and knows better where
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.target": False,
+    # a tile's own ceiling was projected before the run; pausing a worker that holds one would only wait
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": 0.98,
+}
+
+
+@dataclass(slots=True)
+class Opened:
+    """A cluster and our client of it.
+
+    cluster : None when it is somebody else's; patience_s : how long to wait for a first worker
+    remedy : what to do when none comes; wanted : workers that a batch system is asked for again when they are lost
+    """
+
+    client: Client
+    cluster: Any = None
+    patience_s: float = _NO_WORKERS_S
+    remedy: str = "start with `slidecube doctor`, raise mem_gb, or use profile 'threads'"
+    wanted: int = 0
+    scratch: tempfile.TemporaryDirectory[str] | None = None
+    _asked: float = field(default_factory=time.monotonic)
+
+    def ask_for_missing(self, there: int) -> None:
+        """Ask a batch system again for workers whose jobs are gone: it does not do so by itself."""
+        if there >= self.wanted or time.monotonic() - self._asked < _ASK_AGAIN_S:
+            return
+        self._asked = time.monotonic()
+        self.cluster.scale(self.wanted)
+
+    def close(self, timeout_s: float) -> None:
+        """Stop what was started, by force when it does not end in time."""
+        nannies = self.cluster.workers.values() if isinstance(self.cluster, LocalCluster) else ()
+        pids = [nanny.pid for nanny in nannies]
+        try:
+            self.client.close(timeout=timeout_s)
+            if self.cluster is not None:
+                self.cluster.close(timeout=timeout_s)
+        except TimeoutError:
+            for pid in filter(None, pids):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        finally:
+            if self.scratch is not None:
+                self.scratch.cleanup()
+
+
+class _DieWithDriver(WorkerPlugin):
+    """A worker whose driver was killed must not go on writing: the kernel ends it too (Linux)."""
+
+    def __init__(self, driver: int) -> None:
+        self._driver = driver
+
+    def setup(self, worker: Any) -> None:
+        del worker
+        try:
+            import ctypes  # noqa: PLC0415
+
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        except (OSError, AttributeError):  # not Linux: distributed's own watch on the parent's pipe remains
+            return
+        if os.getppid() != self._driver:  # it died before we asked
+            os._exit(1)
+
+
+def open_cluster(profile: Profile) -> Opened:
+    """Start the cluster of a profile, or connect to it.
+
+    Raises ClusterError when it cannot be had: a package, a GPU, a command or an address that is missing.
+    """
+    with dask.config.set(_SETTINGS):
+        return _OPENERS[profile.runner](profile)
+
+
+def _local(profile: Profile) -> Opened:
+    return _on_this_machine(profile, LocalCluster, n_workers=profile.workers)
+
+
+def _cuda(profile: Profile) -> Opened:
+    """One worker a GPU, each of which sees its own."""
+    dask_cuda = _import("dask_cuda", extra="gpu")
+    try:
+        opened = _on_this_machine(profile, dask_cuda.LocalCUDACluster, rmm_pool_size=None)
+    except Exception as error:
+        if type(error).__name__.startswith("NVMLError") or "nvml" in str(error).lower():
+            raise ClusterError(
+                f"Profile {profile.name!r} needs an NVIDIA GPU, and its driver answers {str(error)!r}; use profile "
+                "'dask-local' on this machine"
+            ) from None
+        raise
+    return opened
+
+
+def _on_this_machine(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
+    _remove_stale_scratch()
+    scratch = tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True)
+    try:
+        cluster = kind(
+            threads_per_worker=1,
+            memory_limit=int(profile.worker.mem_gb * 1e9),
+            dashboard_address="127.0.0.1:0",
+            host="127.0.0.1",
+            local_directory=scratch.name,
+            silence_logs=logging.ERROR,
+            **({"processes": True} if kind is LocalCluster else {}),
+            **how,
+        )
+    except BaseException:
+        scratch.cleanup()
+        raise
+    client = Client(cluster, set_as_default=False)
+    client.register_plugin(_DieWithDriver(os.getpid()))
+    return Opened(client=client, cluster=cluster, scratch=scratch)
+
+
+def _at_address(profile: Profile) -> Opened:
+    address = profile.options["address"]
+    try:
+        client = Client(address, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ClusterError(
+            f"No Dask scheduler answers at {address!r} ({' '.join(str(error).split())}); start one with "
+            "`dask scheduler`, or set address in the profile"
+        ) from None
+    return Opened(
+        client=client, remedy=f"start some with `dask worker {address}`", patience_s=_wait_s(profile)
+    )
+
+
+_JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster"}
+_COMMANDS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub"}
+
+
+def _jobqueue(profile: Profile) -> Opened:
+    """Workers as jobs of a batch system, one process a job."""
+    options = profile.options
+    system = str(options["system"])
+    command = _COMMANDS[system]
+    if shutil.which(command) is None:
+        raise ClusterError(
+            f"Profile {profile.name!r} submits jobs by `{command}`, which is not on this machine; start on a login node"
+        )
+    dask_jobqueue = _import("dask_jobqueue", extra="hpc")
+    cluster = getattr(dask_jobqueue, _JOBQUEUE[system])(**jobqueue_arguments(profile))
+    cluster.scale(profile.workers)
+    return Opened(
+        client=Client(cluster, set_as_default=False),
+        cluster=cluster,
+        wanted=profile.workers,
+        patience_s=_wait_s(profile),
+        remedy="look at the queue; raise wait_min in the profile when it is long",
+    )
+
+
+def jobqueue_arguments(profile: Profile) -> dict[str, Any]:
+    """Arguments of a dask-jobqueue cluster, out of a profile."""
+    options, worker = profile.options, profile.worker
+    hours, minutes = divmod(worker.time_min or 240, 60)
+    kwargs: dict[str, Any] = {
+        "name": "slidecube",
+        "cores": 1,  # one task at a time; its threads are the worker's CPUs
+        "processes": 1,
+        "memory": f"{worker.mem_gb:g}GB",
+        "walltime": f"{hours:02d}:{minutes:02d}:00",
+        "queue": options.get("queue") or None,
+        "account": options.get("account") or None,
+        "interface": options.get("interface") or None,
+        "local_directory": options.get("scratch") or None,
+        "log_directory": options.get("logs") or None,
+        "job_script_prologue": list(options.get("prologue", ())),
+        "job_extra_directives": list(options.get("directives", ())),
+        # a worker that is silent for so long is lost, and its job is asked for again; 15 s by default
+        "death_timeout": 120,
+    }
+    if options["system"] == "slurm":
+        kwargs["job_cpu"] = worker.cpus
+        if worker.gpus:
+            kwargs["job_extra_directives"].append(f"--gres=gpu:{worker.gpus}")
+    elif options["system"] == "pbs":
+        gpus = f":ngpus={worker.gpus}" if worker.gpus else ""
+        kwargs["resource_spec"] = f"select=1:ncpus={worker.cpus}:mem={worker.mem_gb:g}gb{gpus}"
+    else:
+        kwargs["ncpus"] = worker.cpus
+    return kwargs
+
+
+def _kubernetes(profile: Profile) -> Opened:
+    operator = _import("dask_kubernetes.operator", extra="kubernetes")
+    from slidecube.cluster.kubernetes import cluster_spec  # noqa: PLC0415
+
+    spec = cluster_spec(profile)
+    try:
+        cluster = operator.KubeCluster(
+            custom_cluster_spec=spec, namespace=spec["metadata"]["namespace"], quiet=True
+        )
+    except Exception as error:  # noqa: BLE001  the client's own classes say no more than their text
+        raise ClusterError(
+            f"Kubernetes does not start the cluster of profile {profile.name!r}: {' '.join(str(error).split())[:300]}; "
+            "see deploy/README.md"
+        ) from None
+    cluster.scale(profile.workers)
+    return Opened(
+        client=Client(cluster, set_as_default=False),
+        cluster=cluster,
+        wanted=profile.workers,
+        patience_s=_wait_s(profile),
+        remedy="look at `kubectl get pods`; raise wait_min in the profile when the cluster is full",
+    )
+
+
+_OPENERS: Mapping[str, Callable[[Profile], Opened]] = {
+    "dask-local": _local,
+    "dask-cuda": _cuda,
+    "dask-address": _at_address,
+    "dask-jobqueue": _jobqueue,
+    "dask-kubernetes": _kubernetes,
+}
+
+
+def _wait_s(profile: Profile) -> float:
+    return float(profile.options.get("wait_min", 10)) * 60
+
+
+def _import(name: str, *, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ClusterError(
+            f"Package {name.partition('.')[0]!r} is not installed ({error}); install it with "
+            f"`pip install 'slidecube[{extra}]'`"
+        ) from None
+
+
+def _remove_stale_scratch() -> None:
+    """Remove the scratch folders of killed drivers, as far as they are ours."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
