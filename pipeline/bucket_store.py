@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 
 from obstore.store import S3Store
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
-from slidecube.pipeline.storage import ObjectPath, naming_faults
+from slidecube.pipeline.storage import ObjectPath, asked_async
 
 
 class BucketStore(ObjectStore[S3Store]):
@@ -22,27 +22,43 @@ class BucketStore(ObjectStore[S3Store]):
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Read an object, or a part of it; None where there is none."""
-        with naming_faults(self._at(key)):
-            return await super().get(key, prototype, byte_range)
+        ask = super().get
+        return await asked_async(self._at(key), lambda: ask(key, prototype, byte_range))
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         """Read parts of objects."""
-        with naming_faults(self._at("")):
-            return await super().get_partial_values(prototype, key_ranges)
+        key_ranges = list(key_ranges)  # they may be asked for twice
+        ask = super().get_partial_values
+        return await asked_async(self._at(""), lambda: ask(prototype, key_ranges))
 
     async def exists(self, key: str) -> bool:
         """Tell whether there is an object."""
-        with naming_faults(self._at(key)):
-            return await super().exists(key)
+        ask = super().exists
+        return await asked_async(self._at(key), lambda: ask(key))
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write an object whole, by one request or in parts that count together."""
-        with naming_faults(self._at(key)):
-            await super().set(key, value)
+        ask = super().set
+        await asked_async(self._at(key), lambda: ask(key, value))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write an object where there is none."""
+        ask = super().set_if_not_exists
+        await asked_async(self._at(key), lambda: ask(key, value))
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Yield names of what lies below a prefix, one level."""
+        ask = super().list_dir
+
+        async def names() -> list[str]:
+            return [name async for name in ask(prefix)]
+
+        for name in await asked_async(self._at(prefix), names):
+            yield name
 
     async def delete(self, key: str) -> None:
         """Remove an object."""
-        with naming_faults(self._at(key)):
-            await super().delete(key)
+        ask = super().delete
+        await asked_async(self._at(key), lambda: ask(key))

@@ -7,24 +7,27 @@ given a folder by `staged` or a file by `fetched` instead (ADR 10).
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
+import functools
 import hashlib
 import os
+import random
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
@@ -33,6 +36,8 @@ from slidecube.pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from obstore.store import S3Store
     from zarr.abc.store import Store
+
+T = TypeVar("T")
 
 SCHEME = "s3://"
 AT_ONCE = 64
@@ -136,13 +141,11 @@ class ObjectPath:
 
     def is_dir(self) -> bool:
         """Tell whether there is an object below."""
-        with naming_faults(self):
-            return any(_store(self.bucket).list(self._prefix, chunk_size=1))
+        return asked(self, lambda: any(_store(self.bucket).list(self._prefix, chunk_size=1)))
 
     def stat(self) -> ObjectStat:
         """Size of the object; raises FileNotFoundError."""
-        with naming_faults(self):
-            meta = _store(self.bucket).head(self.key)
+        meta = asked(self, lambda: _store(self.bucket).head(self.key))
         return ObjectStat(st_size=int(meta["size"]))
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
@@ -150,8 +153,7 @@ class ObjectPath:
 
     def read_bytes(self) -> bytes:
         """Content of the object; raises FileNotFoundError."""
-        with naming_faults(self):
-            return bytes(_store(self.bucket).get(self.key).bytes())
+        return asked(self, lambda: bytes(_store(self.bucket).get(self.key).bytes()))
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         """Content of the object as text; raises FileNotFoundError."""
@@ -165,13 +167,11 @@ class ObjectPath:
     def unlink(self, *, missing_ok: bool = False) -> None:
         """Remove the object; S3 does not say whether there was one."""
         assert missing_ok or self.is_file()
-        with naming_faults(self):
-            _store(self.bucket).delete(self.key)
+        asked(self, lambda: _store(self.bucket).delete(self.key))
 
     def iterdir(self) -> Iterator[ObjectPath]:
         """Yield what lies in the folder, objects and folders."""
-        with naming_faults(self):
-            found = _store(self.bucket).list_with_delimiter(self._prefix)
+        found = asked(self, lambda: _store(self.bucket).list_with_delimiter(self._prefix))
         for prefix in found["common_prefixes"]:
             yield ObjectPath(self.bucket, prefix.rstrip("/"))
         for meta in found["objects"]:
@@ -267,8 +267,7 @@ def write_atomic(place: Place, content: str | bytes) -> None:
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if isinstance(place, ObjectPath):
-        with naming_faults(place):
-            _store(place.bucket).put(place.key, data)
+        asked(place, lambda: _store(place.bucket).put(place.key, data))
         return
     partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -303,11 +302,14 @@ def read_tagged(place: Place) -> tuple[bytes, str] | None:
         if isinstance(place, Path):
             content = place.read_bytes()
             return content, _tag(content)
-        with naming_faults(place):
-            got = _store(place.bucket).get(place.key)
-            return bytes(got.bytes()), str(got.meta["e_tag"])
+        return asked(place, lambda: _tagged(place))
     except FileNotFoundError:
         return None
+
+
+def _tagged(place: ObjectPath) -> tuple[bytes, str]:
+    got = _store(place.bucket).get(place.key)
+    return bytes(got.bytes()), str(got.meta["e_tag"])
 
 
 def stamp(place: Place) -> str | None:
@@ -316,8 +318,7 @@ def stamp(place: Place) -> str | None:
         if isinstance(place, Path):
             found = place.stat()
             return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
-        with naming_faults(place):
-            return str(_store(place.bucket).head(place.key)["e_tag"])
+        return str(asked(place, lambda: _store(place.bucket).head(place.key))["e_tag"])
     except FileNotFoundError:
         return None
 
@@ -352,8 +353,7 @@ def _put_if(place: ObjectPath, content: bytes, mode: Any) -> bool:
     from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415
 
     try:
-        with naming_faults(place, AlreadyExistsError, PreconditionError):
-            _store(place.bucket).put(place.key, content, mode=mode)
+        asked(place, lambda: _store(place.bucket).put(place.key, content, mode=mode))
     except (AlreadyExistsError, PreconditionError, FileNotFoundError):
         found = read_tagged(place)
         return found is not None and found[0] == content
@@ -393,11 +393,11 @@ def sizes(folder: Place, *, deep: bool = False) -> dict[str, int]:
 
 def _object_sizes(folder: ObjectPath, *, deep: bool) -> dict[str, int]:
     prefix = folder._prefix  # noqa: SLF001
-    with naming_faults(folder):
-        if deep:
-            found = [meta for chunk in _store(folder.bucket).list(prefix, chunk_size=1000) for meta in chunk]
-        else:
-            found = list(_store(folder.bucket).list_with_delimiter(prefix)["objects"])
+    store = _store(folder.bucket)
+    if deep:
+        found = asked(folder, lambda: [meta for part in store.list(prefix, chunk_size=1000) for meta in part])
+    else:
+        found = asked(folder, lambda: list(store.list_with_delimiter(prefix)["objects"]))
     return {meta["path"].removeprefix(prefix): int(meta["size"]) for meta in found}
 
 
@@ -437,12 +437,12 @@ def names(folder: Place) -> list[str]:
 
 def read_many(places: Iterable[Place]) -> Iterator[bytes | None]:
     """Yield the contents of many files in their order, None where there is none; objects are read side by side."""
-    if isinstance(first := next(iter(asked := list(places)), None), ObjectPath):
+    if isinstance(first := next(iter(wanted := list(places)), None), ObjectPath):
         _store(first.bucket)  # one connection for all
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            yield from pool.map(_read_or_none, asked)
+            yield from pool.map(_read_or_none, wanted)
         return
-    for place in asked:
+    for place in wanted:
         yield _read_or_none(place)
 
 
@@ -462,8 +462,7 @@ def remove_many(places: Iterable[Place]) -> None:
         else:
             by_bucket.setdefault(place.bucket, []).append(place.key)
     for bucket, keys in by_bucket.items():
-        with naming_faults(ObjectPath(bucket, "")):
-            _store(bucket).delete(keys)
+        asked(ObjectPath(bucket, ""), functools.partial(_store(bucket).delete, keys))
 
 
 def remove_tree(folder: Place) -> None:
@@ -573,8 +572,7 @@ def upload(local: Path, folder: Place) -> None:
 def put_file(local: Path, place: Place) -> None:
     """Copy a local file to a place, whole or not at all."""
     if isinstance(place, ObjectPath):
-        with naming_faults(place):
-            _store(place.bucket).put(place.key, local)
+        asked(place, lambda: _store(place.bucket).put(place.key, local))
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
@@ -647,7 +645,7 @@ def _settings() -> tuple[str, ...]:
     return tuple(os.environ.get(name, "") for name in _SETTINGS)
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _open(bucket: str, settings: tuple[str, ...], *, prefix: str = "", retries: int = RETRIES) -> S3Store:
     from obstore.store import S3Store  # noqa: PLC0415  a local workspace needs none of it
 
@@ -677,7 +675,7 @@ def _open(bucket: str, settings: tuple[str, ...], *, prefix: str = "", retries: 
     )
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def _endpoint(settings: tuple[str, ...]) -> tuple[str, str]:
     """Endpoint, "" for AWS itself, and region, from the environment and the profile files."""
     del settings  # what it depends on; botocore reads it itself
@@ -713,17 +711,62 @@ def _credentials() -> Any:
     }
 
 
-@contextmanager
-def naming_faults(place: ObjectPath, *passing: type[Exception]) -> Iterator[None]:
-    """Say in one line what a server did; the library's own text runs over pages. Missing objects stay missing."""
-    from obstore.exceptions import BaseError  # noqa: PLC0415
+def asked(place: ObjectPath, ask: Callable[[], T]) -> T:
+    """Ask a server, again after faults that pass, and say in one line what it did; missing objects stay missing.
 
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (FileNotFoundError, *passing)) or not isinstance(error, (BaseError, OSError)):
-            raise
-        raise OSError(errno.EIO, f"Storage failed: {_brief(str(error))}", str(place)) from None
+    The library tries again what it knows to be harmless: no conditional PUT, no list of deletions, no second half of a
+    body. All that is asked here may be asked twice.
+    Raises OSError; and what a condition that is not met raises.
+    """
+    for pause_s in _pauses_s():
+        try:
+            return ask()
+        except Exception as error:  # noqa: BLE001  the library's own classes; what is not, is raised
+            give_up(place, error, last=pause_s is None)
+        time.sleep(pause_s or 0.0)
+    raise AssertionError
+
+
+async def asked_async(place: ObjectPath, ask: Callable[[], Awaitable[T]]) -> T:
+    """Do as `asked` does, for Zarr."""
+    for pause_s in _pauses_s():
+        try:
+            return await ask()
+        except Exception as error:  # noqa: BLE001  the library's own classes; what is not, is raised
+            give_up(place, error, last=pause_s is None)
+        await asyncio.sleep(pause_s or 0.0)
+    raise AssertionError
+
+
+def _pauses_s() -> Iterator[float | None]:
+    """Seconds before the next attempt, growing, with jitter; None after the last one."""
+    until = time.monotonic() + _RETRY_S
+    for attempt in range(RETRIES):
+        if time.monotonic() > until:
+            break
+        yield min(_BACKOFF_S * 2**attempt, _MAX_BACKOFF_S) * random.uniform(0.5, 1.0)  # noqa: S311
+    yield None
+
+
+def give_up(place: ObjectPath, error: Exception, *, last: bool) -> None:
+    """Raise an error that another attempt does not mend, as an OSError of one line when it is a server's."""
+    from obstore.exceptions import (  # noqa: PLC0415
+        AlreadyExistsError,
+        BaseError,
+        PermissionDeniedError,
+        PreconditionError,
+        UnauthenticatedError,
+    )
+
+    conditions = (FileNotFoundError, AlreadyExistsError, PreconditionError)
+    if isinstance(error, conditions) or not isinstance(error, (BaseError, OSError)):
+        raise error
+    said = str(error)
+    lasting = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or re.search(
+        r"status code: 4(?!08|09|29)\d\d", said
+    )
+    if last or lasting:
+        raise OSError(errno.EIO, f"Storage failed: {_brief(said)}", str(place)) from None
 
 
 def _brief(said: str) -> str:

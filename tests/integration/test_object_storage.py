@@ -289,7 +289,7 @@ class FaultyProxy:
         handler.close_connection = cut
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_server_that_fails_at_every_tenth_request_changes_nothing(
     folder_run, in_bucket, s3, s3_server, monkeypatch, seed
 ):
