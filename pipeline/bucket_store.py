@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 
 from obstore.store import S3Store
 from zarr.abc.store import ByteRequest
@@ -48,7 +48,7 @@ class BucketStore(ObjectStore[S3Store]):
         ask = super().set_if_not_exists
         await asked_async(self._at(key), lambda: ask(key, value))
 
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         """Yield names of what lies below a prefix, one level."""
         ask = super().list_dir
 
