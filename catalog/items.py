@@ -7,6 +7,7 @@ the old spelling beside the new one.
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ from slidecube.catalog.scenes import Role, Scene
 from slidecube.catalog.sources import Source, asset_bands, baseline_of, offset_of
 
 _REMOTE_SCHEMES = ("http", "https", "s3")
+_LONGEST_ID = 300  # the longest of the known providers have 110
+_LARGEST_ITEM = 1_000_000  # characters of JSON; true ones have 10,000 to 60,000
+_LONGEST_HREF = 4_000
 _SIGNATURES = {
     "sig",
     "signature",
@@ -210,8 +214,10 @@ def normalised(
 
     folder : of a local item, against which its hrefs are resolved
     root : of a local catalogue, which its hrefs must not leave
-    Raises CatalogError where an href leaves the catalogue, carries a password, or has a scheme that is not read.
+    Raises CatalogError where an href leaves the catalogue, carries a password, or has a scheme that is not read, and
+    where the item is larger than any true one.
     """
+    name = _safe_id(item)
     bands = asset_bands(item, source)
     assets = {}
     for key in dict.fromkeys(bands.values()):
@@ -219,17 +225,17 @@ def normalised(
         asset = {k: v for k, v in raw.items() if k in _KEPT_ASSET_FIELDS or k.startswith(_KEPT_PREFIXES)}
         asset.pop("alternate", None)
         asset["href"] = _safe_href(
-            str(raw.get("href", "")), f"{key!r} of item {item.get('id')!r}", folder, root
+            str(raw.get("href", "")), f"{key[:_LONGEST_ID]!r} of item {name!r}", folder, root
         )
         assets[key] = _both_spellings(asset)
     properties = _both_spellings(dict(item["properties"]))
     _lift_projection(properties, assets)
     geometry = item.get("geometry") or _box(item)
-    return {
+    kept = {
         "type": "Feature",
         "stac_version": str(item.get("stac_version") or "1.0.0"),
         "stac_extensions": [str(e) for e in item.get("stac_extensions") or []],
-        "id": str(item["id"]),
+        "id": name,
         "collection": item.get("collection") or source.collection,
         "geometry": geometry,
         "bbox": item.get("bbox") or list(shapely.geometry.shape(geometry).bounds),
@@ -237,6 +243,23 @@ def normalised(
         "links": [],
         "assets": assets,
     }
+    size = len(json.dumps(kept))
+    if size > _LARGEST_ITEM:
+        raise CatalogError(
+            f"Item {name!r} has {size / 1e6:.1f} MB, more than {_LARGEST_ITEM / 1e6:g}; no scene needs that: leave it "
+            "out"
+        )
+    return kept
+
+
+def _safe_id(item: Mapping[str, Any]) -> str:
+    """Return an item's id, which stands in records, tables and the report."""
+    name = str(item["id"])
+    if not name or len(name) > _LONGEST_ID or not name.isprintable():
+        raise CatalogError(
+            f"Item {name[:80]!r} has an id of {len(name)} characters; allowed are 1 to {_LONGEST_ID}, all printable"
+        )
+    return name
 
 
 def _box(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,22 +290,26 @@ def _lift_projection(properties: dict[str, Any], assets: dict[str, dict[str, Any
 
 
 def _safe_href(href: str, what: str, folder: Path | None, root: Path | None) -> str:
-    if not href or re.search(r"[\x00-\x1f\x7f]", href):
-        raise CatalogError(f"Asset {what} has an empty or broken href")
+    if not href or len(href) > _LONGEST_HREF or re.search(r"[\x00-\x1f\x7f]", href):
+        raise CatalogError(
+            f"Asset {what} has an empty or broken href, or one above {_LONGEST_HREF} characters"
+        )
     parts = urlsplit(href)
     if parts.scheme in _REMOTE_SCHEMES and parts.netloc:
         return _remote_href(href, what)
     if folder is None or root is None:
         raise CatalogError(
-            f"Asset {what} points to {href!r}; a remote catalogue may give http, https and s3 only"
+            f"Asset {what} points to {href[:200]!r}; a remote catalogue may give http, https and s3 only"
         )
     if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
         raise CatalogError(
-            f"Asset {what} points to {href!r}; allowed are files of the catalogue, http, https and s3"
+            f"Asset {what} points to {href[:200]!r}; allowed are files of the catalogue, http, https and s3"
         )
     path = Path(os.path.normpath(folder / (unquote(parts.path) if parts.scheme == "file" else href)))
     if not path.is_relative_to(root):
-        raise CatalogError(f"Asset {what} points to {href!r}, outside the catalogue's folder {str(root)!r}")
+        raise CatalogError(
+            f"Asset {what} points to {href[:200]!r}, outside the catalogue's folder {str(root)!r}"
+        )
     return str(path)
 
 
@@ -295,7 +322,7 @@ def _remote_href(href: str, what: str) -> str:
     if parts.path.lower().endswith((".vrt", ".xml", ".json", ".wms")):
         # GDAL follows what such a file names, local files included
         raise CatalogError(
-            f"Asset {what} points to {parts.path!r}, a file that names other files; give the raster"
+            f"Asset {what} points to {parts.path[:200]!r}, a file that names other files; give the raster"
         )
     names = {name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
     if names & _SIGNATURES:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-import json
 import math
 import random
 import time
@@ -18,11 +17,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyproj
 import pystac
 import pystac_client
+import requests
 import shapely
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
@@ -50,7 +51,9 @@ _REASONS = (
     "superseded",
 )
 _BUSY = (429, 500, 502, 503, 504)
+_LONGEST_ANSWER = 128 << 20  # bytes; a hundred items of the most talkative provider are 6 MB
 _LONGEST_WAIT_S = 120
+_FIRST_DAY = dt.date(2015, 6, 1)  # Sentinel-2A was launched on the 23rd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,16 +212,20 @@ def newest_scene(
     """Return the provider's newest scene over an area, whatever its clouds, and its age; None if it has none."""
     where = find_source(source) if isinstance(source, str) else source
     now = now or dt.datetime.now(dt.UTC)
-    # a month first: the whole archive of a nation is a hundred thousand items
-    for start in ((now - dt.timedelta(days=30)).date(), dt.date(2015, 6, 1)):
-        window = Window(start=start, end=now.date())
-        wanted = _Wanted(source=where, role="optical", windows=(window,), max_cloud_pct=100.0)
+    # backwards, a span at a time: the whole archive of a nation is a hundred thousand items
+    first = _FIRST_DAY if where.is_local else (now - dt.timedelta(days=30)).date()
+    span = Window(start=first, end=now.date())
+    while True:
+        wanted = _Wanted(source=where, role="optical", windows=(span,), max_cloud_pct=100.0)
         scenes = _near(wanted, aoi, Counter(), retries or Retries(), refused={})
         newest = max(scenes, key=lambda s: (s.datetime, s.id), default=None)
         if newest is not None:
             age_days = (now - newest.datetime).total_seconds() / 86_400
             return Newest(id=newest.id, datetime=newest.datetime, age_days=age_days)
-    return None
+        if span.start <= _FIRST_DAY:
+            return None
+        last = span.start - dt.timedelta(days=1)
+        span = Window(start=max(_FIRST_DAY, last - dt.timedelta(days=90)), end=last)
 
 
 def scenes_by_tile(scenes: Iterable[Scene], windows: Sequence[Window]) -> list[TileScenes]:
@@ -255,6 +262,7 @@ _MALFORMED = (
     AttributeError,
     IndexError,
     KeyError,
+    RecursionError,
     TypeError,
     ValueError,
     pyproj.exceptions.ProjError,
@@ -369,7 +377,17 @@ class _PatientIO(StacApiIO):
             raise_on_status=False,
         )
         super().__init__(timeout=retries.timeout_s, max_retries=waits)
+        self.session.hooks["response"].append(_read_bounded)
         self._retries = retries
+
+    def read_text(self, source: Any, *args: Any, **kwargs: Any) -> str:
+        """Read an address that an answer links to; pystac-client itself would open a file of this machine."""
+        href = str(source.href if isinstance(source, pystac.Link) else source)
+        if not href.startswith(("http://", "https://")):
+            raise CatalogDownError(
+                f"The catalogue links to {href[:200]!r}; a remote catalogue may link to http and https only"
+            )
+        return str(super().read_text(source, *args, **kwargs))
 
     def request(self, *args: Any, **kwargs: Any) -> str:
         for attempt in range(self._retries.attempts):
@@ -384,13 +402,27 @@ class _PatientIO(StacApiIO):
         raise AssertionError
 
 
+def _read_bounded(answer: requests.Response, **_: Any) -> None:
+    """Read an answer's body, and no more of it than a page of items can have: an endless one would fill the memory."""
+    body = bytearray()
+    for part in answer.iter_content(1 << 16):
+        body += part
+        if len(body) > _LONGEST_ANSWER:
+            answer.close()
+            raise CatalogDownError(
+                f"Catalogue {urlsplit(answer.url).netloc} sends more than {_LONGEST_ANSWER >> 20} MB as one page; "
+                "use another source"
+            )
+    answer._content = bytes(body)  # noqa: SLF001  where requests itself puts what it has read
+
+
 def _remote_items(
     source: Source, area: BaseGeometry, interval: str | None, retries: Retries
 ) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for page in _pages(source, area, interval, retries):
         items = [item for item in page.get("features") or [] if isinstance(item, dict)]
-        fresh = [item for item in items if item.get("id") not in seen]
+        fresh = [item for item in items if str(item.get("id")) not in seen]
         if items and not fresh:
             raise CatalogDownError(
                 f"Catalogue {source.endpoint} sends the same page again and again; try later"
@@ -413,11 +445,12 @@ def _pages(
         except APIError as error:
             raise CatalogDownError(_explained(source, error, retries)) from None
         except (
-            json.JSONDecodeError,
             pystac.errors.STACError,
             LookupError,
             TypeError,
+            ValueError,
             AttributeError,
+            RecursionError,
         ) as error:
             raise CatalogDownError(
                 f"{source.endpoint} is not a STAC API with item search ({type(error).__name__}: {_one_line(error)}); "
