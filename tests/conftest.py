@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -87,6 +89,27 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{secrets.token_hex(6)}"
     urllib3.request("PUT", f"{s3_server}/{bucket}")
     return f"s3://{bucket}/some/where"
+
+
+@pytest.fixture(scope="session")
+def servers() -> Callable[[str], ModuleType]:
+    """Import a module of tests/servers by its name."""
+
+    def load(name: str) -> ModuleType:
+        known = sys.modules.get(f"slidecube_test_servers_{name}")
+        if known is not None:
+            return known
+        spec = importlib.util.spec_from_file_location(
+            f"slidecube_test_servers_{name}", ROOT / "tests" / "servers" / f"{name}.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # a dataclass looks its own module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
