@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -449,6 +451,36 @@ def tamper(folder, what):
         about.write_text(
             json.dumps({**content, "weights_sha256": unsupervised.hashlib.sha256(b"weights").hexdigest()})
         )
+
+
+class _Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self._path = str(path)
+
+    def __reduce__(self):
+        return (open, (self._path, "w"))
+
+
+@pytest.mark.parametrize("as_torch_saves_it", [False, True])
+def test_a_pickle_that_calls_itself_safetensors_is_refused_and_does_not_run(
+    fitted, tmp_path, as_torch_saves_it
+):
+    fitted.save(tmp_path)
+    trace, weights, about = tmp_path / "it-ran", tmp_path / WEIGHTS_FILE, tmp_path / MODEL_FILE
+    if as_torch_saves_it:
+        torch.save(_Bomb(trace), weights)
+    else:
+        weights.write_bytes(pickle.dumps(_Bomb(trace)))
+    content = json.loads(about.read_text())
+    digest = unsupervised.hashlib.sha256(weights.read_bytes()).hexdigest()
+    about.write_text(json.dumps({**content, "weights_sha256": digest}))
+    with pytest.raises(ModelError, match="is no safetensors file"):
+        make("cae-kmeans").restore(tmp_path)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(_Bomb(trace))).close()
+    assert trace.exists(), "the bomb is none: the test tests nothing"
 
 
 @pytest.mark.parametrize(
