@@ -606,15 +606,26 @@ def s3_options(href: str, source: str, environment: Mapping[str, str]) -> dict[s
 
     environment : of the process; an endpoint that it names is a site's own mirror, and stands
     What the table holds unsigned is public and is read without credentials; all else, and catalogues that the table
-    does not know, by the standard chain (environment, profile, instance).
+    does not know, by the standard chain (environment, profile, instance). Only the latter can lie at the endpoint that
+    a site names for its own stores.
     """
     if not href.startswith("s3://"):
         return {}
     known = SOURCES.get(source)
-    options = _S3_OPTIONS[known.signing] if known else {}
+    options = _S3_OPTIONS[known.signing] if known else _own_endpoint(environment)
     if "AWS_SHARED_CREDENTIALS_FILE" in environment:  # every other program's name of it
         options = {**options, "CPL_AWS_CREDENTIALS_FILE": environment["AWS_SHARED_CREDENTIALS_FILE"]}
     return {k: v for k, v in options.items() if k not in environment}
+
+
+def _own_endpoint(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return GDAL's settings for the endpoint that other programs are told of by AWS_ENDPOINT_URL."""
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
+    parts = urlsplit(endpoint)
+    if not parts.netloc or "AWS_S3_ENDPOINT" in environment:
+        return {}
+    https = "NO" if parts.scheme == "http" else "YES"
+    return {"AWS_S3_ENDPOINT": parts.netloc, "AWS_HTTPS": https, "AWS_VIRTUAL_HOSTING": "FALSE"}
 
 
 @lru_cache(maxsize=1)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from dataclasses import replace
-from pathlib import Path
 
 import boto3
 import numpy as np
@@ -32,49 +28,26 @@ KEY, SECRET = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """A server with one scene in `scenes`; gives its host and port, and the scene's pixels."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = Path(sys.executable).with_name("moto_server")
-    process = subprocess.Popen(
-        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+def bucket(s3_server, tmp_path_factory):
+    """Host and port of the server, and the pixels of its one scene, in the bucket `scenes`."""
+    values = np.random.default_rng(0).integers(1, 5000, (SIDE, SIDE)).astype("uint16")
+    path = tmp_path_factory.mktemp("s3") / "B04.tif"
+    profile = {
+        "driver": "COG", "width": SIDE, "height": SIDE, "count": 1, "dtype": "uint16", "crs": "EPSG:32633",
+        "transform": from_origin(LEFT, TOP, 10, 10), "nodata": 0, "blocksize": 256, "compress": "deflate",
+    }  # fmt: skip
+    with rasterio.open(path, "w", **profile) as file:
+        file.write(values, 1)
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3_server,
+        region_name="us-east-1",
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
     )
-    try:
-        _await(f"http://127.0.0.1:{port}/moto-api/", process)
-        values = np.random.default_rng(0).integers(1, 5000, (SIDE, SIDE)).astype("uint16")
-        path = tmp_path_factory.mktemp("s3") / "B04.tif"
-        profile = {
-            "driver": "COG", "width": SIDE, "height": SIDE, "count": 1, "dtype": "uint16", "crs": "EPSG:32633",
-            "transform": from_origin(LEFT, TOP, 10, 10), "nodata": 0, "blocksize": 256, "compress": "deflate",
-        }  # fmt: skip
-        with rasterio.open(path, "w", **profile) as file:
-            file.write(values, 1)
-        client = boto3.client(
-            "s3",
-            endpoint_url=f"http://127.0.0.1:{port}",
-            region_name="us-east-1",
-            aws_access_key_id=KEY,
-            aws_secret_access_key=SECRET,
-        )
-        client.create_bucket(Bucket="scenes")
-        client.upload_file(str(path), "scenes", "tiles/32/B04.tif", ExtraArgs={"ACL": "public-read"})
-        yield f"127.0.0.1:{port}", values
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def _await(url, process):
-    until = time.monotonic() + 30
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return
-        except OSError:
-            assert process.poll() is None, "the S3 server ended at its start"
-            assert time.monotonic() < until, "the S3 server did not start within 30 s"
-            time.sleep(0.05)
+    client.create_bucket(Bucket="scenes")
+    client.upload_file(str(path), "scenes", "tiles/32/B04.tif", ExtraArgs={"ACL": "public-read"})
+    return s3_server.removeprefix("http://"), values
 
 
 @pytest.fixture
@@ -99,6 +72,17 @@ def read(href, source="catalogue.json"):
 
 def test_a_bucket_is_read_by_the_standard_chain(endpoint):
     np.testing.assert_array_equal(read("s3://scenes/tiles/32/B04.tif"), endpoint[1])
+
+
+def test_the_endpoint_of_other_programs_is_ours_too(endpoint, monkeypatch):
+    """But for no provider of the table: a site's own store says nothing of where theirs lie."""
+    for name in ("AWS_S3_ENDPOINT", "AWS_HTTPS", "AWS_VIRTUAL_HOSTING"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint[0]}")
+    np.testing.assert_array_equal(read("s3://scenes/tiles/32/B04.tif"), endpoint[1])
+    for name in SOURCES:
+        options = s3_options("s3://x/y.tif", name, {"AWS_ENDPOINT_URL": f"http://{endpoint[0]}"})
+        assert endpoint[0] not in options.values()
 
 
 def test_a_missing_object_is_no_passing_fault_and_tells_no_key(endpoint):
