@@ -189,7 +189,8 @@ def _assemble(
         for epoch in config.epochs
     ]
     layers = {la.name: la for la in (terrain, *(la for by in sides for la in by.values()))}
-    tasks = {layer.name: tile_tasks(layer, tiles, scenes) for layer in layers.values()}
+    touching = list(scenes.touching_each([tile.geobox for tile in tiles]))
+    tasks = {layer.name: tile_tasks(layer, tiles, scenes, touching) for layer in layers.values()}
     # the outline counts, too: it decides what is looked at, and another one is another inventory
     outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
     epochs = []

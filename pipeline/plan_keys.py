@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -84,13 +85,18 @@ def detect_key_of(
 
 
 def tile_tasks(
-    layer: LayerPlan, tiles: tuple[Tile, ...], scenes: SceneTable
+    layer: LayerPlan, tiles: tuple[Tile, ...], scenes: SceneTable, touching: Sequence[SceneTable]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Key of each tile of a layer, and the positions in `scenes` of what it reads."""
+    """Key of each tile of a layer, and the positions in `scenes` of what it reads.
+
+    touching : those of `scenes` that touch each tile, for all layers at once: outlines of tiles are dear
+    """
     pool = scenes.role("dem") if layer.window is None else scenes.role("optical").within(layer.window)
+    chosen = {id(scene) for scene in pool}
     position = {id(scene): i for i, scene in enumerate(scenes.scenes)}
     out = {}
-    for tile, read in zip(tiles, pool.touching_each([tile.geobox for tile in tiles]), strict=True):
+    for tile, there in zip(tiles, touching, strict=True):
+        read = SceneTable(scenes=tuple(scene for scene in there if id(scene) in chosen))
         key = task_key(layer.key, tile.key, read)
         out[tile.key] = (key, tuple(position[id(scene)] for scene in read))
     return out
