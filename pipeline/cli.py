@@ -352,6 +352,52 @@ def demo(out: Path, *, seed: int, size: str) -> None:
     click.echo(run_demo(out, seed=seed, size=size))
 
 
+@cli.group()
+def cluster() -> None:
+    """List, show and try the profiles: where a run may work."""
+
+
+@cluster.command("list")
+def cluster_list() -> None:
+    """List the profiles and their files."""
+    from slidecube.cluster.resources import own_profiles, profiles, read_profile
+
+    found = profiles()
+    for name, path in found.items():
+        own = "" if path.parent != own_profiles() else f"  ({path})"
+        click.echo(f"{name:<14}  {read_profile(name).runner:<15}{own}")
+    click.echo(f"your own: TOML files in {own_profiles()}, or any TOML by its path")
+
+
+@cluster.command("show")
+@click.argument("profile")
+def cluster_show(profile: str) -> None:
+    """Print all settings of a profile, with what it leaves open filled in."""
+    from slidecube.cluster.resources import load_profile, read_profile
+    from slidecube.pipeline.summaries import profile_summary
+
+    click.echo(profile_summary(load_profile(profile), read_profile(profile)))
+
+
+@cluster.command("check")
+@click.argument("profile")
+def cluster_check(profile: str) -> None:
+    """Start a profile, run a probe on its workers, and print what was there."""
+    from slidecube.cluster.resources import load_profile
+    from slidecube.pipeline.errors import IncompleteError
+    from slidecube.pipeline.probe import probe
+    from slidecube.pipeline.summaries import worker_line, worker_share
+
+    asked, n = load_profile(profile), 0
+    for found in probe(asked):
+        click.echo(worker_line(found))
+        n += 1
+    wanted = 1 if asked.runner == "threads" else asked.workers
+    click.echo(f"{n} of {wanted} workers answered; each may use {worker_share(asked)}")
+    if n < wanted:
+        raise IncompleteError(f"only {n} of {wanted} workers of profile {profile!r} came; look at the queue")
+
+
 @cli.command()
 def doctor() -> int:
     """Check this machine and what is installed."""

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from slidecube.catalog.search import Newest, scenes_by_tile
+from slidecube.cluster.resources import Profile, ProfileFile
 from slidecube.pipeline.lineage import sourcing_lines
+from slidecube.pipeline.probe import Found
 from slidecube.pipeline.run import RunReport
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place
@@ -99,6 +101,45 @@ def status_summary(state: dict[str, Any]) -> str:
         (f"{f['scene']} {f['asset']}: from {f['source']}, {f['reason']}" for f in state["substituted"]),
     )
     lines.append("complete" if state["complete"] else "incomplete: run the same command to go on")
+    return "\n".join(lines)
+
+
+def worker_line(found: Found) -> str:
+    """Describe a worker that answered a probe."""
+    gpus = f", GPU {found.gpus}" if found.gpus else ""
+    return (
+        f"{found.host} process {found.pid}: {_count(found.cores, 'core')}, {found.memory_gb:g} GB in all{gpus}, "
+        f"slidecube {found.slidecube}, a block of 512 px in {found.seconds:.2f} s"
+    )
+
+
+def worker_share(profile: Profile) -> str:
+    """Describe what one worker of a profile may use."""
+    worker = profile.worker
+    gpus = f" and {_count(worker.gpus, 'GPU')}" if worker.gpus else ""
+    return f"{_count(worker.cpus, 'thread')}, {worker.mem_gb:g} GB{gpus}"
+
+
+def profile_summary(profile: Profile, file: ProfileFile) -> str:
+    """Describe a profile: what it is here, and every setting of its own table."""
+    lines = [
+        f"runner      {profile.runner}",
+        f"workers     {profile.workers}",
+        f"each        {worker_share(profile)}",
+        f"deadline    {f'{profile.deadline_min:g} min a tile' if profile.deadline_min else 'none'}",
+    ]
+    if file.array is not None:
+        for stage in ("cube", "fit", "detect", "mosaic"):
+            asked = getattr(file.array, stage)
+            shards = _count(asked.shards, "job")
+            gpus = f", {_count(asked.gpus, 'GPU')}" if asked.gpus else ""
+            where = f" in {asked.partition}" if asked.partition else ""
+            lines.append(
+                f"{stage:<12}{shards}{where}, each {_count(asked.cpus, 'CPU')}, {asked.mem_gb:g} GB{gpus}, "
+                f"{asked.time_min} min"
+            )
+        return "\n".join([lines[0], *lines[4:]])
+    lines += [f"{name:<12}{value}" for name, value in profile.options.items() if value not in ("", (), {})]
     return "\n".join(lines)
 
 

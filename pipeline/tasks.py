@@ -88,14 +88,18 @@ def fit_tasks(plan: RunPlan, epoch: str, stage: str, *terms: str) -> Iterator[tu
 
 def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
     """Keys of tasks that read all layers of the 3 x 3 tiles around a tile."""
-    read: dict[str, list[tuple[str, str, str, str]]] = {}
     states = {name: _states(layer_ledger(plan, name)) for name in epoch.layers}
+    own = {}  # a digest a tile first: a nation has nine times as many neighbours
     for tile in plan.tiles:
         keys = [(name, plan.tasks[name][tile.key][0]) for name in epoch.layers]
-        read[tile.key] = [(name, tile.key, key, states[name].get((tile.key, key), "")) for name, key in keys]
+        own[tile.row, tile.col] = content_key(
+            tile.key, [(name, key, states[name].get((tile.key, key), "")) for name, key in keys]
+        )
+    stem = content_key(*terms)
+    around = [(row, col) for row in (-1, 0, 1) for col in (-1, 0, 1)]
     return {
         tile.key: content_key(
-            *terms, tile.key, [entry for neighbour in plan.neighbours(tile) for entry in read[neighbour.key]]
+            stem, tile.key, [own.get((tile.row + row, tile.col + col), "") for row, col in around]
         )
         for tile in plan.tiles
     }
