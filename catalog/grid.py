@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
@@ -37,13 +37,20 @@ class Tile:
     """One tile of the grid: the unit of work, and one Zarr shard.
 
     key : "r012c034", row and column counted from the frame's upper left corner
-    geobox : its pixels
+    frame : pixels of the whole grid; side_px : of the tile
     """
 
     key: str
     row: int
     col: int
-    geobox: GeoBox
+    frame: GeoBox = field(repr=False)
+    side_px: int
+
+    @property
+    def geobox(self) -> GeoBox:
+        """Its pixels; made when asked for, a nation has 100,000 tiles."""
+        px = self.side_px
+        return self.frame[self.row * px : (self.row + 1) * px, self.col * px : (self.col + 1) * px]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +98,7 @@ class TileGrid:
     @property
     def frame(self) -> GeoBox:
         """The pixels of the whole CRS; every array of every layer has this shape."""
-        left, bottom, right, top = _frame_bounds(self.crs, self.resolution_m)
-        shape = (round((top - bottom) / self.resolution_m), round((right - left) / self.resolution_m))
-        return GeoBox(shape, Affine(self.resolution_m, 0, left, 0, -self.resolution_m, top), self.crs)
+        return _frame(self.crs, self.resolution_m)
 
     def tile(self, row: int, col: int) -> Tile:
         """Return the tile at a row and a column of the frame."""
@@ -103,9 +108,7 @@ class TileGrid:
             raise CatalogError(
                 f"Tile row {row}, column {col} lies outside the frame of {rows} x {cols} tiles"
             )
-        px = self.tile_px
-        geobox = frame[row * px : (row + 1) * px, col * px : (col + 1) * px]
-        return Tile(key=f"r{row:03d}c{col:03d}", row=row, col=col, geobox=geobox)
+        return Tile(key=f"r{row:03d}c{col:03d}", row=row, col=col, frame=frame, side_px=self.tile_px)
 
     def tile_of(self, key: str) -> Tile:
         """Return the tile with a key."""
@@ -197,6 +200,13 @@ def _crs_slug(crs: str) -> str:
         return f"laea-{'ns'[lat < 0]}{abs(lat):02d}{'ew'[lon < 0]}{abs(lon):03d}"
     wkt = pyproj.CRS.from_user_input(crs).to_wkt()
     return "crs" + hashlib.blake2b(wkt.encode(), digest_size=6).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _frame(crs: str, resolution_m: float) -> GeoBox:
+    left, bottom, right, top = _frame_bounds(crs, resolution_m)
+    shape = (round((top - bottom) / resolution_m), round((right - left) / resolution_m))
+    return GeoBox(shape, Affine(resolution_m, 0, left, 0, -resolution_m, top), crs)
 
 
 @lru_cache(maxsize=64)

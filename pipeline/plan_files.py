@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,27 +60,29 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
     raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     frame = gpd.read_file(folder / "aoi.geojson")
     grid = TileGrid(**raw["grid"])
-    table = pq.read_table(folder / "tiles.parquet").to_pylist()
+    table = pq.read_table(folder / "tiles.parquet")
     return RunPlan(
         run=folder.name,
         workspace=workspace,
         config=config or load_config(folder / "run.toml", base=Path(raw["base"])),
         aoi=Aoi(name=raw["aoi"], geometry=frame.geometry.iloc[0]),
         grid=grid,
-        tiles=tuple(grid.tile_of(row["tile"]) for row in table),
+        tiles=tuple(grid.tile_of(key) for key in table["tile"].to_pylist()),
         scenes=SceneTable.read_parquet(folder / "scenes.parquet"),
         layers=tuple(_layer_from(entry) for entry in raw["layers"]),
         epochs=tuple(EpochPlan(**entry) for entry in raw["epochs"]),
-        tasks={
-            entry["name"]: {
-                row["tile"]: (row[f"{entry['name']}.key"], tuple(row[f"{entry['name']}.scenes"]))
-                for row in table
-            }
-            for entry in raw["layers"]
-        },
+        tasks={entry["name"]: _tasks_from(table, entry["name"]) for entry in raw["layers"]},
         inventory=raw["inventory"],
         estimate=Estimate(**raw["estimate"]),
     )
+
+
+def _tasks_from(table: pa.Table, layer: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    tiles, keys = table["tile"].to_pylist(), table[f"{layer}.key"].to_pylist()
+    scenes = table[f"{layer}.scenes"].combine_chunks()
+    ends, flat = scenes.offsets.to_pylist(), scenes.values.to_pylist()
+    read = (tuple(flat[a:b]) for a, b in pairwise(ends))
+    return {tile: (key, which) for tile, key, which in zip(tiles, keys, read, strict=True)}
 
 
 def current_run(workspace: Workspace) -> str | None:
