@@ -58,7 +58,7 @@ def scene_folders(archive, day_from: str):
         ({"detect": {"threshold": 1.0}}, "above 0, below 1"),
         ({"detect": {"min_area_m2": 1e9}}, "halo"),
         ({"cube": {"tile": 512}}, "tile_px"),
-        ({"cluster": {"profile": "slurm"}}, "profile"),
+        ({"cluster": {"profile": "nowhere"}}, "profile"),
         ({"cluster": {"mem_gb": 0.1}}, "exceeds mem_gb=0.1"),
         ({"epoch": {"pre": ["2018-13-01", "2018-09-05"]}}, "2018-13-01"),
     ],
