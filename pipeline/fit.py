@@ -22,6 +22,7 @@ from slidecube.models.unsupervised import UNKNOWN_CLUSTER, Kmeans, predict_clust
 from slidecube.pipeline.clusters import ClusterBlock, describe_clusters
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.features import MNF_BANDS, Layers, mnf_image, mnf_images
+from slidecube.pipeline.fit_state import contributing
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lineage import is_simulated
@@ -32,14 +33,11 @@ from slidecube.pipeline.report.spectrum import write_spectrum
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan, fit_terms
 from slidecube.pipeline.sample import draw, gather, limit_of, pixel_hash
 from slidecube.pipeline.statistics import (
-    MANIFEST,
     MODEL,
-    SHEET,
     freeze,
     frozen_digest,
     load_statistics,
     mnf_file,
-    read_manifest,
     sha256_of,
 )
 from slidecube.pipeline.storage import (
@@ -53,7 +51,7 @@ from slidecube.pipeline.storage import (
     staged,
     write_atomic,
 )
-from slidecube.pipeline.tasks import TileContext, fit_tasks, layer_ledger, require_lock
+from slidecube.pipeline.tasks import TileContext, fit_tasks, require_lock
 
 _TRAINING = "training-"
 """What the names of checkpoints begin with."""
@@ -133,71 +131,6 @@ def _results(folder: Place) -> list[Place]:
     parts = ("mnf-*.json", "mnf-*/*", "clusters.json", f"{MODEL}/*", "sheet/*")
     there = [folder / name for name in sizes(folder, deep=True) if any(fnmatchcase(name, p) for p in parts)]
     return [path for path in there if not path.name.startswith(".")]
-
-
-def unfitted(made: RunPlan) -> list[EpochPlan]:
-    """List the epochs whose statistics the model needs and that are not frozen yet."""
-    return [
-        epoch
-        for epoch in made.epochs
-        if epoch.stat_key and not frozen_digest(made.workspace.statistics(epoch.stat_key))
-    ]
-
-
-def contributing(plan: RunPlan, epoch: EpochPlan) -> set[str]:
-    """Tiles all of whose layers are done."""
-    return {
-        tile.key
-        for tile in plan.tiles
-        if all(layer_ledger(plan, n).complete(tile.key, plan.tasks[n][tile.key][0]) for n in epoch.layers)
-    }
-
-
-def tried(plan: RunPlan, epoch: EpochPlan) -> set[str]:
-    """Tiles each of whose layers has a record under the plan's key, of success or failure."""
-
-    def recorded(tile: str, layer: str) -> bool:
-        record = layer_ledger(plan, layer).read(tile)
-        return record is not None and record.key == plan.tasks[layer][tile][0]
-
-    return {tile.key for tile in plan.tiles if all(recorded(tile.key, name) for name in epoch.layers)}
-
-
-def thaw(plan: RunPlan) -> None:
-    """Forget what was frozen for a plan, so that it is fitted again.
-
-    Raises PipelineError when the configuration names the statistics: others may use them.
-    """
-    if plan.config.fit.statistics:
-        raise PipelineError(
-            "[fit] statistics names an earlier fit, which stays as it is; leave it out to fit again"
-        )
-    for epoch in plan.epochs:
-        if epoch.stat_key:
-            (plan.workspace.statistics(epoch.stat_key) / MANIFEST).unlink(missing_ok=True)
-
-
-def fit_state(made: RunPlan, epoch: EpochPlan) -> dict[str, Any]:
-    """Say what was fitted for an epoch.
-
-    Returns {"epoch", "key", "frozen", "clusters": landslide clusters in use, "named_by": "rule", "person" or "",
-    "reasons": of the rule by cluster, "repaired_tiles": tiles that were made or mended after the freeze, "sheet"}.
-    """
-    folder = made.workspace.statistics(epoch.stat_key)
-    manifest = read_manifest(folder)
-    chosen = (made.config.detect.landslide_clusters or {}).get(epoch.stat_key)
-    clusters = chosen if chosen is not None else manifest.get("clusters", ())
-    later = contributing(made, epoch) - set(manifest["contributed"]) if manifest else set()
-    return {
-        "epoch": epoch.name,
-        "key": epoch.stat_key,
-        "frozen": bool(manifest),
-        "clusters": list(clusters),
-        "named_by": "" if "clusters" not in manifest else "rule" if chosen is None else "person",
-        "reasons": dict(manifest.get("reasons", {})),
-        "repaired_tiles": sorted(later) if not made.config.fit.statistics else [],
-        "sheet": str(folder / SHEET) if (folder / SHEET).is_file() else "",
-    }
 
 
 def moments_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from slidecube.catalog.sources import SOURCES
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.fit import fit_state
+from slidecube.pipeline.fit_state import fit_state
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.lineage import (
     Lineage,

@@ -57,7 +57,9 @@ def probe(profile: Profile) -> Iterator[Found]:
     with open_runner(replace(profile, deadline_min=10)) as runner:
         for result in runner.run(_probe, tasks):
             if result.status == "failed":
-                raise PipelineError(f"A worker of profile {profile.name!r} cannot do the probe: {result.reason}")
+                raise PipelineError(
+                    f"A worker of profile {profile.name!r} cannot do the probe: {result.reason}"
+                )
             found = Found(**json.loads(result.reason))
             if (found.host, found.pid) not in seen:
                 seen.add((found.host, found.pid))

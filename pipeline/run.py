@@ -22,7 +22,8 @@ from slidecube.cluster.runner import Retried, Runner, TaskResult, TileTask
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import unfinished, write_event
-from slidecube.pipeline.fit import contributing, fit_epoch, fit_state, thaw, tried, unfitted
+from slidecube.pipeline.fit import fit_epoch
+from slidecube.pipeline.fit_state import contributing, fit_state, thaw, tried, unfitted
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.lock import Job, Lock, Shard
