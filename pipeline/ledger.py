@@ -101,6 +101,12 @@ _SCHEMA = pa.schema(
 )
 """Columns of the table: the fields of a record, those that are no number as text, lists and mappings as JSON."""
 
+_BEGINS = {
+    name: json.dumps(value) if name in _NESTED else value
+    for name, value in dataclasses.asdict(Record(tile="", key="", state="done")).items()
+}
+"""What the columns hold of a record of which nothing is told."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
@@ -145,16 +151,16 @@ class Ledger:
             return packed is not None and packed.keys.get(tile) == (key, True)
         return record is not None and record.key == key and record.complete
 
-    def table(self) -> pa.Table:
-        """All records as a table, by tile: a column a field, lists and mappings as JSON; for sums over a nation."""
+    def table(self, *columns: str) -> pa.Table:
+        """All records as a table, by tile: a column a field, lists and mappings as JSON; for sums over a nation.
+
+        columns : beside the tile; all when left out
+        """
         loose = self._loose()
         packed = self._packed()  # after the loose ones, see `read`
-        known = _SCHEMA.empty_table() if packed is None else packed.table()
-        if not loose:
-            return known
-        kept = pa.array([tile not in loose for tile in known["tile"].to_pylist()], pa.bool_())
-        fresh = _table(record for record in loose.values() if record is not None)
-        return pa.concat_tables([known.filter(kept), fresh]).sort_by("tile")
+        wanted = list(dict.fromkeys(("tile", *columns))) if columns else _SCHEMA.names
+        known = _SCHEMA.empty_table().select(wanted) if packed is None else packed.table(wanted)
+        return _joined(known, loose) if loose else known
 
     def keys(self) -> dict[str, tuple[str, bool]]:
         """Key of every tile's record, and whether it is complete; asked once for many tiles."""
@@ -170,7 +176,7 @@ class Ledger:
 
     def passing(self) -> set[str]:
         """Tiles that lack something because of a fault that passes."""
-        found = self.table()
+        found = self.table("passing")
         return {
             tile for tile, n in zip(found["tile"].to_pylist(), found["passing"].to_pylist(), strict=True) if n
         }
@@ -198,10 +204,8 @@ class Ledger:
         before = read_tagged(place)
         texts = self._texts(tiles)
         loose = {tile: _parse(tile, text) for tile, text in texts.items()}
-        known = _SCHEMA.empty_table() if before is None else _Pack(place, before[0]).table()
-        kept = pa.array([tile not in loose for tile in known["tile"].to_pylist()], pa.bool_())
-        fresh = _table(record for record in loose.values() if record is not None)
-        content = _written(pa.concat_tables([known.filter(kept), fresh]).sort_by("tile"))
+        known = _SCHEMA.empty_table() if before is None else _Pack(place, before[0]).table(_SCHEMA.names)
+        content = _written(_joined(known, loose))
         if not (create(place, content) if before is None else swap(place, content, before[1])):
             return 0  # another one folds; nothing is lost
         self._remove_unchanged(texts)
@@ -254,14 +258,19 @@ class _Pack:
     )  # the one read last: neighbours are asked for together
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def table(self, columns: list[str] | None = None) -> pa.Table:
+    def table(self, columns: list[str]) -> pa.Table:
+        """Columns of all rows; one that an earlier version did not know holds what a new record begins with."""
         try:
-            return pq.read_table(pa.BufferReader(self.content), columns=columns)
+            found = pq.read_table(pa.BufferReader(self.content), columns=columns)
         except (OSError, ValueError, KeyError) as error:
             raise PipelineError(
                 f"Ledger {self.place} is damaged ({' '.join(str(error).split())[:160]}); bring it back, or remove it, "
                 "and its tiles are made anew"
             ) from None
+        for field_ in (_SCHEMA.field(name) for name in columns if name not in found.column_names):
+            value = pa.scalar(_BEGINS[field_.name], field_.type)
+            found = found.append_column(field_, pa.repeat(value, len(found)))
+        return found.select(columns)
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -296,6 +305,13 @@ _reading = threading.Lock()
 
 def _text(record: Record) -> str:
     return json.dumps(dataclasses.asdict(record), sort_keys=True, indent=1)
+
+
+def _joined(known: pa.Table, loose: Mapping[str, Record | None]) -> pa.Table:
+    """Rows of a table and loose records, which win, by tile."""
+    kept = pa.array([tile not in loose for tile in known["tile"].to_pylist()], pa.bool_())
+    fresh = _table(record for record in loose.values() if record is not None)
+    return pa.concat_tables([known.filter(kept), fresh.select(known.column_names)]).sort_by("tile")
 
 
 def _table(records: Iterable[Record]) -> pa.Table:

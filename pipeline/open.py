@@ -62,7 +62,8 @@ def detected(plan: RunPlan, epoch: str) -> dict[str, str]:
     """Tiles of an epoch whose detection is done under the plan's key, and that key."""
     ledger = Ledger.of(plan.workspace.inventory(plan.inventory), epoch)
     keys = detect_keys(plan, epoch)
-    return {tile: key for tile, key in keys.items() if ledger.complete(tile, key)}
+    known = ledger.keys()
+    return {tile: key for tile, key in keys.items() if known.get(tile) == (key, True)}
 
 
 def _open(group: Place) -> xr.Dataset:

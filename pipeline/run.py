@@ -33,7 +33,7 @@ from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import frozen_digest
 from slidecube.pipeline.storage import Place, below
 from slidecube.pipeline.store import remove_partials
-from slidecube.pipeline.tasks import FIT_STAGES, TileContext, ledger_of, tasks_of
+from slidecube.pipeline.tasks import FIT_STAGES, TileContext, ledger_of, tasks_of, wanted_of
 from slidecube.pipeline.tile import run_task
 
 STAGES = ("cube", "fit", "detect", "mosaic")
@@ -187,6 +187,7 @@ class _Driver:
             any(self._due(stage) for stage in stages if stage in {"cube", "detect"})
             or not {"fit", "mosaic"}.isdisjoint(stages)
         )
+        self._fold()
         self._event("run_ended", complete=complete, done=dict(self.done), failed=dict(self.failed))
         return RunReport(
             run=self.plan.run,
@@ -277,11 +278,6 @@ class _Driver:
             for result in self._shown(stage, results, len(tasks)):
                 self._take(result)
         self.lock.set_running(0)
-        if self.shard is None:  # or others are writing records
-            for ledger in {
-                ledger_of(self.plan, task).folder: ledger_of(self.plan, task) for task in tasks
-            }.values():
-                ledger.pack()
 
     def _retried(self, again: Retried) -> None:
         task = again.task
@@ -319,6 +315,12 @@ class _Driver:
             delay=0 if results is not None else 1e-9,
             **what,
         )
+
+    def _fold(self) -> None:
+        """Fold a nation's records, where nobody else writes: shards work side by side."""
+        if self.shard is None:
+            for wanted in wanted_of(self.plan):
+                wanted.ledger.pack()
 
     def _take(self, result: TaskResult) -> None:
         task = result.task

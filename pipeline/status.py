@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.events import read_events
-from slidecube.pipeline.fit import fit_state, unfitted
+from slidecube.pipeline.fit_state import fit_state, unfitted
 from slidecube.pipeline.inventory import REASONS, Observability
-from slidecube.pipeline.ledger import Ledger, Record
+from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import Lock, alive, read_locks
 from slidecube.pipeline.mosaic_stage import mosaic_due
 from slidecube.pipeline.plan_files import INDEX, current_run, known_runs, read_plan
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place, matching, remove_tree, size_of, sizes
 from slidecube.pipeline.store import Workspace
-from slidecube.pipeline.tasks import FIT_STAGES, tasks_of
+from slidecube.pipeline.tasks import FIT_STAGES, Wanted, wanted_of
 
 STATES = ("done", "due", "failed", "running")
 
@@ -34,22 +34,43 @@ class _Tally:
     lost: set[tuple[str, str, str]] = field(default_factory=set)
     substituted: set[tuple[str, str, str, str]] = field(default_factory=set)
 
-    def add(self, task: TileTask, record: Record | None) -> None:
-        stage = task.stage
-        if record is None or record.key != task.key:
-            self.tiles[stage]["due"] += 1
-            return
-        self.tiles[stage]["done" if record.complete else "failed"] += 1
-        self.lost |= set(record.lost)
-        self.substituted |= set(record.substituted)
-        if not record.complete:
-            what = task.epoch or task.layer
-            self.failures.append({"stage": stage, "what": what, "tile": task.tile, "reason": record.reason})
-        for name, n in record.numbers.items() if stage == "detect" else ():
+    def add(self, wanted: Wanted) -> None:
+        """Take in the records of a layer or an epoch."""
+        columns = ("key", "state", "reason", "lost", "substituted", "numbers")
+        table = wanted.ledger.table(*columns)
+        counts = self.tiles[wanted.stage]
+        numbers: Counter[str] = Counter()
+        known = failed = 0
+        rows = zip(*(table[name].to_pylist() for name in ("tile", *columns)), strict=True)
+        for tile, key, state, reason, lost, substituted, said in rows:
+            if wanted.keys.get(tile) != key:
+                continue
+            known += 1
+            if state == "failed":
+                failed += 1
+                failure = {"stage": wanted.stage, "what": wanted.what, "tile": tile, "reason": reason}
+                self.failures.append(failure)
+            self.lost |= {tuple(entry) for entry in _entries(lost)}
+            self.substituted |= {tuple(entry) for entry in _entries(substituted)}
+            numbers[said] += 1
+        counts["due"] += len(wanted.keys) - known
+        counts["done"] += known - failed
+        counts["failed"] += failed
+        for said, tiles in numbers.items() if wanted.stage == "detect" else ():
+            self._count(json.loads(said), tiles)
+
+    def _count(self, numbers: dict[str, int], tiles: int) -> None:
+        """Take in the pixels of so many tiles of equal numbers: most of a nation is all of one kind."""
+        for name, n in numbers.items():
             if name.upper() in Observability.__members__:
-                self.observed[name] += n
+                self.observed[name] += n * tiles
             elif name.startswith("reason "):
-                self.unseen[REASONS[int(name.split()[1])]] += n
+                self.unseen[REASONS[int(name.split()[1])]] += n * tiles
+
+
+def _entries(text: str) -> list[Any]:
+    """List of a column, which is nearly always empty."""
+    return [] if text == "[]" else list(json.loads(text))
 
 
 def status(where: str | Place) -> dict[str, Any]:
@@ -70,8 +91,8 @@ def status(where: str | Place) -> dict[str, Any]:
         )
     made = read_plan(workspace, name)
     tally = _Tally()
-    for task, ledger in tasks_of(made):
-        tally.add(task, ledger.read(task.tile))
+    for wanted in wanted_of(made):
+        tally.add(wanted)
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
     at_work = [lock for lock in read_locks(workspace.locks) if alive(lock)]
     fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -54,18 +54,39 @@ def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:
     return Ledger.of(plan.workspace.inventory(plan.inventory), task.epoch)
 
 
-def tasks_of(plan: RunPlan, *stages: str) -> Iterator[tuple[TileTask, Ledger]]:
-    """Yield all tasks of a plan, or those of some stages, done or not, each with the ledger of its record."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a plan asks for of one layer, or of one epoch's detection.
+
+    what : name of the layer's store or of the epoch; keys : tile -> key of its task; ledger : of the records
+    """
+
+    stage: str
+    what: str
+    keys: Mapping[str, str]
+    ledger: Ledger
+
+
+def wanted_of(plan: RunPlan, *stages: str) -> Iterator[Wanted]:
+    """Yield what a plan asks for, of all stages or of some, without a task for each tile."""
     if "cube" in (stages or ("cube",)):
         for layer in plan.layers:
-            for tile, (key, _) in plan.tasks[layer.name].items():
-                task = TileTask(stage="cube", layer=layer.name, epoch="", tile=tile, key=key)
-                yield task, ledger_of(plan, task)
+            keys = {tile: key for tile, (key, _) in plan.tasks[layer.name].items()}
+            yield Wanted(stage="cube", what=layer.name, keys=keys, ledger=layer_ledger(plan, layer.name))
     if "detect" in (stages or ("detect",)):
         for epoch in plan.epochs:
-            for tile, key in detect_keys(plan, epoch.name).items():
-                task = TileTask(stage="detect", layer=plan.inventory, epoch=epoch.name, tile=tile, key=key)
-                yield task, ledger_of(plan, task)
+            ledger = Ledger.of(plan.workspace.inventory(plan.inventory), epoch.name)
+            keys = detect_keys(plan, epoch.name)
+            yield Wanted(stage="detect", what=epoch.name, keys=keys, ledger=ledger)
+
+
+def tasks_of(plan: RunPlan, *stages: str) -> Iterator[tuple[TileTask, Ledger]]:
+    """Yield all tasks of a plan, or those of some stages, done or not, each with the ledger of its record."""
+    for wanted in wanted_of(plan, *stages):
+        layer, epoch = (wanted.what, "") if wanted.stage == "cube" else (plan.inventory, wanted.what)
+        for tile, key in wanted.keys.items():
+            task = TileTask(stage=wanted.stage, layer=layer, epoch=epoch, tile=tile, key=key)
+            yield task, wanted.ledger
 
 
 def detect_keys(plan: RunPlan, epoch: str) -> dict[str, str]:
@@ -81,33 +102,30 @@ def fit_tasks(plan: RunPlan, epoch: str, stage: str, *terms: str) -> Iterator[tu
     stage : of `FIT_STAGES`; terms : what they depend on beside the layers
     """
     made = plan.by_epoch[epoch]
+    ledger = Ledger.of(plan.workspace.statistics(made.stat_key) / stage)
     for tile, key in _keys(plan, made, stage, made.stat_key, *terms).items():
-        task = TileTask(stage=stage, layer=made.stat_key, epoch=epoch, tile=tile, key=key)
-        yield task, ledger_of(plan, task)
+        yield TileTask(stage=stage, layer=made.stat_key, epoch=epoch, tile=tile, key=key), ledger
 
 
 def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
     """Keys of tasks that read all layers of the 3 x 3 tiles around a tile."""
     states = {name: _states(layer_ledger(plan, name)) for name in epoch.layers}
-    own = {}  # a digest a tile first: a nation has nine times as many neighbours
+    read = {}  # of each tile a digest, once, and not in each of its nine neighbours
     for tile in plan.tiles:
         keys = [(name, plan.tasks[name][tile.key][0]) for name in epoch.layers]
-        own[tile.row, tile.col] = content_key(
-            tile.key, [(name, key, states[name].get((tile.key, key), "")) for name, key in keys]
+        read[tile.key] = content_key(
+            tile.key, [[name, key, states[name].get((tile.key, key), "")] for name, key in keys]
         )
-    stem = content_key(*terms)
-    around = [(row, col) for row in (-1, 0, 1) for col in (-1, 0, 1)]
+    own = content_key(*terms)
     return {
-        tile.key: content_key(
-            stem, tile.key, [own.get((tile.row + row, tile.col + col), "") for row, col in around]
-        )
+        tile.key: content_key(own, tile.key, [read[neighbour.key] for neighbour in plan.neighbours(tile)])
         for tile in plan.tiles
     }
 
 
 def _states(ledger: Ledger) -> dict[tuple[str, str], str]:
     """What of a layer's records decides what is read from them: that they are done, and the scenes that they lack."""
-    table = ledger.table()
+    table = ledger.table("key", "state", "lost")
     columns = (table[name].to_pylist() for name in ("tile", "key", "state", "lost"))
     found = {}
     for tile, key, state, lost in zip(*columns, strict=True):
