@@ -26,6 +26,11 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:KEY_HEX]
 
 
+def text_key(*texts: str) -> str:
+    """Hash of texts without line breaks: 16 hex digits, at a tenth of `content_key`'s cost; for a nation's tiles."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:KEY_HEX]
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces; dates as ISO, dataclasses as objects, anything else refused."""
     return json.dumps(

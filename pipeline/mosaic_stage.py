@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,23 +38,32 @@ RECORD = "products.json"
 _JUDGEMENTS = ("evaluation.json", "inventory.png")  # of the inventory before, written by the demonstration
 
 
-def products_key(plan: RunPlan) -> str:
-    """Key of the products: the detections that they are made of."""
-    made = [[epoch.name, detected(plan, epoch.name)] for epoch in plan.epochs]
+def products_key(plan: RunPlan, keys: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """Key of the products: the detections that they are made of. keys : of each epoch's tiles, if they are known."""
+    made = [
+        [epoch.name, detected(plan, epoch.name, keys=None if keys is None else keys[epoch.name])]
+        for epoch in plan.epochs
+    ]
     return content_key("products", SCHEMA_VERSION, slidecube_version(), made)
 
 
-def mosaic_due(plan: RunPlan, *, formats: Sequence[str] | None = None) -> bool:
+def mosaic_due(
+    plan: RunPlan,
+    *,
+    formats: Sequence[str] | None = None,
+    keys: Mapping[str, Mapping[str, str]] | None = None,
+) -> bool:
     """Tell whether the products are missing or older than the detections.
 
     formats : that must be there; all of the configuration, and no other, when left out
+    keys : of the detections of each epoch's tiles, where they are known already
     """
     folder = plan.workspace.products(plan.inventory)
     record = _read_record(folder)
     there = set(record["formats"])
     wanted = there == set(plan.config.output.formats) if formats is None else set(formats) <= there
     whole = all((folder / product).exists() for product in record["products"])
-    return not (wanted and whole and record["key"] == products_key(plan))
+    return not (wanted and whole and record["key"] == products_key(plan, keys))
 
 
 def any_detected(plan: RunPlan) -> bool:

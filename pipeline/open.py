@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import dask.array as da
@@ -58,10 +59,13 @@ def open_detected(plan: RunPlan) -> xr.Dataset:
     return _masked(stored, [set(detected(plan, epoch.name)) for epoch in plan.epochs])
 
 
-def detected(plan: RunPlan, epoch: str) -> dict[str, str]:
-    """Tiles of an epoch whose detection is done under the plan's key, and that key."""
+def detected(plan: RunPlan, epoch: str, *, keys: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Tiles of an epoch whose detection is done under the plan's key, and that key.
+
+    keys : of all its tiles, where they are known already
+    """
     ledger = Ledger.of(plan.workspace.inventory(plan.inventory), epoch)
-    keys = detect_keys(plan, epoch)
+    keys = detect_keys(plan, epoch) if keys is None else keys
     known = ledger.keys()
     return {tile: key for tile, key in keys.items() if known.get(tile) == (key, True)}
 

@@ -91,8 +91,11 @@ def status(where: str | Place) -> dict[str, Any]:
         )
     made = read_plan(workspace, name)
     tally = _Tally()
+    keys = {}
     for wanted in wanted_of(made):
         tally.add(wanted)
+        if wanted.stage == "detect":
+            keys[wanted.what] = wanted.keys
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
     at_work = [lock for lock in read_locks(workspace.locks) if alive(lock)]
     fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]
@@ -107,7 +110,7 @@ def status(where: str | Place) -> dict[str, Any]:
         stage = next((stage for stage in tiles if tiles[stage]["due"]), "detect")
         now = min(in_work, tiles[stage]["due"])
         tiles[stage] = {**tiles[stage], "running": now, "due": tiles[stage]["due"] - now}
-    due = mosaic_due(made, formats=())  # the plan's TOML may be older than the one that was run
+    due = mosaic_due(made, formats=(), keys=keys)  # the plan's TOML may be older than the one that was run
     tiles["mosaic"] = {"done": int(not due), "due": int(due), "failed": 0, "running": 0}
     total, last = _scene_reads(workspace, made.run)
     return {

@@ -12,7 +12,7 @@ import numpy as np
 from slidecube.catalog.load import Loader
 from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import FencedError
-from slidecube.pipeline.keys import content_key
+from slidecube.pipeline.keys import content_key, text_key
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import holds
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
@@ -110,15 +110,19 @@ def fit_tasks(plan: RunPlan, epoch: str, stage: str, *terms: str) -> Iterator[tu
 def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
     """Keys of tasks that read all layers of the 3 x 3 tiles around a tile."""
     states = {name: _states(layer_ledger(plan, name)) for name in epoch.layers}
-    read = {}  # of each tile a digest, once, and not in each of its nine neighbours
+    read: dict[
+        tuple[int, int], str
+    ] = {}  # of each tile a digest, once, and not in each of its nine neighbours
     for tile in plan.tiles:
-        keys = [(name, plan.tasks[name][tile.key][0]) for name in epoch.layers]
-        read[tile.key] = content_key(
-            tile.key, [[name, key, states[name].get((tile.key, key), "")] for name, key in keys]
-        )
+        said = [tile.key]
+        for name, of in states.items():
+            key = plan.tasks[name][tile.key][0]
+            said.append(f"{name} {key} {of.get((tile.key, key), '')}")
+        read[tile.row, tile.col] = text_key(*said)
     own = content_key(*terms)
+    around = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)]
     return {
-        tile.key: content_key(own, tile.key, [read[neighbour.key] for neighbour in plan.neighbours(tile)])
+        tile.key: text_key(own, tile.key, *(read.get((tile.row + r, tile.col + c), "") for r, c in around))
         for tile in plan.tiles
     }
 
