@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from importlib import metadata, resources
@@ -222,13 +223,27 @@ def run(file: Path, *, refresh: bool, **how: Any) -> None:
 @cli.command()
 @click.argument("workspace", type=Folder)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(workspace: Path, *, as_json: bool) -> None:
+@click.option("--prometheus", type=click.Path(path_type=Path), help="Write metrics into this file, too.")
+@click.option("--watch", is_flag=True, help="Tell again and again, until nothing is at work or Ctrl-C.")
+@click.option(
+    "--every", type=click.FloatRange(min=1), default=10.0, show_default=True, help="Seconds, with --watch."
+)
+def status(workspace: Path, *, as_json: bool, prometheus: Path | None, watch: bool, every: float) -> None:
     """Tell what is done, due and failed in a workspace."""
     from slidecube.pipeline.status import status as read_status
-    from slidecube.pipeline.summaries import status_summary
+    from slidecube.pipeline.storage import write_atomic
+    from slidecube.pipeline.summaries import prometheus_text, status_summary
 
-    state = read_status(workspace)
-    click.echo(json.dumps(state, indent=2) if as_json else status_summary(state))
+    while True:
+        state = read_status(workspace)
+        if prometheus is not None:
+            write_atomic(prometheus, prometheus_text(state))
+        if watch and sys.stdout.isatty():
+            click.clear()
+        click.echo(json.dumps(state, indent=2) if as_json else status_summary(state))
+        if not watch or not state["running"]:
+            return
+        time.sleep(every)
 
 
 @cli.command()

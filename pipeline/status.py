@@ -14,6 +14,7 @@ from slidecube.pipeline.inventory import REASONS, Observability
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import Lock, alive, read_locks
 from slidecube.pipeline.mosaic_stage import mosaic_due
+from slidecube.pipeline.pace import pace
 from slidecube.pipeline.plan_files import INDEX, current_run, known_runs, read_plan
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place, matching, remove_tree, size_of, sizes
@@ -33,16 +34,29 @@ class _Tally:
     failures: list[dict[str, str]] = field(default_factory=list)
     lost: set[tuple[str, str, str]] = field(default_factory=set)
     substituted: set[tuple[str, str, str, str]] = field(default_factory=set)
+    bytes: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+    peak_mem_gb: float = 0.0
 
     def add(self, wanted: Wanted) -> None:
         """Take in the records of a layer or an epoch."""
-        columns = ("key", "state", "reason", "lost", "substituted", "numbers")
+        columns = (
+            "key",
+            "state",
+            "reason",
+            "lost",
+            "substituted",
+            "numbers",
+            "bytes",
+            "seconds",
+            "peak_mem_gb",
+        )
         table = wanted.ledger.table(*columns)
         counts = self.tiles[wanted.stage]
         numbers: Counter[str] = Counter()
         known = failed = 0
         rows = zip(*(table[name].to_pylist() for name in ("tile", *columns)), strict=True)
-        for tile, key, state, reason, lost, substituted, said in rows:
+        for tile, key, state, reason, lost, substituted, said, size, seconds, peak in rows:
             if wanted.keys.get(tile) != key:
                 continue
             known += 1
@@ -53,6 +67,9 @@ class _Tally:
             self.lost |= {tuple(entry) for entry in _entries(lost)}
             self.substituted |= {tuple(entry) for entry in _entries(substituted)}
             numbers[said] += 1
+            self.bytes += size
+            self.seconds[wanted.stage] += seconds
+            self.peak_mem_gb = max(self.peak_mem_gb, peak)
         counts["due"] += len(wanted.keys) - known
         counts["done"] += known - failed
         counts["failed"] += failed
@@ -80,7 +97,9 @@ def status(where: str | Place) -> dict[str, Any]:
     "scene_reads_last_run", "statistics": [{epoch, key, frozen, clusters, reasons, repaired_tiles, sheet}],
     "observability": {name: pixels}, "not_observable": {reason: pixels},
     "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}],
-    "substituted": [{scene, asset, source, reason}], "complete", "running"}.
+    "substituted": [{scene, asset, source, reason}], "complete", "running", "drivers": at work,
+    "pace": {stage: tiles a minute}, "minutes_left": at that pace, None when it is not known,
+    "used": {"bytes", "task_hours", "peak_mem_gb"}, "predicted": {"bytes", "cpu_hours", "peak_mem_gb"}}.
     `scene_reads` counts over the life of the workspace.
     """
     workspace = Workspace.at(where)
@@ -113,6 +132,7 @@ def status(where: str | Place) -> dict[str, Any]:
     due = mosaic_due(made, formats=(), keys=keys)  # the plan's TOML may be older than the one that was run
     tiles["mosaic"] = {"done": int(not due), "due": int(due), "failed": 0, "running": 0}
     total, last = _scene_reads(workspace, made.run)
+    speed = pace(workspace.root / "events", made.run)
     return {
         "run": made.run,
         "inventory": made.inventory,
@@ -129,7 +149,29 @@ def status(where: str | Place) -> dict[str, Any]:
         ],
         "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
         "running": at_work[0]["run"] if at_work else None,
+        "drivers": len([lock for lock in at_work if lock["run"] == made.run]),
+        "pace": speed,
+        "minutes_left": _minutes_left(tiles, speed),
+        "used": {
+            "bytes": tally.bytes,
+            "task_hours": round(sum(tally.seconds.values()) / 3600, 4),
+            "peak_mem_gb": tally.peak_mem_gb,
+        },
+        "predicted": {
+            "bytes": round(made.estimate.stored_gb * 1e9),
+            "cpu_hours": made.estimate.cpu_hours,
+            "peak_mem_gb": made.estimate.peak_mem_gb,
+        },
     }
+
+
+def _minutes_left(tiles: dict[str, dict[str, int]], speed: dict[str, float]) -> float | None:
+    """Minutes until what is due is done; None while a stage that is due has no pace yet."""
+    left = {stage: counts["due"] + counts["running"] for stage, counts in tiles.items()}
+    left = {stage: left.get(stage, 0) for stage in ("cube", "detect") if left.get(stage, 0)}
+    if not left or any(not speed.get(stage) for stage in left):
+        return None
+    return round(sum(n / speed[stage] for stage, n in left.items()), 1)
 
 
 def _fit_failures(made: RunPlan) -> list[dict[str, str]]:

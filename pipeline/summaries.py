@@ -90,6 +90,7 @@ def status_summary(state: dict[str, Any]) -> str:
     columns = ("done", "due", "running", "failed")
     rows = [(stage, *(str(counts[name]) for name in columns)) for stage, counts in state["tiles"].items()]
     lines = [f"run         {state['run']}", *_table(("stage", *columns), rows)]
+    lines += _watched(state)
     lines.append(f"scene reads {state['scene_reads']}")
     lines += [line for fit in state["statistics"] for line in fit_lines(fit)]
     lines += _shares("pixels", state["observability"])
@@ -102,6 +103,59 @@ def status_summary(state: dict[str, Any]) -> str:
     )
     lines.append("complete" if state["complete"] else "incomplete: run the same command to go on")
     return "\n".join(lines)
+
+
+def _watched(state: dict[str, Any]) -> list[str]:
+    """Describe how fast it goes, and what it took against what was predicted."""
+    lines = []
+    if state["running"]:
+        speed = ", ".join(f"{stage} {n:g} tiles a minute" for stage, n in state["pace"].items())
+        left = state["minutes_left"]
+        when = f"; {_duration(left)} left" if left is not None else ""
+        lines.append(f"running     {_count(state['drivers'], 'driver')}: {speed or 'no tile done yet'}{when}")
+    used, predicted = state["used"], state["predicted"]
+    if used["task_hours"]:
+        lines.append(
+            f"used        {used['task_hours']:.2f} hours of tiles, {used['bytes'] / 1e9:.2f} GB stored, "
+            f"{used['peak_mem_gb']:.1f} GB of memory (predicted {predicted['cpu_hours']:.2f} hours of one core, "
+            f"{predicted['bytes'] / 1e9:.2f} GB, {predicted['peak_mem_gb']:.1f} GB)"
+        )
+    return lines
+
+
+def _duration(minutes: float) -> str:
+    if minutes < 90:
+        return f"{minutes:.0f} minutes"
+    return f"{minutes / 60:.1f} hours" if minutes < 60 * 48 else f"{minutes / 60 / 24:.1f} days"
+
+
+def prometheus_text(state: dict[str, Any]) -> str:
+    """Describe what `status` found in Prometheus' text format, for the textfile collector of a node exporter."""
+    run = f'run="{state["run"]}"'
+    gauges: list[tuple[str, str, str, float]] = [
+        ("tiles", "Tiles by stage and state.", f'{run},stage="{stage}",state="{name}"', n)
+        for stage, counts in state["tiles"].items()
+        for name, n in counts.items()
+    ]
+    gauges += [
+        ("tiles_per_minute", "Tiles a minute.", f'{run},stage="{stage}"', n)
+        for stage, n in state["pace"].items()
+    ]
+    gauges += [
+        ("scene_reads", "Scenes read.", run, state["scene_reads"]),
+        ("drivers", "Drivers and shards at work.", run, state["drivers"]),
+        ("stored_bytes", "Bytes stored.", run, state["used"]["bytes"]),
+        ("task_hours", "Hours that tiles took.", run, state["used"]["task_hours"]),
+        ("peak_memory_gigabytes", "Largest memory of a worker.", run, state["used"]["peak_mem_gb"]),
+        ("complete", "1 when nothing is left to do.", run, int(state["complete"])),
+    ]
+    lines, told = [], set()
+    for name, about, labels, value in gauges:
+        if name not in told:
+            told.add(name)
+            lines += [f"# HELP slidecube_{name} {about}", f"# TYPE slidecube_{name} gauge"]
+        lines.append(f"slidecube_{name}{{{labels}}} {value:g}")
+    return "\n".join(lines) + "\n"
 
 
 def worker_line(found: Found) -> str:

@@ -1,0 +1,128 @@
+"""Watching a run: its pace out of the events, and its metrics as Prometheus reads them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from slidecube.pipeline import pace as pace_module
+from slidecube.pipeline.pace import pace
+from slidecube.pipeline.status import _minutes_left
+from slidecube.pipeline.summaries import prometheus_text, status_summary
+
+NOW = dt.datetime(2026, 11, 21, 12, 0, tzinfo=dt.UTC)
+
+
+def tell(path: Path, *events: tuple[float, str, dict[str, str]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for minutes_ago, name, fields in events:
+            when = (NOW - dt.timedelta(minutes=minutes_ago)).isoformat(timespec="milliseconds")
+            file.write(json.dumps({"time": when, "event": name, **fields}) + "\n")
+
+
+def task(minutes_ago: float, stage: str = "cube", status: str = "done"):
+    return minutes_ago, "task", {"stage": stage, "status": status}
+
+
+def test_the_pace_is_that_of_the_last_quarter_of_an_hour(tmp_path):
+    tell(tmp_path / "a-1.jsonl", *[task(60)] * 500, *[task(m) for m in range(10)], task(1, status="failed"))
+
+    assert pace(tmp_path, "a-1", now=NOW) == {"cube": round(10 / 9, 2)}
+
+
+def test_shards_add_up_and_other_runs_do_not(tmp_path):
+    tell(tmp_path / "a-1.jsonl", task(10))
+    tell(tmp_path / "a-1.cube-0of2.jsonl", task(10), task(5))
+    tell(tmp_path / "a-1.detect-1of2.jsonl", task(2, "detect"))
+    tell(tmp_path / "a-11.jsonl", *[task(3)] * 100)
+
+    assert pace(tmp_path, "a-1", now=NOW) == {"cube": 0.3, "detect": 0.1}
+
+
+def test_a_run_that_has_just_begun_has_the_pace_since_it_began(tmp_path):
+    tell(tmp_path / "a-1.jsonl", (2, "stage_started", {"stage": "cube"}), task(0.5), task(0.25))
+
+    assert pace(tmp_path, "a-1", now=NOW) == {"cube": 1.0}
+
+
+def test_nothing_done_has_no_pace(tmp_path):
+    assert pace(tmp_path, "a-1", now=NOW) == {}
+    tell(tmp_path / "a-1.jsonl", (1, "run_started", {}))
+    assert pace(tmp_path, "a-1", now=NOW) == {}
+
+
+def test_only_the_end_of_a_long_file_is_read_and_half_lines_do_no_harm(tmp_path, monkeypatch):
+    tell(tmp_path / "a-1.jsonl", *[task(8)] * 50, *[task(4)] * 4)
+    line = len((tmp_path / "a-1.jsonl").read_bytes()) // 54
+    monkeypatch.setattr(pace_module, "_TAIL_BYTES", line * 4 + line // 2)
+    with (tmp_path / "a-1.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"time": "2026')
+
+    assert pace(tmp_path, "a-1", now=NOW) == {"cube": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("cube", "detect", "speed", "minutes"),
+    [
+        ((10, 2), (0, 0), {"cube": 4.0}, 3.0),
+        ((10, 2), (12, 0), {"cube": 4.0}, None),
+        ((10, 2), (12, 0), {"cube": 4.0, "detect": 6.0}, 5.0),
+        ((0, 0), (0, 0), {"cube": 4.0}, None),
+    ],
+)
+def test_what_is_left(cube, detect, speed, minutes):
+    tiles = {
+        stage: {"due": due, "running": running}
+        for stage, (due, running) in {"cube": cube, "detect": detect}.items()
+    }
+    assert _minutes_left(tiles, speed) == minutes
+
+
+STATE = {
+    "run": "a-1",
+    "tiles": {"cube": {"done": 3, "due": 1, "failed": 0, "running": 2}},
+    "pace": {"cube": 1.5},
+    "minutes_left": 200.0,
+    "scene_reads": 12,
+    "drivers": 2,
+    "running": "a-1",
+    "used": {"bytes": 2_000_000_000, "task_hours": 1.25, "peak_mem_gb": 3.2},
+    "predicted": {"bytes": 4_000_000_000, "cpu_hours": 2.0, "peak_mem_gb": 4.0},
+    "complete": False,
+    "statistics": [],
+    "observability": {},
+    "not_observable": {},
+    "failures": [],
+    "lost": [],
+    "substituted": [],
+}
+
+
+def test_metrics_are_what_prometheus_reads():
+    found = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(prometheus_text(STATE))
+        for sample in family.samples
+    }
+    run = ("run", "a-1")
+    assert found["slidecube_tiles", run, ("stage", "cube"), ("state", "running")] == 2
+    assert found["slidecube_tiles_per_minute", run, ("stage", "cube")] == 1.5
+    assert found["slidecube_stored_bytes", run] == 2e9
+    assert found["slidecube_complete", run] == 0
+    assert {name for name, *_ in found} >= {
+        "slidecube_drivers",
+        "slidecube_scene_reads",
+        "slidecube_task_hours",
+    }
+
+
+def test_the_summary_tells_pace_rest_and_use():
+    text = status_summary(STATE)
+
+    assert "running     2 drivers: cube 1.5 tiles a minute; 3.3 hours left" in text
+    assert "used        1.25 hours of tiles, 2.00 GB stored, 3.2 GB of memory (predicted 2.00 hours" in text
