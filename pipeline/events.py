@@ -7,10 +7,16 @@ import errno
 import json
 import os
 import secrets
+import threading
+import time
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
-from slidecube.pipeline.storage import ObjectPath, Place, matching, write_atomic
+from slidecube.pipeline.storage import ObjectPath, Place, matching, read_many, write_atomic
+
+_LINES, _EVERY_S = 500, 2.0
+"""Lines of an object of events in a bucket, and how often it is written."""
 
 
 def write_event(path: Place, event: str, **fields: Any) -> None:
@@ -18,7 +24,7 @@ def write_event(path: Place, event: str, **fields: Any) -> None:
     now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
     line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False)
     if isinstance(path, ObjectPath):
-        write_atomic(path / f"{now}-{secrets.token_hex(4)}.jsonl", line + "\n")
+        _segment_of(path).add(line, at_once=event != "task")
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,15 +38,46 @@ def write_event(path: Place, event: str, **fields: Any) -> None:
             raise
 
 
+class _Segment:
+    """Events of this process in a bucket, which cannot append: an object of some lines after another.
+
+    The one in work is written again with each line that must not be lost, and every few seconds. Tasks that were not
+    told when a driver is killed are told by the next one, from their records.
+    """
+
+    def __init__(self, folder: ObjectPath) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
+        self.place = folder
+        self.written_s = 0.0
+        self.lock = threading.Lock()
+
+    def add(self, line: str, *, at_once: bool) -> None:
+        with self.lock:
+            if not self.lines:
+                now = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%f")
+                self.place = self.folder / f"{now}-{secrets.token_hex(4)}.jsonl"
+            self.lines.append(f"{line}\n")
+            full = len(self.lines) >= _LINES
+            if at_once or full or time.monotonic() - self.written_s > _EVERY_S:
+                write_atomic(self.place, "".join(self.lines))
+                self.written_s = time.monotonic()
+            if full:
+                self.lines = []
+
+
+@lru_cache(maxsize=16)
+def _segment_of(path: ObjectPath) -> _Segment:
+    return _Segment(path)
+
+
 def read_events(path: Place) -> Iterator[dict[str, Any]]:
     """Yield the events of a file, in order, without the halves of lines that a killed driver left."""
-    if isinstance(path, ObjectPath):
-        for part in matching(path, "*.jsonl"):
-            yield json.loads(part.read_text())
-        return
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    contents = read_many(matching(path, "*.jsonl")) if isinstance(path, ObjectPath) else read_many([path])
+    lines = (
+        line for content in contents for line in (content or b"").decode("utf-8", "replace").splitlines()
+    )
+    for line in lines:
         try:
             event = json.loads(line)
         except ValueError:
