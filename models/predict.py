@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from slidecube.models.card import ModelCard
+from slidecube.models.devices import Device
 from slidecube.models.errors import ModelError
 
 UNIT_PX = 128
@@ -63,6 +64,13 @@ class Detector(Protocol):
         features_fyx : (feature, y + 2 c, x + 2 c) float32 with c = window_px // 2, NaN = unknown
         Returns (y, x) float32 in [0, 1], NaN where it cannot be said. Several threads may call at once.
         Raises ModelError when something had to be learnt first.
+        """
+        ...
+
+    def on(self, device: Device) -> Self:
+        """Return the detector with its network on a device; what has none is the same.
+
+        Raises ModelError when there is no such device here.
         """
         ...
 

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from slidecube.models.card import FeatureSpec, ModelCard, merged_parameters
+from slidecube.models.devices import Device
 from slidecube.models.errors import ModelError
 from slidecube.models.predict import Progress
 
@@ -47,6 +48,11 @@ class RdNdvi:
     ) -> Self:
         """Return itself: a rule learns nothing."""
         del patches_nfyx, checkpoint, progress
+        return self
+
+    def on(self, device: Device) -> Self:
+        """Return itself: a rule has no network."""
+        del device
         return self
 
     def save(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ import safetensors.numpy
 import xarray as xr
 
 from slidecube.models.card import FeatureSpec, ModelCard, merged_parameters
+from slidecube.models.devices import Device, require_device
 from slidecube.models.errors import ModelError
 from slidecube.models.predict import Progress, on_lattice
 from slidecube.models.weights import read_file, tensors_of, write_whole
@@ -113,6 +114,14 @@ class Kmeans:
     card: ModelCard
     fitted: Fitted | None = None
     landslide: tuple[int, ...] = ()
+    device: Device = "cpu"
+
+    def on(self, device: Device) -> Self:
+        """Return it with its network, where it has one, on a device; see `Detector.on`."""
+        if self.fitted is None or not self.fitted.network:
+            return self
+        require_device(device)
+        return replace(self, device=device)
 
     def fit(
         self,
@@ -326,7 +335,7 @@ class CaeKmeans(Kmeans):
     def _features(self, x_fyx: np.ndarray, network: bytes) -> np.ndarray:
         from slidecube.models.nets import cae  # noqa: PLC0415
 
-        deep_cyx = cae.encode_dense(network, x_fyx)
+        deep_cyx = cae.encode_dense(network, x_fyx, device=self.device)
         c = self.card.window_px // 2
         return np.concatenate([deep_cyx, x_fyx[:, c:-c, c:-c]]) if self._with_inputs else deep_cyx
 

@@ -23,6 +23,7 @@ from slidecube.catalog.grid import TILE_SIZES_PX, TileGrid
 from slidecube.catalog.scenes import Window
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
+from slidecube.models.devices import Device
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.refusals import did_you_mean, refusal
 from slidecube.pipeline.storage import SCHEME, Place, place_of
@@ -245,6 +246,9 @@ class Detect(_Section):
         default_factory=dict,
         description="a table of numbers, the model's own parameters; its card names them",
     )
+    device: Device = Field(
+        "cpu", description='"cpu" or "cuda", on which a network detects; a GPU gives other last digits'
+    )
     landslide_clusters: (
         dict[
             Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")],
@@ -302,6 +306,9 @@ class Cluster(_Section):
         "odc-stac", description='"odc-stac" or "stackstac", which lay out cubes of equal pixels'
     )
     mem_gb: float | None = Field(None, gt=0, description="memory of one worker in gigabytes, above 0")
+    deadline_min: float | None = Field(
+        None, gt=0, description="the minutes that one tile may take, above 0, in place of the profile's"
+    )
     failure_budget: int = Field(
         0, ge=0, description="the whole number of tiles that may fail in a run that still counts as complete"
     )
@@ -483,7 +490,7 @@ def _check_across(path: Path, config: Config) -> None:
         except CatalogError as error:
             raise PipelineError(f"{path}: area.crs: {error}") from None
     try:
-        load_profile(config.cluster.profile)
+        load_profile(config.cluster.profile, base=config.base)
     except ClusterError as error:
         raise PipelineError(f"{path}: cluster.profile: {error}") from None
 

@@ -36,14 +36,15 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
                 f"Layer {name} is not done on tile {tile.key}; the tile is detected when it is"
             )
     fitted = fitted_statistics(plan, epoch)
-    card = fitted.detector.card
+    detector = fitted.detector.on(plan.config.detect.device)
+    card = detector.card
     minimum_px = minimum_size_px(card.min_area_m2, plan.grid.resolution_m)
     halo = halo_px(card, plan.grid)
     window = PixelWindow.of_tile(plan.grid, tile).padded(halo)
     layers = read_layers(plan, epoch.name, window, mnf=fitted.mnf)
     inside = aoi_mask(plan, window)
     probability = _quantised(
-        _probability(plan, fitted.detector, layers, window, inside=inside, threads=context.threads)
+        _probability(plan, detector, layers, window, inside=inside, threads=context.threads)
     )
     seen, reason = _observable(layers, probability)
     probability[~(seen & inside)] = PROBABILITY_NODATA

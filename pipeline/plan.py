@@ -253,7 +253,7 @@ def _epoch_plan(
         post=sides["post"].name,
         terrain=terrain.name,
         stat_key=stat_key,
-        detect_key=detect_key_of(read, model.card, stat_key, chosen),
+        detect_key=detect_key_of(read, model.card, stat_key, chosen, device=config.detect.device),
     )
 
 

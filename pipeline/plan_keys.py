@@ -10,6 +10,7 @@ from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.catalog.scenes import SceneTable, Window
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
+from slidecube.models.devices import Device
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.pipeline.config import Config
@@ -64,7 +65,12 @@ def stat_key_of(layers: tuple[LayerPlan, ...], model: Detector, terms: list[Any]
 
 
 def detect_key_of(
-    layers: tuple[LayerPlan, ...], card: ModelCard, stat_key: str, clusters: tuple[int, ...] | None
+    layers: tuple[LayerPlan, ...],
+    card: ModelCard,
+    stat_key: str,
+    clusters: tuple[int, ...] | None,
+    *,
+    device: Device = "cpu",
 ) -> str:
     """Key of an epoch's detection; clusters : that a person named, None for those of the rule."""
     return content_key(
@@ -80,7 +86,9 @@ def detect_key_of(
         card.weights_sha256,
         card.threshold,
         card.min_area_m2,
-        {"backend": "numpy" if card.window_px == 1 else "torch", "dtype": "float32"},
+        {"backend": "numpy", "dtype": "float32"}
+        if card.window_px == 1
+        else {"backend": "torch", "dtype": "float32", "device": device},
     )
 
 

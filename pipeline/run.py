@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TextIO
 
@@ -136,13 +136,14 @@ def _profile_of(config: Config, name: str | None) -> Profile:
     cluster = config.cluster
     if name is not None:
         return load_profile(name)
-    return load_profile(
+    profile = load_profile(
         cluster.profile,
         base=config.base,
         workers=cluster.workers,
         threads_per_worker=cluster.threads_per_worker,
         mem_gb=cluster.mem_gb,
     )
+    return replace(profile, deadline_min=cluster.deadline_min or profile.deadline_min)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,8 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slidecube.models.errors import ModelError
 from slidecube.models.nets import cae
 from slidecube.models.nets.cae import DEEP, PATCH_PX, Cae, Training, encode, encode_dense, one_thread, train
+from slidecube.models.zoo import build_model
 
 QUICK = Training(epochs=3, batch=64)
 
@@ -263,3 +265,29 @@ def test_a_state_of_another_training_or_a_damaged_one_is_not_used(tmp_path, epoc
 
     assert train(patches(), ten, checkpoint=path) == want
     assert epochs_run == list(range(10))
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    patches_nfyx = np.random.default_rng(0).random((600, 5, 7, 7), np.float32)
+    quick = {"epochs": 1, "sample": 600, "batch": 200}
+    model = build_model("cae-kmeans", threshold=None, min_area_m2=None, parameters=quick)
+    fitted = model.fit(patches_nfyx)
+
+    with pytest.raises(
+        ModelError, match=r"device = 'cuda' needs a GPU, and torch .* on this worker; set device"
+    ):
+        fitted.on("cuda")
+    assert fitted.on("cpu") == fitted
+    rule = build_model("rdndvi", threshold=None, min_area_m2=None, parameters={})
+    assert rule.on("cuda") is rule, "a rule has no network"
+
+
+def test_the_way_to_another_device_gives_the_same_features(weights, monkeypatch):
+    """No GPU is needed for the way there and back: torch takes "cpu:0" for a device of its own."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
+    planes = np.random.default_rng(1).random((5, 70, 70), np.float32)
+
+    assert np.array_equal(encode_dense(weights, planes, device="cpu:0"), encode_dense(weights, planes))
+    assert pinned == [(1, 5, 70, 70)]
