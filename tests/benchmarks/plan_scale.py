@@ -130,6 +130,23 @@ def bounds(corners: list[list[float]]) -> list[float]:
     return [min(xs), min(ys), max(xs), max(ys)]
 
 
+def make_nation(root: Path, *, tiles: int, dates: int) -> Path:
+    """Write the items and the TOML of a nation; returns the TOML."""
+    box = area(tiles)
+    for name, items in (("optical", optical(box, dates)), ("dem", dem(box))):
+        document = {"type": "FeatureCollection", "features": items}
+        (root / f"{name}.json").write_text(json.dumps(document))
+        print(f"{name:<12}{len(items):>9} items", flush=True)
+    epoch = "\n".join(f"{name} = {list(window)!r}" for name, window in WINDOWS.items())
+    toml = root / "nation.toml"
+    toml.write_text(
+        f"[area]\nbbox = {box}\n[[epoch]]\nname = 'nation'\n{epoch}\n"
+        "[sources]\noptical = 'optical.json'\ndem = 'dem.json'\n"
+        f"[cube]\ntile_px = {TILE_PX}\nbands = ['B02', 'B03', 'B04', 'B08']\n[output]\nworkspace = 'ws'\n"
+    )
+    return toml
+
+
 def main() -> None:
     """Print what a plan costs."""
     options = argparse.ArgumentParser()
@@ -138,19 +155,10 @@ def main() -> None:
     options.add_argument("--profile", type=Path)
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root, box = Path(folder), area(given.tiles)
-        for name, items in (("optical", optical(box, given.dates)), ("dem", dem(box))):
-            document = {"type": "FeatureCollection", "features": items}
-            (root / f"{name}.json").write_text(json.dumps(document))
-            print(f"{name:<12}{len(items):>9} items", flush=True)
-        epoch = "\n".join(f"{name} = {list(window)!r}" for name, window in WINDOWS.items())
-        (root / "nation.toml").write_text(
-            f"[area]\nbbox = {box}\n[[epoch]]\nname = 'nation'\n{epoch}\n"
-            "[sources]\noptical = 'optical.json'\ndem = 'dem.json'\n"
-            f"[cube]\ntile_px = {TILE_PX}\nbands = ['B02', 'B03', 'B04', 'B08']\n[output]\nworkspace = 'ws'\n"
-        )
+        root = Path(folder)
+        toml = make_nation(root, tiles=given.tiles, dates=given.dates)
         before_gb, began = peak_rss_gb(), time.monotonic()
-        config = load_config(root / "nation.toml")
+        config = load_config(toml)
         profile = cProfile.Profile() if given.profile else None
         with profile or nullcontext():
             made = plan(config)
