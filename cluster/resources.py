@@ -84,7 +84,10 @@ class Kubernetes(_Table):
 
 
 class StageRequest(_Table):
-    """What one job of a stage asks for."""
+    """What one job of a stage asks for.
+
+    runner : of its workers, "" = processes on its CPUs or, where it has GPUs, one a GPU
+    """
 
     cpus: int = Field(4, ge=1)
     mem_gb: float = Field(16.0, gt=0)
@@ -97,15 +100,25 @@ class StageRequest(_Table):
     qos: str = ""
     constraint: str = ""
     directives: tuple[str, ...] = ()
+    runner: Literal["", "threads", "dask-local", "dask-cuda"] = ""
 
 
 class Array(_Table):
-    """A long run as arrays of jobs, each of which takes its share of the tiles."""
+    """A long run as arrays of jobs, each of which takes its share of the tiles.
+
+    max_array_size : of the site, when its scheduler does not tell; drain_s : before the walltime nothing new is begun
+    max_restarts : how often a job that met its walltime is queued again; prologue : lines of shell before the work
+    command : words that start slidecube on a node, such as a container's; () = as it is installed here
+    scratch : folder for temporary files on a node's own disk, "" = its TMPDIR; the shell's variables may stand in it
+    """
 
     system: Literal["slurm", "pbs"]
     max_array_size: int = Field(1000, ge=1)
     drain_s: int = Field(300, ge=10)
+    max_restarts: int = Field(50, ge=0)
     prologue: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    scratch: str = ""
     cube: StageRequest = Field(default_factory=lambda: StageRequest(shards=8))
     fit: StageRequest = Field(default_factory=StageRequest)
     detect: StageRequest = Field(default_factory=lambda: StageRequest(shards=4))

@@ -205,6 +205,9 @@ def _where(verb: Callable[..., Any]) -> Callable[..., Any]:
 _shard = click.option(
     "--shard", metavar="I/N", callback=lambda _, __, text: _part(text), help="Only share I of N, from 0."
 )
+_named = click.option(
+    "--plan", metavar="RUN", help="Go on with this plan, and never search; jobs are submitted so."
+)
 _mend = click.option(
     "--mend", is_flag=True, help="Read again what lacks scenes that could not be read for a passing reason."
 )
@@ -250,6 +253,7 @@ def status(workspace: Path, *, as_json: bool, prometheus: Path | None, watch: bo
 @click.argument("file", type=TomlFile)
 @_mend
 @_shard
+@_named
 @_where
 def cube(file: Path, **how: Any) -> None:
     """Build the layers only: composites and terrain."""
@@ -259,6 +263,7 @@ def cube(file: Path, **how: Any) -> None:
 @cli.command()
 @click.argument("file", type=TomlFile)
 @click.option("--again", is_flag=True, help="Fit once more what is frozen, with the tiles mended since.")
+@_named
 @_where
 def fit(file: Path, **how: Any) -> None:
     """Fit what the model learns from the layers, and freeze it."""
@@ -268,6 +273,7 @@ def fit(file: Path, **how: Any) -> None:
 @cli.command()
 @click.argument("file", type=TomlFile)
 @_shard
+@_named
 @_where
 def detect(file: Path, **how: Any) -> None:
     """Run the model over the layers that are there."""
@@ -276,10 +282,25 @@ def detect(file: Path, **how: Any) -> None:
 
 @cli.command()
 @click.argument("file", type=TomlFile)
+@_named
 @_where
 def mosaic(file: Path, **how: Any) -> None:
     """Join the tiles into landslides across their edges."""
     _run(file, ("mosaic",), **how)
+
+
+@cli.command()
+@click.argument("file", type=TomlFile)
+@click.option("--profile", metavar="NAME", help="An array of jobs, in place of [cluster] profile.")
+@click.option("--dry-run", is_flag=True, help="Print the scripts, and send nothing.")
+def submit(file: Path, *, profile: str | None, dry_run: bool) -> None:
+    """Submit what is due as arrays of jobs, to Slurm."""
+    from slidecube.pipeline.config import load_config
+    from slidecube.pipeline.submit import prepare, send, submission_text
+
+    prepared = prepare(load_config(file), profile=profile)
+    sent = send(prepared) if prepared.jobs and not dry_run else None
+    click.echo(submission_text(prepared, sent))
 
 
 @cli.command()
@@ -452,6 +473,7 @@ def _run(
     stages: tuple[str, ...],
     *,
     refresh: bool = False,
+    plan: str | None = None,
     shard: tuple[int, int] | None = None,
     quiet: bool = False,
     **how: Any,
@@ -459,6 +481,7 @@ def _run(
     from slidecube.pipeline.config import load_config
     from slidecube.pipeline.errors import DrainedError, IncompleteError
     from slidecube.pipeline.lock import Shard
+    from slidecube.pipeline.plan import named_plan
     from slidecube.pipeline.plan import plan as make_plan
     from slidecube.pipeline.run import Drain, Part
     from slidecube.pipeline.run import run as run_plan
@@ -470,9 +493,8 @@ def _run(
     part = Part(
         shard=None if shard is None else Shard(stage=stages[0], index=shard[0], count=shard[1]), job=_job()
     )
-    report = run_plan(
-        make_plan(config, refresh=refresh), stages=stages, part=part, drain=drain, progress=not quiet, **how
-    )
+    made = make_plan(config, refresh=refresh) if plan is None else named_plan(config, plan)
+    report = run_plan(made, stages=stages, part=part, drain=drain, progress=not quiet, **how)
     click.echo(run_summary(report))
     if report.drained:
         raise DrainedError("asked to end early, and some work is left; run the same command to go on")

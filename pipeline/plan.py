@@ -100,6 +100,17 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     return replace(made, reused_scenes=reused)
 
 
+def named_plan(config: Config, run: str) -> RunPlan:
+    """Read a plan by its name, for a job that must not search; it holds whatever became of its TOML since.
+
+    Raises PipelineError when there is none of this name.
+    """
+    workspace = Workspace.at(config.workspace)
+    found = read_plan(workspace, run)
+    same = found.config.science() == config.science()
+    return replace(found, config=config if same else found.config, reused_scenes=True)
+
+
 def _tiled(aoi: Aoi, tiles: tuple[Tile, ...]) -> Aoi:
     """Area of whole tiles: what a tile holds must not depend on how much of it the area covers, or a grown area would
     read every tile at its old edge again.

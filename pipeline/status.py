@@ -16,6 +16,7 @@ from slidecube.pipeline.lock import Lock, alive, read_locks
 from slidecube.pipeline.mosaic_stage import mosaic_due
 from slidecube.pipeline.pace import pace
 from slidecube.pipeline.plan_files import INDEX, current_run, known_runs, read_plan
+from slidecube.pipeline.queue import jobs_of
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place, matching, remove_tree, size_of, sizes
 from slidecube.pipeline.store import Workspace
@@ -94,7 +95,8 @@ def status(where: str | Place) -> dict[str, Any]:
     """Say where the current plan of a workspace stands.
 
     Returns {"run", "inventory", "tiles": {stage: {"done", "due", "failed", "running"}}, "scene_reads",
-    "scene_reads_last_run", "statistics": [{epoch, key, frozen, clusters, reasons, repaired_tiles, sheet}],
+    "scene_reads_last_run", "jobs": as of `jobs_of`,
+    "statistics": [{epoch, key, frozen, clusters, reasons, repaired_tiles, sheet}],
     "observability": {name: pixels}, "not_observable": {reason: pixels},
     "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}],
     "substituted": [{scene, asset, source, reason}], "complete", "running", "drivers": at work,
@@ -139,6 +141,7 @@ def status(where: str | Place) -> dict[str, Any]:
         "tiles": tiles,
         "scene_reads": total,
         "scene_reads_last_run": last,
+        "jobs": jobs_of(workspace, made.run),
         "statistics": fits,
         "observability": {v.name.lower(): tally.observed[v.name.lower()] for v in Observability},
         "not_observable": {reason: tally.unseen[reason] for i, reason in REASONS.items() if i},

@@ -91,6 +91,7 @@ def status_summary(state: dict[str, Any]) -> str:
     rows = [(stage, *(str(counts[name]) for name in columns)) for stage, counts in state["tiles"].items()]
     lines = [f"run         {state['run']}", *_table(("stage", *columns), rows)]
     lines += _watched(state)
+    lines += [_job_line(job) for job in state["jobs"]]
     lines.append(f"scene reads {state['scene_reads']}")
     lines += [line for fit in state["statistics"] for line in fit_lines(fit)]
     lines += _shares("pixels", state["observability"])
@@ -195,6 +196,14 @@ def profile_summary(profile: Profile, file: ProfileFile) -> str:
         return "\n".join([lines[0], *lines[4:]])
     lines += [f"{name:<12}{value}" for name, value in profile.options.items() if value not in ("", (), {})]
     return "\n".join(lines)
+
+
+def _job_line(job: dict[str, Any]) -> str:
+    counts = ", ".join(
+        f"{job[name]} {name}" for name in ("running", "pending", "failed", "done") if job[name]
+    )
+    reasons = f" ({', '.join(job['reasons'])})" if job["reasons"] else ""
+    return f"{'job ' + job['stage']:<11} {job['id']}: {counts or 'not known to the queue any more'}{reasons}"
 
 
 def clean_summary(removed: Sequence[tuple[Place, int]], *, dry_run: bool) -> str:

@@ -1,0 +1,195 @@
+"""Slurm: the text of a batch script, and the few commands that send, cancel and ask."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from slidecube.cluster.batch import AGAIN, TASK, BatchJob, attend, command_line, give_up_s, prepare, ranges
+from slidecube.cluster.errors import ClusterError
+
+_ANSWER_S = 60.0
+
+State = Literal["pending", "running", "done", "failed"]
+
+_STATES: dict[str, State] = {
+    "PENDING": "pending",
+    "CONFIGURING": "pending",
+    "REQUEUED": "pending",
+    "REQUEUE_HOLD": "pending",
+    "SPECIAL_EXIT": "pending",
+    "RUNNING": "running",
+    "COMPLETING": "running",
+    "SUSPENDED": "running",
+    "STOPPED": "running",
+    "SIGNALING": "running",
+    "RESIZING": "running",
+    "STAGE_OUT": "running",
+    "COMPLETED": "done",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedTask:
+    """A task of a job as the queue has it.
+
+    job : of the array; task : its index, "" for a job without one; reason : why it waits or how it failed
+    """
+
+    job: str
+    task: str
+    state: State
+    reason: str
+
+
+def slurm_script(job: BatchJob) -> str:
+    """Write the batch script of a job."""
+    shell = "SLURM_ARRAY_TASK_ID"
+    me = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if job.tasks else "${SLURM_JOB_ID}"
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {directive}" for directive in _directives(job)),
+        "",
+        f'echo "{job.name}: job {me}, node $(hostname), start $((${{SLURM_RESTART_COUNT:-0}} + 1)), $(date -Is)"',
+        *prepare(job),
+        "again() {",
+        f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; then',
+        f'    echo "work is left: queued again"; scontrol requeue "{me}"',
+        "  else",
+        f'    echo "work is left after {job.max_restarts} restarts: submit it again"',
+        "  fi",
+        "}",
+        "drain() {",
+        '  kill -USR1 "$work"',
+        f"  {{ sleep {give_up_s(job.drain_s)}; again; }} & late=$!",
+        "}",
+        *attend(command_line(job, shell)),
+        f'case "$code" in {" | ".join(map(str, AGAIN))}) again ;; esac',
+        'exit "$code"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _directives(job: BatchJob) -> list[str]:
+    """What is asked of Slurm, the site's own directives last."""
+    ask = job.request
+    log = job.log.replace("%", "%%").replace(TASK, "%a")
+    array = [f"--array={ranges(job.tasks)}" + f"%{ask.at_once}" * bool(ask.at_once)] if job.tasks else []
+    named = {
+        "partition": ask.partition,
+        "account": ask.account,
+        "qos": ask.qos,
+        "constraint": ask.constraint,
+    }
+    return [
+        f"--job-name={job.name}",
+        *array,
+        "--nodes=1",
+        "--ntasks=1",
+        f"--cpus-per-task={ask.cpus}",
+        f"--mem={math.ceil(ask.mem_gb * 1e9 / 2**20)}M",
+        *([f"--gres=gpu:{ask.gpus}"] if ask.gpus else []),
+        f"--time={ask.time_min}",
+        *(f"--{key}={shlex.quote(value)}" for key, value in named.items() if value),
+        "--requeue",
+        f"--signal=B:USR1@{job.drain_s}",
+        f"--chdir={shlex.quote(job.folder)}",
+        f"--output={shlex.quote(log)}",
+        "--open-mode=append",
+        *ask.directives,
+    ]
+
+
+def submit(script: str, *, after: str = "") -> str:
+    """Submit a script and return the job's id; after : id of a job that must have ended, however it did.
+
+    Raises ClusterError with what sbatch says.
+    """
+    dependency = [f"--dependency=afterany:{after}"] if after else []
+    return _call("sbatch", "--parsable", *dependency, script).partition(";")[0]
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs; raises ClusterError with what scancel says."""
+    _call("scancel", *jobs)
+
+
+def max_array_size() -> int | None:
+    """Most tasks that an array of this site may have, None where Slurm does not tell."""
+    try:
+        lines = _call("scontrol", "show", "config").splitlines()
+    except ClusterError:
+        return None
+    found = [line.partition("=")[2].strip() for line in lines if line.split("=")[0].strip() == "MaxArraySize"]
+    return int(found[0]) if found and found[0].isdecimal() else None
+
+
+def queued(jobs: Sequence[str]) -> list[QueuedTask] | None:
+    """What the queue, and the accounting where there is one, know of jobs; None where nobody can be asked."""
+    if not jobs:
+        return []
+    try:
+        lines = _call(
+            "squeue",
+            "--noheader",
+            "--array",
+            "--states=all",
+            f"--jobs={','.join(jobs)}",
+            "--format=%F|%K|%T|%r",
+        ).splitlines()
+    except ClusterError as error:
+        if "Invalid job id" not in str(error):
+            return None
+        lines = []  # the queue has forgotten a job that ended long ago
+    found = list(map(_parsed, lines))
+    known = {(task.job, task.task) for task in found}
+    return found + [task for task in _accounted(jobs) if (task.job, task.task) not in known]
+
+
+def _parsed(line: str) -> QueuedTask:
+    job, task, state, reason = (line.split("|", 3) + [""] * 3)[:4]
+    ours = _STATES.get(state, "failed")
+    why = state.lower().replace("_", " ") if ours == "failed" else reason if ours == "pending" else ""
+    return QueuedTask(job=job, task=task if task.isdecimal() else "", state=ours, reason=why)
+
+
+def _accounted(jobs: Sequence[str]) -> list[QueuedTask]:
+    """What the accounting knows, nothing where there is none."""
+    try:
+        text = _call(
+            "sacct",
+            "--noheader",
+            "--allocations",
+            "--parsable2",
+            f"--jobs={','.join(jobs)}",
+            "--format=JobID,State",
+        )
+    except ClusterError:
+        return []
+    found = []
+    for line in text.splitlines():
+        name, _, state = line.partition("|")
+        job, _, task = name.partition("_")
+        word = state.split()[0] if state else ""  # "CANCELLED by 1000"
+        found.append(_parsed(f"{job}|{task}|{word}|"))
+    return found
+
+
+def _call(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        raise ClusterError(f"`{command[0]}` is not on this machine; start on a login node of the cluster")
+    try:
+        done = subprocess.run(  # noqa: S603  our own words, no shell
+            command, capture_output=True, text=True, timeout=_ANSWER_S, check=False, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ClusterError(f"`{command[0]}` does not answer ({error}); try again") from None
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise ClusterError(f"`{command[0]}` refuses: {said}; mend the profile")
+    return done.stdout.strip()

@@ -1,0 +1,310 @@
+"""A run as arrays of jobs of a batch system: what is due becomes scripts, and the scripts become jobs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from slidecube.cluster import slurm
+from slidecube.cluster.batch import SHARD, TASK, BatchJob
+from slidecube.cluster.errors import ClusterError
+from slidecube.cluster.pbs import pbs_script
+from slidecube.cluster.resources import Array, ProfileFile, StageRequest, profiles, read_profile
+from slidecube.pipeline.config import Config
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.estimate import Estimate
+from slidecube.pipeline.fit import unfitted
+from slidecube.pipeline.layers import create_stores
+from slidecube.pipeline.lock import Lock
+from slidecube.pipeline.mosaic_stage import mosaic_due
+from slidecube.pipeline.plan import plan
+from slidecube.pipeline.queue import SentJob, Submission, live_jobs, record_submission
+from slidecube.pipeline.run import due
+from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.tasks import tasks_of
+
+_DRIVER_GB = 0.7
+"""Memory of the process that deals the tiles of a shard to its workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageJob:
+    """What becomes of a stage that has something due.
+
+    job : what is asked for; script : its text; profile : text of the TOML by which it runs inside; tiles : due now
+    """
+
+    stage: str
+    job: BatchJob
+    script: str
+    profile: str
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What is to be submitted of a run.
+
+    made : its plan; folder : of scripts and logs; jobs : in order, each after the one before it
+    remarks : lines that a user should read
+    """
+
+    made: RunPlan
+    profile: str
+    array: Array
+    folder: Path
+    jobs: tuple[StageJob, ...]
+    remarks: tuple[str, ...] = ()
+
+
+def prepare(config: Config, *, profile: str | None = None) -> Prepared:
+    """Plan a run and write the texts of its jobs; nothing is sent.
+
+    profile : in place of the configuration's
+    Raises PipelineError when jobs of the workspace are queued or running, and when a tile does not fit its job.
+    """
+    name, file = _profile_of(config, profile)
+    array = file.array
+    assert array is not None
+    made = plan(config)
+    _refuse_beside_others(made)
+    now = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%SZ")
+    root = made.workspace.root
+    # a scheduler writes its logs to files
+    submits = root / "submits" if isinstance(root, Path) else config.base / f"{config.stem}.submits"
+    folder = submits / made.run / now
+    limit = (slurm.max_array_size() if array.system == "slurm" else None) or array.max_array_size
+    jobs, remarks = list[StageJob](), list[str]()
+    for stage in _stages_due(made):
+        request: StageRequest = getattr(array, stage)
+        shards = min(request.shards, sum(1 for _ in tasks_of(made, stage)))
+        if shards > limit:
+            remarks.append(
+                f"{stage}: {limit} shards instead of {shards}, each with more tiles: an array has at most {limit} tasks"
+            )
+        asked = request.model_copy(update={"shards": min(shards, limit)})
+        jobs.append(_stage_job(made, stage, asked, file=file, folder=folder))
+    return Prepared(
+        made=made, profile=name, array=array, folder=folder, jobs=tuple(jobs), remarks=tuple(remarks)
+    )
+
+
+def send(prepared: Prepared) -> Submission:
+    """Create the stores, write the scripts and submit them, all or none; returns what was recorded."""
+    made, folder = prepared.made, prepared.folder
+    if prepared.array.system != "slurm":
+        raise PipelineError(
+            f"Profile {prepared.profile!r} is for PBS, whose jobs are not sent from here; use --dry-run and qsub the "
+            "scripts as deploy/pbs.md says"
+        )
+    with Lock(made.workspace.locks, run=made.run):
+        create_stores(made)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    sent = list[SentJob]()
+    for entry in prepared.jobs:
+        path = write(entry, folder)
+        try:
+            job = slurm.submit(str(path), after=sent[-1].id if sent else "")
+        except ClusterError as error:
+            if sent:
+                slurm.cancel([job.id for job in sent])
+            raise PipelineError(f"Stage {entry.stage} is not submitted, and no other is: {error}") from None
+        sent.append(SentJob(stage=entry.stage, id=job, tasks=len(entry.job.tasks) or 1))
+        _record(prepared, sent)
+    return _record(prepared, sent)
+
+
+def write(entry: StageJob, folder: Path) -> Path:
+    """Write the script of a stage and the profile by which it runs inside its job; returns the script."""
+    (folder / f"{entry.stage}.toml").write_text(entry.profile, encoding="utf-8")
+    path = folder / f"{entry.stage}.sh"
+    path.write_text(entry.script, encoding="utf-8")
+    return path
+
+
+def _record(prepared: Prepared, sent: list[SentJob]) -> Submission:
+    submission = Submission(
+        run=prepared.made.run,
+        system=prepared.array.system,
+        profile=prepared.profile,
+        submitted_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        folder=str(prepared.folder),
+        jobs=tuple(sent),
+    )
+    record_submission(prepared.made.workspace, submission)
+    return submission
+
+
+def _profile_of(config: Config, name: str | None) -> tuple[str, ProfileFile]:
+    chosen, base = (config.cluster.profile, config.base) if name is None else (name, None)
+    file = read_profile(chosen, base=base)
+    if file.array is None:
+        arrays = [known for known in profiles() if known.endswith("-array")]
+        raise PipelineError(
+            f"Profile {chosen!r} is not an array of jobs but {file.runner!r}, for `slidecube run`; arrays: "
+            f"{', '.join(arrays)}, and your own with an [array] table"
+        )
+    return chosen, file
+
+
+def _refuse_beside_others(made: RunPlan) -> None:
+    """Two sets of shards of one workspace would stand in each other's way."""
+    live = live_jobs(made.workspace)
+    if live:
+        ids = " ".join(job for _, job in live)
+        raise PipelineError(
+            f"Jobs of run {live[0][0]!r} are queued or running in this workspace: {ids}; wait for them, or cancel them "
+            f"by `scancel {ids}`"
+        )
+
+
+def _stages_due(made: RunPlan) -> list[str]:
+    """Stages with something due now, or after those before them."""
+    stages = ["cube"] if due(made, "cube") else []
+    if unfitted(made):
+        stages.append("fit")
+    if stages or due(made, "detect"):
+        stages.append("detect")
+    if stages or mosaic_due(made):
+        stages.append("mosaic")
+    return stages
+
+
+def _stage_job(
+    made: RunPlan, stage: str, request: StageRequest, *, file: ProfileFile, folder: Path
+) -> StageJob:
+    array = file.array
+    assert array is not None
+    tasks, tiles = _shards(made, stage, request.shards)
+    job = BatchJob(
+        name=f"slidecube-{stage}",
+        command=_command(made, stage, array, request.shards, folder),
+        request=request,
+        log=str(folder / "logs" / (f"{stage}-{TASK}.log" if tasks else f"{stage}.log")),
+        folder=str(made.config.base),
+        tasks=tasks,
+        drain_s=array.drain_s,
+        max_restarts=array.max_restarts,
+        prologue=array.prologue,
+        scratch=array.scratch,
+    )
+    text = slurm.slurm_script if array.system == "slurm" else pbs_script
+    return StageJob(
+        stage=stage,
+        job=job,
+        script=text(job),
+        profile=stage_profile(stage, request, made.estimate, deadline_min=file.deadline_min),
+        tiles=tiles,
+    )
+
+
+def _shards(made: RunPlan, stage: str, count: int) -> tuple[tuple[int, ...], int]:
+    """Return which shards of a stage have something due, and how many tiles that is; () where there are no shards."""
+    if stage not in {"cube", "detect"}:
+        return (), len(made.tiles)
+    keys = {(task.layer, task.epoch, task.tile) for task in due(made, stage)}
+    if stage == "detect" and (unfitted(made) or due(made, "cube")):
+        return tuple(range(count)), sum(1 for _ in tasks_of(made, stage))  # what is due shows after the cubes
+    positions = [
+        i for i, (task, _) in enumerate(tasks_of(made, stage)) if (task.layer, task.epoch, task.tile) in keys
+    ]
+    return tuple(sorted({i % count for i in positions})), len(positions)
+
+
+def _command(made: RunPlan, stage: str, array: Array, shards: int, folder: Path) -> tuple[str, ...]:
+    """Words of the command of a stage. The plan is named, so that no job searches, whatever becomes of the TOML."""
+    words = [stage, str(made.config.path), "--plan", made.run, "--profile", str(folder / f"{stage}.toml")]
+    if stage in {"cube", "detect"}:
+        words += ["--shard", f"{SHARD}/{shards}"]
+    return (*(array.command or (_executable(),)), *words)
+
+
+def _executable() -> str:
+    """Where slidecube is installed: the nodes see the same file system, but not always the same PATH."""
+    beside = Path(sys.executable).with_name("slidecube")
+    return str(beside) if beside.exists() else shutil.which("slidecube") or "slidecube"
+
+
+def stage_profile(
+    stage: str, request: StageRequest, cost: Estimate, *, deadline_min: float | None = None
+) -> str:
+    """Write the profile by which a stage runs inside its job.
+
+    Tiles are worked on in processes of their own: one that runs out of memory or time costs itself, not the shard.
+    Raises PipelineError when a tile does not fit.
+    """
+    workers, threads, mem_gb = fit_workers(stage, request, cost)
+    runner = request.runner or ("dask-cuda" if request.gpus else "dask-local")
+    lines = [
+        f"# Inside a job of stage {stage}: {request.cpus} CPUs, {request.mem_gb:g} GB, {request.time_min} minutes.",
+        f'runner = "{"threads" if stage == "mosaic" else runner}"',
+        f"workers = {workers}",
+        f"threads_per_worker = {threads}",
+        f"mem_gb = {mem_gb:g}",
+        # a tile that takes longer than a job would be begun again and again
+        f"deadline_min = {min(deadline_min or request.time_min, request.time_min):g}",
+    ]
+    if runner == "dask-cuda":
+        lines.append("gpus = 1")
+    return "\n".join(lines) + "\n"
+
+
+def fit_workers(stage: str, request: StageRequest, cost: Estimate) -> tuple[int, int, float]:
+    """Return workers of a job, threads of each, and memory of each in GB: as many workers as its memory holds.
+
+    Raises PipelineError when not even one does.
+    """
+    held = request.mem_gb - max(_DRIVER_GB, cost.fit_mem_gb if stage == "fit" else 0.0)
+    if stage == "mosaic" or request.runner == "threads":
+        choices, held = [(1, request.cpus if stage != "mosaic" else 1)], request.mem_gb
+    elif request.gpus and request.runner in {"", "dask-cuda"}:
+        choices = [(request.gpus, max(1, request.cpus // request.gpus))]
+    else:
+        choices = [(n, request.cpus // n) for n in range(request.cpus, 0, -1)]
+    n, threads = choices[-1]
+    choices += [(n, fewer) for fewer in range(threads - 1, 0, -1)]
+    for n, threads in choices:
+        if n * cost.worker_mem_gb(threads) <= held:
+            return n, threads, int(100 * held / n) / 100
+    needed = request.mem_gb - held + choices[-1][0] * cost.worker_mem_gb(1)
+    raise PipelineError(
+        f"Projected memory {needed:.1f} GB of a job of stage {stage} exceeds its mem_gb={request.mem_gb:g}; raise "
+        f"mem_gb in [array.{stage}] of the profile, or lower tile_px or max_cloud_pct in the TOML"
+    )
+
+
+def submission_text(prepared: Prepared, sent: Submission | None) -> str:
+    """Describe what was submitted, or would be: with `sent` None the scripts themselves."""
+    made = prepared.made
+    if not prepared.jobs:
+        return f"run         {made.run}\nnothing is due: it is complete"
+    lines = [f"run         {made.run}", *(f"note        {remark}" for remark in prepared.remarks)]
+    if sent is None:
+        after = ""
+        for entry in prepared.jobs:
+            lines += ["", f"# ---- {entry.stage}.sh{after}", entry.script.rstrip(), ""]
+            lines += [f"# ---- {entry.stage}.toml", entry.profile.rstrip()]
+            after = f", after the end of {entry.stage}"
+        return "\n".join(lines)
+    ids = {job.stage: job.id for job in sent.jobs}
+    lines += [f"{e.stage:<10}  job {ids[e.stage]}: {_size(e)}" for e in prepared.jobs]
+    return "\n".join(
+        [
+            *lines,
+            f"scripts     {prepared.folder}",
+            f"logs        {prepared.folder / 'logs'}",
+            f"watch       slidecube status {made.workspace.root}",
+            f"stop        scancel {' '.join(ids.values())}; the same command submits what is left",
+        ]
+    )
+
+
+def _size(entry: StageJob) -> str:
+    ask = entry.job.request
+    each = f"{ask.cpus} CPUs, {ask.mem_gb:g} GB" + f", {ask.gpus} GPU" * bool(ask.gpus)
+    n = len(entry.job.tasks)
+    shards = f"{n} shard{'s' * (n != 1)} of {entry.tiles:,} tiles, " if n else ""
+    return f"{shards}{each}, {ask.time_min} minutes" + " each" * (n > 1)
