@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +36,8 @@ _SETTINGS = {
     # a tile's own ceiling was projected before the run; pausing a worker that holds one would only wait
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.98,
+    # a job that was cancelled is asked for again after so long; 15 s by default
+    "distributed.deploy.lost-worker-timeout": "2s",
 }
 
 
@@ -202,8 +206,9 @@ def jobqueue_arguments(profile: Profile) -> dict[str, Any]:
         "log_directory": options.get("logs") or None,
         "job_script_prologue": list(options.get("prologue", ())),
         "job_extra_directives": list(options.get("directives", ())),
-        # a worker that is silent for so long is lost, and its job is asked for again; 15 s by default
-        "death_timeout": 120,
+        # without exec what the batch system says to a job would reach its shell alone
+        "python": f"exec {shlex.quote(sys.executable)}",
+        "death_timeout": 120,  # a worker without a scheduler for so long ends itself
     }
     if options["system"] == "slurm":
         kwargs["job_cpu"] = worker.cpus

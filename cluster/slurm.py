@@ -114,6 +114,19 @@ def submit(script: str, *, after: str = "") -> str:
     return _call("sbatch", "--parsable", *dependency, script).partition(";")[0]
 
 
+def there() -> bool:
+    """Tell whether jobs can be submitted from this machine."""
+    return shutil.which("sbatch") is not None
+
+
+def try_out(script: str) -> str:
+    """Say what Slurm would do with the text of a script: when and where it would start, or why it is refused."""
+    try:
+        return _done("sbatch", "--test-only", said=script).stderr.strip().removeprefix("sbatch: ")
+    except ClusterError as error:
+        return str(error)
+
+
 def cancel(jobs: Sequence[str]) -> None:
     """Cancel jobs; raises ClusterError with what scancel says."""
     _call("scancel", *jobs)
@@ -181,15 +194,21 @@ def _accounted(jobs: Sequence[str]) -> list[QueuedTask]:
 
 
 def _call(*command: str) -> str:
+    """Run a command and return what it prints."""
+    return _done(*command).stdout.strip()
+
+
+def _done(*command: str, said: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command; said : on its standard input. Raises ClusterError where it fails."""
     if shutil.which(command[0]) is None:
         raise ClusterError(f"`{command[0]}` is not on this machine; start on a login node of the cluster")
     try:
         done = subprocess.run(  # noqa: S603  our own words, no shell
-            command, capture_output=True, text=True, timeout=_ANSWER_S, check=False, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=_ANSWER_S, check=False, input=said
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ClusterError(f"`{command[0]}` does not answer ({error}); try again") from None
     if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise ClusterError(f"`{command[0]}` refuses: {said}; mend the profile")
-    return done.stdout.strip()
+        answer = " ".join((done.stderr or done.stdout).split())
+        raise ClusterError(f"`{command[0]}` refuses: {answer}; mend the profile")
+    return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -93,19 +94,19 @@ def prepare(config: Config, *, profile: str | None = None) -> Prepared:
 
 
 def send(prepared: Prepared) -> Submission:
-    """Create the stores, write the scripts and submit them, all or none; returns what was recorded."""
+    """Create the stores, write the scripts and submit them, all or none; returns what was recorded.
+
+    Scripts for PBS are written and not submitted: `submission_text` says how.
+    """
     made, folder = prepared.made, prepared.folder
-    if prepared.array.system != "slurm":
-        raise PipelineError(
-            f"Profile {prepared.profile!r} is for PBS, whose jobs are not sent from here; use --dry-run and qsub the "
-            "scripts as deploy/pbs.md says"
-        )
     with Lock(made.workspace.locks, run=made.run):
         create_stores(made)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    scripts = [write(entry, folder) for entry in prepared.jobs]
+    if prepared.array.system != "slurm":
+        return _submission(prepared, [])
     sent = list[SentJob]()
-    for entry in prepared.jobs:
-        path = write(entry, folder)
+    for entry, path in zip(prepared.jobs, scripts, strict=True):
         try:
             job = slurm.submit(str(path), after=sent[-1].id if sent else "")
         except ClusterError as error:
@@ -113,8 +114,15 @@ def send(prepared: Prepared) -> Submission:
                 slurm.cancel([job.id for job in sent])
             raise PipelineError(f"Stage {entry.stage} is not submitted, and no other is: {error}") from None
         sent.append(SentJob(stage=entry.stage, id=job, tasks=len(entry.job.tasks) or 1))
-        _record(prepared, sent)
-    return _record(prepared, sent)
+        record_submission(made.workspace, _submission(prepared, sent))
+    return _submission(prepared, sent)
+
+
+def try_out(prepared: Prepared) -> list[str]:
+    """Ask the scheduler what it would do with each script; nothing is sent. Lines for people, none without Slurm."""
+    if prepared.array.system != "slurm" or not slurm.there():
+        return []
+    return [f"{entry.stage:<11} {slurm.try_out(entry.script)}" for entry in prepared.jobs]
 
 
 def write(entry: StageJob, folder: Path) -> Path:
@@ -125,8 +133,8 @@ def write(entry: StageJob, folder: Path) -> Path:
     return path
 
 
-def _record(prepared: Prepared, sent: list[SentJob]) -> Submission:
-    submission = Submission(
+def _submission(prepared: Prepared, sent: list[SentJob]) -> Submission:
+    return Submission(
         run=prepared.made.run,
         system=prepared.array.system,
         profile=prepared.profile,
@@ -134,8 +142,6 @@ def _record(prepared: Prepared, sent: list[SentJob]) -> Submission:
         folder=str(prepared.folder),
         jobs=tuple(sent),
     )
-    record_submission(prepared.made.workspace, submission)
-    return submission
 
 
 def _profile_of(config: Config, name: str | None) -> tuple[str, ProfileFile]:
@@ -281,25 +287,43 @@ def submission_text(prepared: Prepared, sent: Submission | None) -> str:
     made = prepared.made
     if not prepared.jobs:
         return f"run         {made.run}\nnothing is due: it is complete"
-    lines = [f"run         {made.run}", *(f"note        {remark}" for remark in prepared.remarks)]
+    head = [f"run         {made.run}", *(f"note        {remark}" for remark in prepared.remarks)]
     if sent is None:
-        after = ""
-        for entry in prepared.jobs:
-            lines += ["", f"# ---- {entry.stage}.sh{after}", entry.script.rstrip(), ""]
-            lines += [f"# ---- {entry.stage}.toml", entry.profile.rstrip()]
-            after = f", after the end of {entry.stage}"
-        return "\n".join(lines)
+        return "\n".join([*head, *_texts(prepared), *try_out(prepared), "dry run     nothing was sent"])
     ids = {job.stage: job.id for job in sent.jobs}
-    lines += [f"{e.stage:<10}  job {ids[e.stage]}: {_size(e)}" for e in prepared.jobs]
-    return "\n".join(
-        [
-            *lines,
-            f"scripts     {prepared.folder}",
-            f"logs        {prepared.folder / 'logs'}",
-            f"watch       slidecube status {made.workspace.root}",
-            f"stop        scancel {' '.join(ids.values())}; the same command submits what is left",
-        ]
-    )
+    lines = [
+        *(
+            f"{e.stage:<11} {f'job {ids[e.stage]}: ' if e.stage in ids else ''}{_size(e)}"
+            for e in prepared.jobs
+        ),
+        f"scripts     {prepared.folder}",
+        f"logs        {prepared.folder / 'logs'}",
+        f"watch       slidecube status {made.workspace.root}",
+    ]
+    if ids:
+        lines.append(f"stop        scancel {' '.join(ids.values())}; the same command submits what is left")
+    return "\n".join([*head, *lines, *_to_send(prepared)])
+
+
+def _texts(prepared: Prepared) -> list[str]:
+    lines, after = list[str](), ""
+    for entry in prepared.jobs:
+        lines += ["", f"# ---- {entry.stage}.sh{after}", entry.script.rstrip(), ""]
+        lines += [f"# ---- {entry.stage}.toml", entry.profile]
+        after = f", after the end of {entry.stage}"
+    return lines
+
+
+def _to_send(prepared: Prepared) -> list[str]:
+    """Lines by which a user sends scripts of PBS, each after the one before."""
+    if prepared.array.system == "slurm":
+        return []
+    lines, after = ["send it by these lines:"], ""
+    for entry in prepared.jobs:
+        script = shlex.quote(str(prepared.folder / f"{entry.stage}.sh"))
+        lines.append(f"{entry.stage}=$(qsub {after}{script})")
+        after = f"-W depend=afterany:${entry.stage} "
+    return lines
 
 
 def _size(entry: StageJob) -> str:

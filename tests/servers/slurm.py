@@ -24,7 +24,7 @@ import psutil
 PACKAGES = ("slurm-wlm", "munge")
 """Of Debian and Ubuntu."""
 
-CPUS, MEMORY_MB = 2, 8000
+CPUS, MEMORY_MB = 1, 8000  # of a node, so that two jobs need two nodes
 _START_S = 60.0
 
 _CONFIGURATION = """\
@@ -142,14 +142,21 @@ class Slurm:
             self.wait()
         self._wait_for_nodes()
 
-    def start_node(self, node: str) -> None:
-        """Start the daemon of a node."""
+    def start_node(self, node: str, *, as_new: bool = False) -> None:
+        """Start the daemon of a node; as_new : it knows nothing of jobs that ran there."""
+        if as_new:
+            shutil.rmtree(self.root / f"spool-{node}", ignore_errors=True)
+        (self.root / f"spool-{node}").mkdir(exist_ok=True)
         self._start(node, "slurmd", "-D", "-N", node)
+
+    def cut_off(self, node: str) -> None:
+        """Kill the daemon of a node alone: what runs there runs on, and nobody hears of it."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
 
     def lose_node(self, node: str) -> None:
         """Kill the daemon of a node and everything that its jobs started, as a power failure does."""
-        self.daemons[node].kill()
-        self.daemons[node].wait()
+        self.cut_off(node)
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("SLURMD_NODENAME") == node:

@@ -1,0 +1,33 @@
+#!/bin/bash
+#PBS -N slidecube-detect
+#PBS -v PBS_ARRAY_INDEX=3
+#PBS -l select=1:ncpus=4:mem=15259mb
+#PBS -l walltime=04:00:00
+#PBS -r y
+#PBS -j oe
+#PBS -o /dev/null
+
+cd /home/a || exit 1
+exec >> '/ws 100%/logs/detect-'"$PBS_ARRAY_INDEX".log 2>&1
+echo "slidecube-detect: job $PBS_JOBID, node $(hostname), $(date -Is)"
+drain() {
+  kill -USR1 "$work"
+  { sleep 270; kill -TERM "$work"; } & late=$!
+}
+{ sleep 14100; kill -USR1 $$; } & clock=$!
+'/opt/slide cube/bin/slidecube' detect '/home/a/it'"'"'s.toml' --shard "${PBS_ARRAY_INDEX}/8" &
+work=$!
+trap 'heard=1; drain' USR1
+trap 'heard=1' TERM INT  # the work hears them from the batch system itself
+code=127
+while :; do  # a signal ends the waiting, and not the work
+  heard=
+  wait "$work"
+  ended=$?
+  [ "$ended" = 127 ] || code=$ended
+  [ -n "$heard" ] || break
+done
+[ -z "${late:-}" ] || kill "$late" 2> /dev/null
+kill "$clock" 2> /dev/null
+case "$code" in 75 | 138) echo "work is left: submit it again" ;; esac
+exit "$code"
