@@ -40,7 +40,9 @@ class Submission:
 
 def record_submission(workspace: Workspace, sent: Submission) -> None:
     """Write down what was submitted last of a run."""
-    write_atomic(_place(workspace, sent.run), json.dumps(asdict(sent), indent=1, sort_keys=True))
+    place = _place(workspace, sent.run)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(place, json.dumps(asdict(sent), indent=1, sort_keys=True))
 
 
 def submissions(workspace: Workspace) -> list[Submission]:

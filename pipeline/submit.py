@@ -14,10 +14,11 @@ from slidecube.cluster.batch import SHARD, TASK, BatchJob
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.pbs import pbs_script
 from slidecube.cluster.resources import Array, ProfileFile, StageRequest, profiles, read_profile
+from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
-from slidecube.pipeline.fit import unfitted
+from slidecube.pipeline.fit_state import unfitted
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
@@ -79,15 +80,15 @@ def prepare(config: Config, *, profile: str | None = None) -> Prepared:
     folder = submits / made.run / now
     limit = (slurm.max_array_size() if array.system == "slurm" else None) or array.max_array_size
     jobs, remarks = list[StageJob](), list[str]()
-    for stage in _stages_due(made):
+    for stage, tasks in _stages_due(made).items():
         request: StageRequest = getattr(array, stage)
-        shards = min(request.shards, sum(1 for _ in tasks_of(made, stage)))
+        shards = min(request.shards, sum(1 for _ in tasks_of(made, stage))) if tasks else 1
         if shards > limit:
             remarks.append(
                 f"{stage}: {limit} shards instead of {shards}, each with more tiles: an array has at most {limit} tasks"
             )
         asked = request.model_copy(update={"shards": min(shards, limit)})
-        jobs.append(_stage_job(made, stage, asked, file=file, folder=folder))
+        jobs.append(_stage_job(made, (stage, tasks), asked, file=file, folder=folder))
     return Prepared(
         made=made, profile=name, array=array, folder=folder, jobs=tuple(jobs), remarks=tuple(remarks)
     )
@@ -167,24 +168,28 @@ def _refuse_beside_others(made: RunPlan) -> None:
         )
 
 
-def _stages_due(made: RunPlan) -> list[str]:
-    """Stages with something due now, or after those before them."""
-    stages = ["cube"] if due(made, "cube") else []
+def _stages_due(made: RunPlan) -> dict[str, list[TileTask]]:
+    """What is due now by stage, in order: every stage after one with something due is there, too."""
+    found = {"cube": due(made, "cube")}
     if unfitted(made):
-        stages.append("fit")
-    if stages or due(made, "detect"):
-        stages.append("detect")
+        found["fit"] = []
+    if found["cube"] or "fit" in found:
+        found["detect"] = [task for task, _ in tasks_of(made, "detect")]  # which ones shows after the cubes
+    else:
+        found["detect"] = due(made, "detect")
+    stages = {stage: tasks for stage, tasks in found.items() if tasks or stage == "fit"}
     if stages or mosaic_due(made):
-        stages.append("mosaic")
+        stages["mosaic"] = []
     return stages
 
 
 def _stage_job(
-    made: RunPlan, stage: str, request: StageRequest, *, file: ProfileFile, folder: Path
+    made: RunPlan, work: tuple[str, list[TileTask]], request: StageRequest, *, file: ProfileFile, folder: Path
 ) -> StageJob:
-    array = file.array
+    """Write the texts of a stage; work : its name and what is due of it."""
+    (stage, wanted), array = work, file.array
     assert array is not None
-    tasks, tiles = _shards(made, stage, request.shards)
+    tasks = _shards(made, wanted, request.shards)
     job = BatchJob(
         name=f"slidecube-{stage}",
         command=_command(made, stage, array, request.shards, folder),
@@ -203,21 +208,17 @@ def _stage_job(
         job=job,
         script=text(job),
         profile=stage_profile(stage, request, made.estimate, deadline_min=file.deadline_min),
-        tiles=tiles,
+        tiles=len(wanted),
     )
 
 
-def _shards(made: RunPlan, stage: str, count: int) -> tuple[tuple[int, ...], int]:
-    """Return which shards of a stage have something due, and how many tiles that is; () where there are no shards."""
-    if stage not in {"cube", "detect"}:
-        return (), len(made.tiles)
-    keys = {(task.layer, task.epoch, task.tile) for task in due(made, stage)}
-    if stage == "detect" and (unfitted(made) or due(made, "cube")):
-        return tuple(range(count)), sum(1 for _ in tasks_of(made, stage))  # what is due shows after the cubes
-    positions = [
-        i for i, (task, _) in enumerate(tasks_of(made, stage)) if (task.layer, task.epoch, task.tile) in keys
-    ]
-    return tuple(sorted({i % count for i in positions})), len(positions)
+def _shards(made: RunPlan, tasks: list[TileTask], count: int) -> tuple[int, ...]:
+    """Return which shards have something due of a stage; () where it is not dealt into shards."""
+    if not tasks:
+        return ()
+    wanted = set(tasks)
+    dealt = enumerate(task for task, _ in tasks_of(made, tasks[0].stage))
+    return tuple(sorted({i % count for i, task in dealt if task in wanted}))
 
 
 def _command(made: RunPlan, stage: str, array: Array, shards: int, folder: Path) -> tuple[str, ...]:
