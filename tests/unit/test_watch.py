@@ -90,6 +90,7 @@ STATE = {
     "minutes_left": 200.0,
     "scene_reads": 12,
     "drivers": 2,
+    "jobs": [],
     "running": "a-1",
     "used": {"bytes": 2_000_000_000, "task_hours": 1.25, "peak_mem_gb": 3.2},
     "predicted": {"bytes": 4_000_000_000, "cpu_hours": 2.0, "peak_mem_gb": 4.0},
