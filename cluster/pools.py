@@ -15,7 +15,8 @@ def open_runner(profile: Profile) -> Runner:
     """
     if profile.runner == "array":
         raise ClusterError(
-            f"Profile {profile.name!r} is an array of jobs: use `slidecube submit FILE --profile {profile.name}`"
+            f"Profile {profile.name!r} is an array of jobs: use `slidecube submit FILE --profile {profile.name}`; with "
+            "--dry-run it asks the scheduler and sends nothing"
         )
     deadline_s = None if profile.deadline_min is None else 60 * profile.deadline_min
     return Runner(_pool(profile), deadline_s=deadline_s)

@@ -7,15 +7,17 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 from tqdm import tqdm
 
 from slidecube.catalog.load import require_loader
+from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.pools import open_runner
 from slidecube.cluster.resources import Profile, load_profile
 from slidecube.cluster.runner import Retried, Runner, TaskResult, TileTask
@@ -31,7 +33,7 @@ from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import frozen_digest
-from slidecube.pipeline.storage import Place, below
+from slidecube.pipeline.storage import Place, below, guard
 from slidecube.pipeline.store import remove_partials
 from slidecube.pipeline.tasks import FIT_STAGES, TileContext, ledger_of, tasks_of, wanted_of
 from slidecube.pipeline.tile import run_task
@@ -115,7 +117,7 @@ def run(
     with Lock(made.workspace.locks, run=made.run, shard=part.shard, job=part.job) as lock:
         if part.shard is None:  # shards beside us would lose what they are writing
             remove_partials(made.workspace)
-        create_stores(made)
+        _create_stores(made)
         if again:
             thaw(made)
         driver = _Driver(
@@ -129,6 +131,13 @@ def run(
             say=say or sys.stderr,
         )
         return driver.drive(stages)
+
+
+def _create_stores(made: RunPlan) -> None:
+    """Make the stores, one shard after another: a half-made one looks like one that was lost, records and all."""
+    locks = made.workspace.locks
+    with guard(locks / "stores") if isinstance(locks, Path) else nullcontext():
+        create_stores(made)
 
 
 def _profile_of(config: Config, name: str | None) -> Profile:
@@ -275,9 +284,12 @@ class _Driver:
         self._event("stage_started", stage=stage, due=len(tasks))
         self.lock.set_running(min(len(tasks), self.profile.workers))
         # closed here: after the lock is given back, no thread may be at work
-        with closing(runner.run(partial(run_task, context), tasks, tell=self._retried)) as results:
-            for result in self._shown(stage, results, len(tasks)):
-                self._take(result)
+        try:
+            with closing(runner.run(partial(run_task, context), tasks, tell=self._retried)) as results:
+                for result in self._shown(stage, results, len(tasks)):
+                    self._take(result)
+        except ClusterError as error:  # nothing works, or nobody is left to work
+            raise IncompleteError(f"{error}; what is done stays done") from None
         self.lock.set_running(0)
 
     def _retried(self, again: Retried) -> None:
