@@ -31,6 +31,9 @@ from slidecube.pipeline.tasks import tasks_of
 _DRIVER_GB = 0.7
 """Memory of the process that deals the tiles of a shard to its workers."""
 
+_EARLY_S = 60
+"""Slurm may tell a job to end so much earlier than asked."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageJob:
@@ -189,6 +192,11 @@ def _stage_job(
     """Write the texts of a stage; work : its name and what is due of it."""
     (stage, wanted), array = work, file.array
     assert array is not None
+    if 60 * request.time_min < array.drain_s + _EARLY_S:
+        raise PipelineError(
+            f"Stage {stage}: time_min={request.time_min} leaves nothing before drain_s={array.drain_s}, when a job is "
+            f"told to end; raise time_min in [array.{stage}] of the profile, or lower drain_s in [array]"
+        )
     tasks = _shards(made, wanted, request.shards)
     job = BatchJob(
         name=f"slidecube-{stage}",

@@ -141,7 +141,6 @@ def test_a_node_is_lost_and_its_zombie_wakes_up(slurm, site, gate, undisturbed, 
     slurm.cut_off("n1")
     until(lambda: states(slurm, jobs["cube"])["PENDING"] == 1)
 
-    slurm.start_node("n1", as_new=True)
     until(lambda: lock(site, int(lost["id"].partition("_")[2])).get("restarts") == 1)
     gate.open.set()
     psutil.wait_procs([zombie], timeout=60)

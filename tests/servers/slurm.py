@@ -24,7 +24,7 @@ import psutil
 PACKAGES = ("slurm-wlm", "munge")
 """Of Debian and Ubuntu."""
 
-CPUS, MEMORY_MB = 1, 8000  # of a node, so that two jobs need two nodes
+CPUS, MEMORY_MB = 2, 8000  # of a node
 _START_S = 60.0
 
 _CONFIGURATION = """\
@@ -60,7 +60,8 @@ SwitchType=switch/none
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=100000
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
+# the emptier node first, so that two jobs have one each
+SelectTypeParameters=CR_Core_Memory,CR_LLN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PreemptExemptTime=-1
@@ -142,11 +143,8 @@ class Slurm:
             self.wait()
         self._wait_for_nodes()
 
-    def start_node(self, node: str, *, as_new: bool = False) -> None:
-        """Start the daemon of a node; as_new : it knows nothing of jobs that ran there."""
-        if as_new:
-            shutil.rmtree(self.root / f"spool-{node}", ignore_errors=True)
-        (self.root / f"spool-{node}").mkdir(exist_ok=True)
+    def start_node(self, node: str) -> None:
+        """Start the daemon of a node."""
         self._start(node, "slurmd", "-D", "-N", node)
 
     def cut_off(self, node: str) -> None:

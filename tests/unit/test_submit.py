@@ -81,6 +81,13 @@ def test_the_profile_on_a_page_is_one(repo_root, tmp_path, page):
     assert array.cube.account == "myproject"
 
 
+def test_a_walltime_that_is_over_before_it_begins_is_refused(desk, command):
+    (desk.folder / "site.toml").write_text('extends = "slurm-array"\n[array.detect]\ntime_min = 5\n')
+    refused = command("submit", desk.toml, "--profile", desk.folder / "site.toml", "--dry-run")
+    assert refused.code == 1
+    assert "Stage detect: time_min=5 leaves nothing before drain_s=300" in refused.refusal
+
+
 def stand_in(folder: Path, name: str, text: str) -> None:
     """A program in place of one of Slurm's, for answers that a small Slurm does not give."""
     (folder / name).write_text(f"#!/bin/bash\n{text}\n")
