@@ -55,8 +55,10 @@ class _Segment:
     def add(self, line: str, *, at_once: bool) -> None:
         with self.lock:
             if not self.lines:
-                now = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%f")
-                self.place = self.folder / f"{now}-{secrets.token_hex(4)}.jsonl"
+                # numbered, not timed: the clock may have been set back since the driver before us
+                last = max((path.name for path in matching(self.folder, "*.jsonl")), default="0")
+                number = int(last.partition("-")[0]) + 1
+                self.place = self.folder / f"{number:08d}-{secrets.token_hex(4)}.jsonl"
             self.lines.append(f"{line}\n")
             full = len(self.lines) >= _LINES
             if at_once or full or time.monotonic() - self.written_s > _EVERY_S:
@@ -86,18 +88,18 @@ def read_events(path: Place) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def unfinished(path: Place) -> tuple[set[str], str]:
-    """Tell what the runs of a plan told of, and since when one of them did not end.
+def unfinished(path: Place) -> tuple[set[tuple[str, str]], set[str]]:
+    """Tell which drivers began since a run last came to its end, and what was told of their work.
 
-    Returns the keys of the tasks, and ISO text of whole seconds, "" when the last run ended or there was none.
+    Returns pairs of a driver and the key of its task, and the drivers.
     """
-    told: set[str] = set()
-    started = ""
+    told, drivers = set[tuple[str, str]](), set[str]()
     for event in read_events(path):
         if event["event"] == "run_started":
-            started = started or event["time"][: len("2026-01-01T00:00:00")]
+            drivers.add(event["driver"])
         elif event["event"] == "task":
-            told.add(event["key"])
-        elif event["event"] == "run_ended":
-            started = ""
-    return told, started
+            told.add((event["driver"], event["key"]))
+        elif event["event"] == "run_ended":  # which told first what those before it could not
+            told.clear()
+            drivers.clear()
+    return told, drivers

@@ -35,7 +35,7 @@ from slidecube.pipeline.storage import (
 
 State = Literal["done", "empty", "failed"]
 
-VOLATILE = ("seconds", "peak_mem_gb", "attempts", "host", "written_at")
+VOLATILE = ("seconds", "peak_mem_gb", "attempts", "host", "written_at", "driver")
 """Fields that differ between two runs of the same work; every other field is equal."""
 
 PACKED = "packed.parquet"
@@ -64,6 +64,7 @@ class Record:
         are the same, so it changes no key
     checksums : variable -> checksum of the stored bytes; numbers : counts of pixels, by name
     seconds, peak_mem_gb, attempts, host, written_at : of the run that wrote it
+    driver : token of the lock under which it was written: by it a next driver knows what a killed one did not tell
     """
 
     tile: str
@@ -85,6 +86,7 @@ class Record:
     attempts: int = 1
     host: str = ""
     written_at: str = ""
+    driver: str = ""
 
     @property
     def complete(self) -> bool:

@@ -6,6 +6,7 @@ A driver holds the workspace alone. The shards of a stage hold it side by side, 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 import threading
@@ -231,7 +232,7 @@ class Lock:
         return held is not None and held["token"] == self.token
 
     def _content(self) -> bytes:
-        me = psutil.Process()
+        pid = os.getpid()
         return json.dumps(
             {
                 "token": self.token,
@@ -241,8 +242,8 @@ class Lock:
                 "restarts": self._job.restarts,
                 "host": socket.gethostname(),
                 "machine": _machine(),
-                "pid": me.pid,
-                "started": me.create_time(),
+                "pid": pid,
+                "started": born_s(pid),
                 "beat": self._beat,
                 "running": self._running,
             }
@@ -294,10 +295,25 @@ def _dead(lock: dict[str, Any]) -> bool | None:
     try:
         process = psutil.Process(lock["pid"])
         # a process number is used again; the time of its start tells the two apart
-        same = abs(process.create_time() - lock["started"]) < 5 and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(born_s(process.pid) - lock["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return True
     return not same
+
+
+def born_s(pid: int) -> float:
+    """Seconds from the machine's start to that of a process.
+
+    psutil adds the time of day at which the machine started, which moves when the clock is set: a driver would take a
+    living one for another process of the same number, and its workspace.
+    Raises psutil.NoSuchProcess when there is none.
+    """
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        ticks = stat.read_bytes().rpartition(b")")[2].split()[19]  # the name before it may hold anything
+    except (FileNotFoundError, ProcessLookupError):
+        return float(psutil.Process(pid).create_time())  # not Linux, or gone
+    return int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def _elsewhere(lock: dict[str, Any]) -> bool:

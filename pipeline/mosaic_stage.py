@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,9 +71,12 @@ def any_detected(plan: RunPlan) -> bool:
     return any(detected(plan, epoch.name) for epoch in plan.epochs)
 
 
-def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Place:
+def mosaic_run(
+    plan: RunPlan, *, say: TextIO | None = None, fence: Callable[[], None] = lambda: None
+) -> Place:
     """Label the objects of every epoch, write the products, and then their record.
 
+    fence : raises when somebody else writes into the workspace by now; asked before each step that writes
     Raises PipelineError when no tile has been detected.
     """
     key = products_key(plan)
@@ -95,6 +98,7 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Place:
     inventory = plan.workspace.inventory(plan.inventory)
     made = lineage(plan)
     formats = [f for f in plan.config.output.formats if f != "report"]
+    fence()
     with staged(folder, root=plan.workspace.root) as local:
         paths = write_products(
             local,
@@ -106,8 +110,10 @@ def mosaic_run(plan: RunPlan, *, say: TextIO | None = None) -> Place:
             footprint=plan.aoi.to_crs("EPSG:4326"),
         )
         products = sorted(str(path.relative_to(local)) for path in paths.values())
+        fence()  # before a bucket is given them
     if "report" in plan.config.output.formats:
         products = sorted([*products, below(write_plan_report(plan, objects=objects), folder)])
+    fence()
     _remove_stale(folder, {*_read_record(folder)["products"], *_JUDGEMENTS} - set(products))
     record = {
         "key": key,

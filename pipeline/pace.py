@@ -26,7 +26,7 @@ def pace(folder: Place, run: str, *, now: dt.datetime | None = None) -> dict[str
     first, counts = now, Counter[str]()
     for event in _latest(folder, run):
         when = dt.datetime.fromisoformat(event["time"])
-        if (now - when).total_seconds() > WINDOW_S:
+        if not 0 <= (now - when).total_seconds() <= WINDOW_S:  # of the future, when the clock was set back
             continue
         if event["event"] in {"task", "stage_started"}:
             first = min(first, when)

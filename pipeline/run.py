@@ -27,7 +27,7 @@ from slidecube.pipeline.events import unfinished, write_event
 from slidecube.pipeline.fit import fit_epoch
 from slidecube.pipeline.fit_state import contributing, fit_state, thaw, tried, unfitted
 from slidecube.pipeline.layers import create_stores
-from slidecube.pipeline.ledger import Record
+from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Job, Lock, Shard
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import plan
@@ -175,7 +175,13 @@ class _Driver:
 
     def drive(self, stages: Sequence[str]) -> RunReport:
         self._recover_events()
-        self._event("run_started", stages=list(stages), profile=self.profile.name, host=socket.gethostname())
+        self._event(
+            "run_started",
+            stages=list(stages),
+            profile=self.profile.name,
+            host=socket.gethostname(),
+            driver=self.lock.token,
+        )
         # nothing due starts no workers; what is due of detect shows when the cubes are done
         if any(self._due(stage) for stage in ("cube", "detect") if stage in stages) or (
             "fit" in stages and unfitted(self.plan)
@@ -332,6 +338,7 @@ class _Driver:
     def _fold(self) -> None:
         """Fold a nation's records, where nobody else writes: shards work side by side."""
         if self.shard is None:
+            self.lock.require()
             for wanted in wanted_of(self.plan):
                 wanted.ledger.pack()
 
@@ -375,6 +382,7 @@ class _Driver:
                 seconds=result.seconds,
                 host=socket.gethostname(),
                 written_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+                driver=self.lock.token,
             )
         )
 
@@ -388,7 +396,7 @@ class _Driver:
         if self.lost_tiles and not any_detected(self.plan):
             return None  # the reasons of the failures say more than a missing product
         self._event("stage_started", stage="mosaic", due=1)
-        folder = mosaic_run(self.plan, say=self.say if self.progress else None)
+        folder = mosaic_run(self.plan, say=self.say if self.progress else None, fence=self.lock.require)
         self.done["mosaic"] += 1
         self._event("mosaic", products=below(folder, self.plan.workspace.root))
         return folder
@@ -396,17 +404,20 @@ class _Driver:
     def _recover_events(self) -> None:
         """Tell what a killed driver could not: the tiles that were recorded and not told of.
 
-        Otherwise the scenes that they read would not be counted.
+        Otherwise the scenes that they read would not be counted. No times are compared: clocks are set, and those of
+        two machines differ.
         """
-        told, started = unfinished(self._events)
-        if not started:
+        told, drivers = unfinished(self._events)
+        if not drivers:
             return
         mine = None if self.shard is None else set(_dealt(self.plan, self.shard))
+        untold = {wanted.ledger.folder: _by(wanted.ledger, drivers) for wanted in wanted_of(self.plan)}
         for task, ledger in tasks_of(self.plan):
-            if mine is not None and task not in mine:
+            driver = untold[ledger.folder].get((task.tile, task.key), "")
+            if not driver or (driver, task.key) in told or (mine is not None and task not in mine):
                 continue
             record = ledger.read(task.tile)
-            if record and record.key == task.key and record.written_at >= started and task.key not in told:
+            if record is not None and record.key == task.key:
                 self._task_event(task, record)
 
     def _task_event(self, task: TileTask, result: TaskResult | Record) -> None:
@@ -425,9 +436,12 @@ class _Driver:
             peak_mem_gb=result.peak_mem_gb,
             bytes=result.bytes,
             scene_reads=result.scene_reads,
+            driver=self.lock.token if isinstance(result, TaskResult) else result.driver,
         )
 
     def _event(self, event: str, **fields: Any) -> None:
+        """Tell something, if this driver still may: who took over has told it already."""
+        self.lock.require()
         write_event(self._events, event, **fields)
 
     @property
@@ -459,6 +473,13 @@ def due(made: RunPlan, stage: str, *, shard: Shard | None = None, mend: bool = F
         if known[ledger.folder].get(task.tile) != (task.key, True)
         or task.tile in lacking.get(ledger.folder, ())
     ]
+
+
+def _by(ledger: Ledger, drivers: set[str]) -> dict[tuple[str, str], str]:
+    """Records that some drivers wrote: (tile, key) -> driver."""
+    table = ledger.table("key", "driver")
+    rows = zip(*(table[name].to_pylist() for name in ("tile", "key", "driver")), strict=True)
+    return {(tile, key): driver for tile, key, driver in rows if driver in drivers}
 
 
 def _dealt(made: RunPlan, shard: Shard) -> list[TileTask]:

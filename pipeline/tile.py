@@ -33,7 +33,7 @@ from slidecube.pipeline.composite import MaskRule, Method, clear_mask, composite
 from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PassingError, PipelineError
 from slidecube.pipeline.fit import moments_tile, sample_tile
-from slidecube.pipeline.ledger import Record
+from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.plan_files import read_plan
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place
@@ -68,7 +68,7 @@ def _recorded(context: TileContext, task: TileTask) -> Record:
     if earlier is not None and earlier.key == task.key and earlier.complete:
         lacks = context.mend and earlier.passing > 0 and task.attempt == 1
         if not lacks:  # its worker died after the record and before the answer
-            return earlier
+            return _adopted(plan, ledger, earlier, context)
     try:
         record = _STAGES[task.stage](plan, task, context)
     except Exception as error:  # noqa: BLE001  the tile's edge
@@ -80,10 +80,20 @@ def _recorded(context: TileContext, task: TileTask) -> Record:
         peak_mem_gb=round(peak_rss_gb(), 3),
         host=socket.gethostname(),
         written_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        driver=context.token,
     )
     require_lock(plan, context)
     ledger.write(record)
     return record
+
+
+def _adopted(plan: RunPlan, ledger: Ledger, record: Record, context: TileContext) -> Record:
+    """Take over a record that another driver wrote after we began: we tell of it now, and it would be told twice."""
+    if record.driver == context.token:
+        return record
+    require_lock(plan, context)
+    ledger.write(ours := replace(record, driver=context.token))
+    return ours
 
 
 def optical_layer(

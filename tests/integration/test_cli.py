@@ -21,9 +21,9 @@ from slidecube.pipeline import cli, doctor, summaries
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 
-VERBS = (
-    "init plan run status cube fit detect mosaic evaluate publish report simulate demo doctor clean".split()  # noqa: SIM905
-)
+VERBS = """
+    init plan run status cube fit detect mosaic submit evaluate publish report simulate demo cluster doctor clean
+""".split()
 
 
 @pytest.fixture
@@ -258,6 +258,13 @@ STATE = {
         }
     ],
     "complete": False,
+    "jobs": [],
+    "running": "hokkaido-1a2b3c4d",
+    "drivers": 1,
+    "pace": {"cube": 4.0},
+    "minutes_left": 30.0,
+    "used": {"task_hours": 1.5, "bytes": 2e9, "peak_mem_gb": 1.1},
+    "predicted": {"cpu_hours": 2.0, "bytes": 3e9, "peak_mem_gb": 1.2},
 }
 
 
@@ -276,6 +283,7 @@ def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
     assert "event: landslide = 1, 3 (named by person)" in out
     assert "sheet       statistics/0123456789abcdef/sheet/index.html" in out
     assert "1 tile made or mended after the freeze took no part in it" in out
+    assert "running     1 driver: cube 4 tiles a minute; 30 minutes left" in out
     assert out.endswith("incomplete: run the same command to go on\n")
 
 

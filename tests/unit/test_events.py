@@ -32,17 +32,18 @@ def test_half_a_line_spoils_no_other(tmp_path, half):
     assert [e["event"] for e in read_events(path)] == ["run_started", "run_ended"]
 
 
-def test_what_was_told_and_since_when_a_run_is_unfinished(tmp_path, monkeypatch):
+def test_what_was_told_and_whose_runs_are_unfinished(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert unfinished(path) == (set(), "")
-    write_event(path, "run_started")
-    write_event(path, "task", key="k1")
-    first = next(iter(read_events(path)))["time"][:19]
-    assert unfinished(path) == ({"k1"}, first)
-    write_event(path, "run_started")  # the first one was killed, and the second, too
-    assert unfinished(path) == ({"k1"}, first)
+    assert unfinished(path) == (set(), set())
+    write_event(path, "run_started", driver="first")
+    write_event(path, "task", key="k1", driver="first")
+    assert unfinished(path) == ({("first", "k1")}, {"first"})
+    write_event(path, "run_started", driver="second")  # the first one was killed, and the second, too
+    assert unfinished(path) == ({("first", "k1")}, {"first", "second"})
+    write_event(path, "task", key="k1", driver="second")
+    assert unfinished(path) == ({("first", "k1"), ("second", "k1")}, {"first", "second"})
     write_event(path, "run_ended")
-    assert unfinished(path) == ({"k1"}, "")
+    assert unfinished(path) == (set(), set())
 
 
 def test_a_full_disk_takes_no_events_and_other_errors_are_told(tmp_path, monkeypatch):
