@@ -21,9 +21,25 @@ from slidecube.pipeline import cli, doctor, summaries
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 
-VERBS = """
-    init plan run status cube fit detect mosaic submit evaluate publish report simulate demo cluster doctor clean
-""".split()
+VERBS = [
+    "init",
+    "plan",
+    "run",
+    "status",
+    "cube",
+    "fit",
+    "detect",
+    "mosaic",
+    "submit",
+    "evaluate",
+    "publish",
+    "report",
+    "simulate",
+    "demo",
+    "cluster",
+    "doctor",
+    "clean",
+]
 
 
 @pytest.fixture
