@@ -269,7 +269,8 @@ def test_a_worker_that_dies_once_costs_one_attempt(processes, tmp_path):
 def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
     """A process is killed, a thread can only be left behind; the others go on either way."""
     noted = Noted(tmp_path, script={"k1": ["hang"], "k2": ["hang", ""]})
-    with opened(profile_of(name, request), deadline_s=1.0) as runner:
+    deadline_s = 1.0 if "thread" in name else 5.0  # a new process imports for seconds where much else is at work
+    with opened(profile_of(name, request), deadline_s=deadline_s) as runner:
         found = {r.task.key: r for r in run(runner, noted, tasks(6))}
 
     assert found["k1"].fault == "deadline"
