@@ -20,6 +20,9 @@ from slidecube.cluster.resources import Profile
 from slidecube.cluster.runner import Outcome, TaskFunction, TaskResult, TileTask, failed
 
 _LOOK_S = 1.0  # how often the scheduler is asked who is there
+_GATHER_S = (
+    20.0  # results are small; one that went down with its worker is waited for by the scheduler for ever
+)
 _CLOSE_S = 10.0  # after a worker was killed, closing hangs now and then
 
 
@@ -147,9 +150,9 @@ def _result(future: Any, task: TileTask) -> TaskResult | None:
     """Result of a future, None when its worker died."""
     try:
         if future.status == "finished":
-            found: TaskResult = future.result()
+            found: TaskResult = future.result(timeout=_GATHER_S)
             return found
-        error = future.exception() if future.status == "error" else None
+        error = future.exception(timeout=_GATHER_S) if future.status == "error" else None
     except (OSError, distributed.CancelledError, TimeoutError):  # it died with the result
         return None
     if error is None or isinstance(error, KilledWorker):

@@ -265,11 +265,38 @@ def test_a_worker_that_dies_once_costs_one_attempt(processes, tmp_path):
     assert [(r.task.key, r.fault) for r in told] == [("k3", "worker")]
 
 
+def test_a_worker_that_dies_with_its_result(monkeypatch, tmp_path, request):
+    """The scheduler places the task on the same worker again, which never comes: nobody may wait for that."""
+    monkeypatch.setattr("slidecube.cluster.dask._GATHER_S", 2.0)
+    noted = Noted(tmp_path, script={})
+    with DaskPool(profile_of("two processes", request)) as pool:
+        while not pool.workers():
+            time.sleep(0.05)
+        worker = next(iter(pool.workers()))
+        (task,) = tasks(1)
+        pool.start(worker, lambda task: noted(task), task)  # noqa: PLW0108
+        future, _ = pool._in_work[worker]
+        while future.status != "finished":
+            time.sleep(0.05)
+        (pid,) = [int(pid) for _, pid, _ in noted.attempts("k0")]
+        os.kill(pid, signal.SIGKILL)
+        while future.status == "finished":
+            time.sleep(0.05)
+        future._state.status = "finished"
+        ended = []
+        while not ended:
+            ended = pool.wait(0.1)
+
+    assert [(outcome.worker, outcome.result) for outcome in ended] == [(worker, None)]
+
+
 @pytest.mark.parametrize("name", RUNNERS)
 def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
     """A process is killed, a thread can only be left behind; the others go on either way."""
     noted = Noted(tmp_path, script={"k1": ["hang"], "k2": ["hang", ""]})
-    deadline_s = 1.0 if "thread" in name else 5.0  # a new process imports for seconds where much else is at work
+    deadline_s = (
+        1.0 if "thread" in name else 5.0
+    )  # a new process imports for seconds where much else is at work
     with opened(profile_of(name, request), deadline_s=deadline_s) as runner:
         found = {r.task.key: r for r in run(runner, noted, tasks(6))}
 
