@@ -28,7 +28,6 @@ from slidecube.pipeline.lineage import (
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.publish import write_products
-from slidecube.pipeline.report_stage import write_plan_report
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.storage import Place, below, relative_href, remove_tree, staged, write_atomic
 from slidecube.pipeline.store import read_window
@@ -112,6 +111,9 @@ def mosaic_run(
         products = sorted(str(path.relative_to(local)) for path in paths.values())
         fence()  # before a bucket is given them
     if "report" in plan.config.output.formats:
+        # here: who asks whether a mosaic is due, as `status` does, need not wait for what draws
+        from slidecube.pipeline.report_stage import write_plan_report  # noqa: PLC0415
+
         products = sorted([*products, below(write_plan_report(plan, objects=objects), folder)])
     fence()
     _remove_stale(folder, {*_read_record(folder)["products"], *_JUDGEMENTS} - set(products))

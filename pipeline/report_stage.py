@@ -14,8 +14,8 @@ from slidecube.pipeline.composite import SCALE, SHIFT
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.evaluate import Evaluation, evaluate
 from slidecube.pipeline.ledger import Ledger
-from slidecube.pipeline.lineage import Lineage
 from slidecube.pipeline.lock import Lock
+from slidecube.pipeline.mosaic_stage import lineage, mosaic_due
 from slidecube.pipeline.open import open_detected, open_plan
 from slidecube.pipeline.report import EpochView, Picture, render_picture, write_report
 from slidecube.pipeline.run_plan import RunPlan
@@ -52,7 +52,7 @@ def evaluate_workspace(
     _require_current(plan)
     objects = read_objects(plan)
     inventory = open_detected(plan)
-    flag = _lineage(plan).simulated if simulated is None else simulated
+    flag = lineage(plan).simulated if simulated is None else simulated
     if "epoch" in reference.columns and not set(reference["epoch"]) & set(plan.by_epoch):
         named = ", ".join(sorted({str(name) for name in reference["epoch"]}))
         raise PipelineError(
@@ -93,7 +93,7 @@ def write_plan_report(
     folder = plan.workspace.products(plan.inventory)
     table = read_objects(plan) if objects is None else objects
     inventory = open_detected(plan)
-    lineage = _lineage(plan)
+    made = lineage(plan)
     views = [
         EpochView(
             name=epoch.name,
@@ -106,7 +106,7 @@ def write_plan_report(
     ]
     files = {path.name: path for path in matching(folder, "landslides.*", "*/*.tif", "stac/*.json")}
     index = write_report(
-        folder / "report", inventory=inventory, objects=table, views=views, lineage=lineage, products=files
+        folder / "report", inventory=inventory, objects=table, views=views, lineage=made, products=files
     )
     if picture is not None:
         title = f"{plan.inventory}: {plan.model.card.address}, unreviewed"
@@ -117,7 +117,7 @@ def write_plan_report(
                 objects=table,
                 view=views[0],
                 title=title,
-                simulated=lineage.simulated,
+                simulated=made.simulated,
             )
     return index
 
@@ -160,19 +160,11 @@ def read_reference(path: str | Path) -> gpd.GeoDataFrame:
 
 def _require_current(plan: RunPlan) -> None:
     """Refuse to judge or show objects that are older than the detections."""
-    from slidecube.pipeline.mosaic_stage import mosaic_due  # noqa: PLC0415
-
     if mosaic_due(plan, formats=["parquet"]):
         raise PipelineError(
             f"The products of {plan.inventory} are missing or older than its detections; run `slidecube mosaic` "
             "first, with 'parquet' in [output] formats"
         )
-
-
-def _lineage(plan: RunPlan) -> Lineage:
-    from slidecube.pipeline.mosaic_stage import lineage  # noqa: PLC0415  the mosaic writes reports, too
-
-    return lineage(plan)
 
 
 def _pictures(plan: RunPlan, layer: str) -> dict[str, Picture]:
