@@ -29,7 +29,7 @@ _ASK_AGAIN_S = 10.0
 _CONNECT_S = 30.0
 _SCRATCH = "slidecube-dask-"
 
-_SETTINGS = {
+DASK_SETTINGS = {
     "distributed.scheduler.allowed-failures": 0,  # the runner tries again, and knows better where
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.target": False,
@@ -105,7 +105,7 @@ def open_cluster(profile: Profile) -> Opened:
 
     Raises ClusterError when it cannot be had: a package, a GPU, a command or an address that is missing.
     """
-    with dask.config.set(_SETTINGS):
+    with dask.config.set(DASK_SETTINGS):
         return _OPENERS[profile.runner](profile)
 
 
@@ -226,15 +226,18 @@ def _kubernetes(profile: Profile) -> Opened:
     operator = _import("dask_kubernetes.operator", extra="kubernetes")
     from slidecube.cluster.kubernetes import cluster_spec  # noqa: PLC0415
 
-    spec = cluster_spec(profile)
+    spec = cluster_spec(profile, DASK_SETTINGS)
     try:
         cluster = operator.KubeCluster(
-            custom_cluster_spec=spec, namespace=spec["metadata"]["namespace"], quiet=True
+            custom_cluster_spec=spec,
+            namespace=spec["metadata"]["namespace"],
+            resource_timeout=int(_wait_s(profile)),  # a node that is new pulls an image of gigabytes first
+            quiet=True,
         )
     except Exception as error:  # noqa: BLE001  the client's own classes say no more than their text
         raise ClusterError(
             f"Kubernetes does not start the cluster of profile {profile.name!r}: {' '.join(str(error).split())[:300]}; "
-            "see deploy/README.md"
+            "see deploy/kubernetes.md"
         ) from None
     cluster.scale(profile.workers)
     return Opened(

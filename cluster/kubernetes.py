@@ -1,26 +1,447 @@
-"""Kubernetes: a Dask cluster as the operator's resource, out of a profile."""
+"""Kubernetes: the resources of a run, out of a profile.
+
+Two ways: a driver's Job that lets the Dask operator start its workers, and, without Dask, one Job a stage whose pods
+take a shard each. All of it is plain data; what sends it is `kubectl`, or dask-kubernetes in `clusters`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dask_kubernetes.operator import make_cluster_spec
+import yaml
 
+from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import Profile
 
+Manifest = dict[str, Any]
 
-def cluster_spec(profile: Profile) -> dict[str, Any]:
-    """DaskCluster resource of a profile."""
+_BESIDE_GB = 1.0
+"""Memory in a pod beside its worker's: the nanny, or the driver of a shard, and the files just written."""
+
+_USER = 10001  # of the image, see deploy/Dockerfile
+_SCRATCH = "/tmp"  # noqa: S108  an emptyDir of the pod's own: the image's root is read-only
+_CONFIG = "/etc/slidecube"
+
+_SCHEDULER_PORT, _SCHEDULER_HTTP, _WORKER_HTTP, _WORKER_PORT, _NANNY_PORT = range(8786, 8791)
+_API_SERVER_PORTS = (443, 6443)  # a policy sees the port behind the service `kubernetes`
+
+STAGES = ("plan", "cube", "fit", "detect", "mosaic")
+"""Jobs of the way without Dask, each begun when the one before it is complete."""
+
+_SHARDED = ("cube", "detect")
+
+
+def cluster_spec(profile: Profile, settings: Mapping[str, Any] | None = None) -> Manifest:
+    """DaskCluster resource of a profile: a scheduler, and workers of one task at a time, one a pod.
+
+    settings : of Dask, for all of its pods
+    Raises ClusterError when the profile names no image.
+    """
+    env = [*_settings(settings or {}), *_home()]
+    name = profile.options["name"]
+    return {
+        "apiVersion": "kubernetes.dask.org/v1",
+        "kind": "DaskCluster",
+        "metadata": _metadata(profile, name),
+        "spec": {
+            "worker": {"replicas": profile.workers, "spec": _pod(profile, _worker(profile, env))},
+            "scheduler": {"spec": _pod(profile, _scheduler(profile, env)), "service": _service(name)},
+        },
+    }
+
+
+def run_job(profile: Profile) -> Manifest:
+    """Job of the driver, which starts the cluster, runs `run.toml` on it, and ends it."""
+    container = _slidecube(profile, ("run", f"{_CONFIG}/run.toml", "--profile", f"{_CONFIG}/profile.toml"))
+    pod = _pod(profile, container, token=True) | {"volumes": [_scratch(profile), _config(profile)]}
+    return _job(profile, "run", pod)
+
+
+def stage_job(profile: Profile, stage: str) -> Manifest:
+    """Job of one stage, without Dask; where a stage has shards, one pod a shard.
+
+    stage : of `STAGES`
+    """
+    shards = profile.options["shards"] or profile.workers
+    arguments = [stage, f"{_CONFIG}/run.toml"]
+    if stage in _SHARDED:
+        arguments += ["--shard", f"$(JOB_COMPLETION_INDEX)/{shards}"]
+    if stage != "plan":
+        arguments += ["--profile", f"{_CONFIG}/shard.toml"]
+    container = _slidecube(profile, arguments, gpus=profile.worker.gpus if stage == "detect" else 0)
+    pod = _pod(profile, container)
+    pod["volumes"] = [_scratch(profile), _config(profile, f"{profile.options['name']}-shard")]
+    job = _job(profile, stage, pod)
+    if stage in _SHARDED:
+        del job["spec"]["backoffLimit"]
+        job["spec"] |= {
+            "completionMode": "Indexed",
+            "completions": shards,
+            "parallelism": min(shards, profile.workers),
+            "backoffLimitPerIndex": 3,
+            "maxFailedIndexes": shards,  # one shard that cannot be done does not stop the others
+        }
+    return job
+
+
+def shard_profile(profile: Profile) -> Manifest:
+    """ConfigMap of the profile by which a stage runs inside its pod.
+
+    The worker is a process of its own: a tile that runs out of memory or time costs itself, not the shard.
+    """
+    worker = profile.worker
+    text = [
+        "# inside one pod of a stage",
+        f'runner = "{"dask-cuda" if worker.gpus else "dask-local"}"',
+        f"workers = {max(1, worker.gpus)}",
+        f"threads_per_worker = {worker.cpus}",
+        f"mem_gb = {worker.mem_gb / max(1, worker.gpus):g}",
+    ]
+    if profile.deadline_min:
+        text.append(f"deadline_min = {profile.deadline_min:g}")
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(profile, f"{profile.options['name']}-shard"),
+        "data": {"shard.toml": "\n".join(text) + "\n"},
+    }
+
+
+def network_policies(profile: Profile) -> list[Manifest]:
+    """NetworkPolicies: Dask's ports among the run's own pods; out to names, catalogues and object stores."""
+    options = profile.options
+    own = {"podSelector": {"matchLabels": _labels(profile)}}
+    operator = {
+        "namespaceSelector": {},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "dask-kubernetes-operator"}},
+    }
+    dask = [{"protocol": "TCP", "port": _SCHEDULER_PORT, "endPort": _NANNY_PORT}]
+    return [
+        _policy(
+            profile,
+            options["name"],
+            _labels(profile),
+            ingress=[
+                {"from": [own], "ports": dask},
+                # it asks the scheduler which workers to retire, and whether it is idle
+                {"from": [operator], "ports": _tcp(_SCHEDULER_PORT, _SCHEDULER_HTTP)},
+            ],
+            egress=[
+                {"to": [own], "ports": dask},
+                {
+                    "to": [{"namespaceSelector": {}}],
+                    "ports": [{"protocol": "UDP", "port": 53}, *_tcp(53)],
+                },
+                {"ports": _tcp(*options["egress_ports"])},
+            ],
+        ),
+        _policy(
+            profile,
+            f"{options['name']}-driver",
+            _labels(profile, "run"),
+            egress=[{"ports": _tcp(*_API_SERVER_PORTS)}],
+        ),
+    ]
+
+
+def access(profile: Profile) -> list[Manifest]:
+    """Role and binding of the driver: it makes the cluster, watches its pods, and sets how many workers there are."""
+    name = f"{profile.options['name']}-driver"
+    look = ["get", "list", "watch"]
+    group = "rbac.authorization.k8s.io"
+    dask = ["daskclusters", "daskworkergroups", "daskworkergroups/scale", "daskautoscalers"]
+    role = {
+        "apiVersion": f"{group}/v1",
+        "kind": "Role",
+        "metadata": _metadata(profile, name),
+        "rules": [
+            {
+                "apiGroups": ["kubernetes.dask.org"],
+                "resources": dask,
+                "verbs": [*look, "create", "patch", "delete"],
+            },
+            {"apiGroups": [""], "resources": ["pods", "pods/log", "services", "events"], "verbs": look},
+            {"apiGroups": ["apps"], "resources": ["deployments"], "verbs": look},
+        ],
+    }
+    subject = {
+        "kind": "ServiceAccount",
+        "name": profile.options["service_account"] or "default",
+        "namespace": profile.options["namespace"],
+    }
+    binding = {
+        "apiVersion": f"{group}/v1",
+        "kind": "RoleBinding",
+        "metadata": _metadata(profile, name),
+        "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
+        "subjects": [subject],
+    }
+    return [role, binding]
+
+
+def manifests(profile: Profile, settings: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """YAML texts of all resources by file name, in the order in which they are applied.
+
+    settings : of Dask, for the pods of its cluster
+    Raises ClusterError when the profile is not for Kubernetes, or names no image.
+    """
+    if profile.runner != "dask-kubernetes":
+        raise ClusterError(
+            f"Profile {profile.name!r} is of runner {profile.runner!r}; manifests are made of a profile whose runner "
+            'is "dask-kubernetes", such as one that begins with extends = "kubernetes"'
+        )
+    resources = {
+        "access": access(profile),
+        "network": network_policies(profile),
+        "cluster": [cluster_spec(profile, settings)],
+        "run": [run_job(profile)],
+        "shard-profile": [shard_profile(profile)],
+        **{stage: [stage_job(profile, stage)] for stage in STAGES},
+    }
+    return {
+        f"{name}.yaml": yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100)
+        for name, documents in resources.items()
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what stands in two places twice: people read it."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        del data
+        return True
+
+
+def _worker(profile: Profile, env: list[Manifest]) -> Manifest:
+    command = [
+        "dask",
+        "worker",
+        "--nthreads=1",  # one tile at a time; its threads are the pod's CPUs
+        "--nworkers=1",
+        f"--memory-limit={int(profile.worker.mem_gb * 1e9)}",
+        f"--local-directory={_SCRATCH}",
+        "--name=$(DASK_WORKER_NAME)",
+        f"--worker-port={_WORKER_PORT}",
+        f"--nanny-port={_NANNY_PORT}",
+        f"--dashboard-address=:{_WORKER_HTTP}",
+    ]
+    return {
+        **_container(profile, "worker", command=command, gpus=profile.worker.gpus),
+        "env": env,
+        "ports": [{"name": "http", "containerPort": _WORKER_HTTP}],
+        "readinessProbe": _health(period_s=15, failures=4),
+        # a tile may hold the interpreter for minutes; the runner's deadline ends it sooner than this does
+        "livenessProbe": _health(period_s=60, failures=20),
+    }
+
+
+def _scheduler(profile: Profile, env: list[Manifest]) -> Manifest:
+    command = [
+        "dask",
+        "scheduler",
+        f"--port={_SCHEDULER_PORT}",
+        f"--dashboard-address=:{_SCHEDULER_HTTP}",
+    ]
+    return {
+        **_container(profile, "scheduler", command=command, amounts=_amounts(cpus=1, mem_gb=2.0)),
+        "env": env,
+        "ports": [
+            {"name": "comm", "containerPort": _SCHEDULER_PORT},
+            {"name": "http", "containerPort": _SCHEDULER_HTTP},
+        ],
+        "readinessProbe": _health(period_s=5, failures=3),
+        "livenessProbe": _health(period_s=30, failures=6),
+    }
+
+
+def _service(name: str) -> Manifest:
+    ports = {"tcp-comm": _SCHEDULER_PORT, "http-dashboard": _SCHEDULER_HTTP}  # by which dask-kubernetes asks
+    return {
+        "type": "ClusterIP",
+        "selector": {"dask.org/cluster-name": name, "dask.org/component": "scheduler"},
+        "ports": [
+            {"name": key, "protocol": "TCP", "port": port, "targetPort": port} for key, port in ports.items()
+        ],
+    }
+
+
+def _slidecube(profile: Profile, arguments: Iterable[str], *, gpus: int = 0) -> Manifest:
+    """Container of our own command, which is told to end early before it is made to."""
+    wait_s = profile.options["drain_s"] - 30
+    return {
+        **_container(profile, "slidecube", gpus=gpus),
+        "args": list(arguments),
+        "env": _home(),
+        "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", f"kill -USR1 1; sleep {wait_s}"]}}},
+    }
+
+
+def _container(
+    profile: Profile,
+    name: str,
+    *,
+    command: list[str] | None = None,
+    gpus: int = 0,
+    amounts: dict[str, str] | None = None,
+) -> Manifest:
     options, worker = profile.options, profile.worker
-    amounts = {"cpu": str(worker.cpus), "memory": f"{worker.mem_gb:g}G"}
-    if worker.gpus:
-        amounts["nvidia.com/gpu"] = str(worker.gpus)
-    spec: dict[str, Any] = make_cluster_spec(
-        name="slidecube",
-        image=options["image"],
-        n_workers=profile.workers,
-        resources={"requests": amounts, "limits": amounts},
-        worker_command="dask-worker --nthreads 1",
-    )
-    spec["metadata"]["namespace"] = options["namespace"]
-    return spec
+    amounts = amounts or _amounts(cpus=worker.cpus, mem_gb=worker.mem_gb + _BESIDE_GB, gpus=gpus)
+    amounts["ephemeral-storage"] = f"{options['scratch_gb']:g}G"
+    container: Manifest = {"name": name, "image": _image(profile)}
+    if command:
+        container["command"] = command
+    container |= {
+        "resources": {"requests": amounts, "limits": amounts},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [{"name": "scratch", "mountPath": _SCRATCH}],
+    }
+    if name == "slidecube":
+        container["volumeMounts"].append({"name": "config", "mountPath": _CONFIG, "readOnly": True})
+    if options["secret"]:
+        container["envFrom"] = [{"secretRef": {"name": options["secret"]}}]
+    return container
+
+
+def _pod(profile: Profile, container: Manifest, *, token: bool = False) -> Manifest:
+    """Spec of a pod; token : it may ask the API server."""
+    options = profile.options
+    pod: Manifest = {
+        "automountServiceAccountToken": token,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": _USER,
+            "runAsGroup": _USER,
+            "fsGroup": _USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "terminationGracePeriodSeconds": options["drain_s"],
+        "containers": [container],
+        "volumes": [_scratch(profile)],
+    }
+    if options["service_account"]:
+        pod["serviceAccountName"] = options["service_account"]
+    if options["node_selector"]:
+        pod["nodeSelector"] = dict(options["node_selector"])
+    return pod
+
+
+def _job(profile: Profile, verb: str, pod: Manifest) -> Manifest:
+    """Job of a verb: what ended early goes on, what failed for a passing reason is tried again."""
+    wrong = "FailIndex" if verb in _SHARDED else "FailJob"
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(profile, f"{profile.options['name']}-{verb}"),
+        "spec": {
+            "backoffLimit": 3,
+            "podReplacementPolicy": "Failed",  # two of one shard would stand in each other's way
+            "podFailurePolicy": {
+                "rules": [
+                    _exits("Ignore", 75),  # ended early, and the same command goes on
+                    {
+                        "action": "Ignore",
+                        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                    },
+                    _exits(wrong, 1, 70),  # a user's error or a bug: again would be the same
+                    _exits("Count", 2),  # incomplete
+                ]
+            },
+            "ttlSecondsAfterFinished": 7 * 86400,
+            "template": {
+                "metadata": {"labels": _labels(profile, verb)},
+                "spec": {"restartPolicy": "Never", **pod},
+            },
+        },
+    }
+
+
+def _exits(action: str, *codes: int) -> Manifest:
+    return {
+        "action": action,
+        "onExitCodes": {"containerName": "slidecube", "operator": "In", "values": list(codes)},
+    }
+
+
+def _policy(profile: Profile, name: str, labels: dict[str, str], **rules: list[Manifest]) -> Manifest:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(profile, name),
+        "spec": {
+            "podSelector": {"matchLabels": labels},
+            "policyTypes": [direction.capitalize() for direction in rules],
+            **rules,
+        },
+    }
+
+
+def _metadata(profile: Profile, name: str) -> Manifest:
+    return {
+        "name": name,
+        "namespace": profile.options["namespace"],
+        "labels": {
+            "app.kubernetes.io/name": "slidecube",
+            "app.kubernetes.io/instance": profile.options["name"],
+        },
+    }
+
+
+def _labels(profile: Profile, verb: str = "") -> dict[str, str]:
+    """Labels of the pods of a run: the operator gives its own the first one."""
+    labels = {"dask.org/cluster-name": profile.options["name"]}
+    return {**labels, "app.kubernetes.io/component": verb} if verb else labels
+
+
+def _image(profile: Profile) -> str:
+    image: str = profile.options["image"]
+    if not image:
+        raise ClusterError(
+            f"Profile {profile.name!r} names no image; build deploy/Dockerfile, push it to your registry, and set "
+            'image in the [kubernetes] table of a TOML that begins with extends = "kubernetes"'
+        )
+    return image
+
+
+def _amounts(*, cpus: int, mem_gb: float, gpus: int = 0) -> dict[str, str]:
+    amounts = {"cpu": str(cpus), "memory": f"{round(mem_gb * 1000)}M"}
+    return amounts | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
+
+
+def _health(*, period_s: int, failures: int) -> Manifest:
+    return {
+        "httpGet": {"path": "/health", "port": "http"},
+        "periodSeconds": period_s,
+        "timeoutSeconds": min(period_s, 10),
+        "failureThreshold": failures,
+    }
+
+
+def _scratch(profile: Profile) -> Manifest:
+    return {"name": "scratch", "emptyDir": {"sizeLimit": f"{profile.options['scratch_gb']:g}G"}}
+
+
+def _config(profile: Profile, *more: str) -> Manifest:
+    names = (f"{profile.options['name']}-run", *more)
+    return {"name": "config", "projected": {"sources": [{"configMap": {"name": name}} for name in names]}}
+
+
+def _home() -> list[Manifest]:
+    return [{"name": "HOME", "value": _SCRATCH}]  # where libraries keep their caches
+
+
+def _settings(settings: Mapping[str, Any]) -> list[Manifest]:
+    """Dask's settings as it reads them from the environment."""
+    return [
+        {"name": "DASK_" + key.upper().replace(".", "__").replace("-", "_"), "value": str(value)}
+        for key, value in settings.items()
+    ]
+
+
+def _tcp(*ports: int) -> list[Manifest]:
+    return [{"protocol": "TCP", "port": port} for port in ports]

@@ -73,14 +73,25 @@ class JobQueue(_Table):
 
 
 class Kubernetes(_Table):
-    """Dask workers as pods of the Dask operator."""
+    """A run as pods: of the Dask operator, or without Dask as one Job a stage.
 
-    image: str
+    name : of the cluster, and before the names of all else; image : with slidecube and dask-kubernetes in it
+    secret : whose entries become environment variables, such as an object store's keys
+    scratch_gb : of each pod's own disk; egress_ports : of catalogues and object stores
+    shards : pods of a stage without Dask, 0 = as many as workers; drain_s : that a pod may take to end
+    """
+
+    name: str = Field("slidecube", pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")
+    image: str = ""
     namespace: str = "default"
     service_account: str = ""
     secret: str = ""
     node_selector: dict[str, str] = Field(default_factory=dict)
     wait_min: float = Field(15.0, gt=0)
+    scratch_gb: float = Field(20.0, gt=0)
+    egress_ports: tuple[int, ...] = (443,)
+    shards: int = Field(0, ge=0)
+    drain_s: int = Field(300, ge=60)
 
 
 class StageRequest(_Table):

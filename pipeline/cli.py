@@ -434,6 +434,25 @@ def cluster_check(profile: str) -> None:
         raise IncompleteError(f"only {n} of {wanted} workers of profile {profile!r} came; look at the queue")
 
 
+@cluster.command("manifests")
+@click.argument("profile")
+@click.option("--out", type=Folder, help="Write a file each into this folder, in place of printing them.")
+def cluster_manifests(profile: str, *, out: Path | None) -> None:
+    """Write the Kubernetes resources of a profile as YAML."""
+    from slidecube.cluster.clusters import DASK_SETTINGS
+    from slidecube.cluster.kubernetes import manifests
+    from slidecube.cluster.resources import load_profile
+
+    texts = manifests(load_profile(profile), DASK_SETTINGS)
+    if out is None:
+        click.echo("\n".join(f"# ---- {name}\n---\n{text}" for name, text in texts.items()), nl=False)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    click.echo(f"wrote {len(texts)} files to {out}: {', '.join(texts)}")
+
+
 @cli.command()
 def doctor() -> int:
     """Check this machine and what is installed."""
