@@ -232,6 +232,7 @@ def _kubernetes(profile: Profile) -> Opened:
             custom_cluster_spec=spec,
             namespace=spec["metadata"]["namespace"],
             resource_timeout=int(_wait_s(profile)),  # a node that is new pulls an image of gigabytes first
+            shutdown_on_close=True,  # also one that a driver left behind which was killed
             quiet=True,
         )
     except Exception as error:  # noqa: BLE001  the client's own classes say no more than their text

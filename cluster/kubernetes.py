@@ -1,7 +1,7 @@
 """Kubernetes: the resources of a run, out of a profile.
 
-Two ways: a driver's Job that lets the Dask operator start its workers, and, without Dask, one Job a stage whose pods
-take a shard each. All of it is plain data; what sends it is `kubectl`, or dask-kubernetes in `clusters`.
+Two ways: a driver's Job that lets the Dask operator start its workers, and, without the operator, one Job a stage whose
+pods take a shard each. All of it is plain data; what sends it is `kubectl`, or dask-kubernetes in `clusters`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ Manifest = dict[str, Any]
 _BESIDE_GB = 1.0
 """Memory in a pod beside its worker's: the nanny, or the driver of a shard, and the files just written."""
 
+_GPU = "nvidia.com/gpu"
 _USER = 10001  # of the image, see deploy/Dockerfile
 _SCRATCH = "/tmp"  # noqa: S108  an emptyDir of the pod's own: the image's root is read-only
 _CONFIG = "/etc/slidecube"
 
 _SCHEDULER_PORT, _SCHEDULER_HTTP, _WORKER_HTTP, _WORKER_PORT, _NANNY_PORT = range(8786, 8791)
 _API_SERVER_PORTS = (443, 6443)  # a policy sees the port behind the service `kubernetes`
+_NODE_DNS = "169.254.20.10/32"  # a cache of names on the node itself, which no selector of pods finds
+_RETRIES = 6
+_DRAINED = 75
+"""Exit code of what ended early because it was told to; the same command goes on."""
 
 STAGES = ("plan", "cube", "fit", "detect", "mosaic")
-"""Jobs of the way without Dask, each begun when the one before it is complete."""
+"""Jobs of the way without the operator, each begun when the one before it is complete."""
 
 _SHARDED = ("cube", "detect")
 
@@ -59,53 +64,55 @@ def run_job(profile: Profile) -> Manifest:
 
 
 def stage_job(profile: Profile, stage: str) -> Manifest:
-    """Job of one stage, without Dask; where a stage has shards, one pod a shard.
+    """Job of one stage, without the operator; where a stage has shards, one pod a shard.
 
     stage : of `STAGES`
     """
     shards = profile.options["shards"] or profile.workers
+    gpus = profile.worker.gpus if stage == "detect" else 0
     arguments = [stage, f"{_CONFIG}/run.toml"]
     if stage in _SHARDED:
-        arguments += ["--shard", f"$(JOB_COMPLETION_INDEX)/{shards}"]
+        arguments += ["--shard", f"$(JOB_COMPLETION_INDEX)/{shards}"]  # from 0, as ours
     if stage != "plan":
-        arguments += ["--profile", f"{_CONFIG}/shard.toml"]
-    container = _slidecube(profile, arguments, gpus=profile.worker.gpus if stage == "detect" else 0)
-    pod = _pod(profile, container)
-    pod["volumes"] = [_scratch(profile), _config(profile, f"{profile.options['name']}-shard")]
+        arguments += ["--profile", f"{_CONFIG}/{'gpu' if gpus else 'cpu'}.toml"]
+    pod = _pod(profile, _slidecube(profile, arguments, gpus=gpus))
+    pod["volumes"] = [_scratch(profile), _config(profile, f"{profile.options['name']}-stages")]
     job = _job(profile, stage, pod)
     if stage in _SHARDED:
+        # one shard that cannot be done does not stop the others
         del job["spec"]["backoffLimit"]
         job["spec"] |= {
             "completionMode": "Indexed",
             "completions": shards,
             "parallelism": min(shards, profile.workers),
-            "backoffLimitPerIndex": 3,
-            "maxFailedIndexes": shards,  # one shard that cannot be done does not stop the others
+            "backoffLimitPerIndex": _RETRIES,
         }
     return job
 
 
-def shard_profile(profile: Profile) -> Manifest:
-    """ConfigMap of the profile by which a stage runs inside its pod.
+def stage_profiles(profile: Profile) -> Manifest:
+    """ConfigMap of the profiles by which a stage runs inside its pod: on its CPUs, or on its GPUs.
 
     The worker is a process of its own: a tile that runs out of memory or time costs itself, not the shard.
     """
-    worker = profile.worker
-    text = [
-        "# inside one pod of a stage",
-        f'runner = "{"dask-cuda" if worker.gpus else "dask-local"}"',
-        f"workers = {max(1, worker.gpus)}",
-        f"threads_per_worker = {worker.cpus}",
-        f"mem_gb = {worker.mem_gb / max(1, worker.gpus):g}",
-    ]
-    if profile.deadline_min:
-        text.append(f"deadline_min = {profile.deadline_min:g}")
+    texts = {"cpu.toml": _inside(profile, "dask-local", 1)}
+    if profile.worker.gpus:
+        texts["gpu.toml"] = _inside(profile, "dask-cuda", profile.worker.gpus)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(profile, f"{profile.options['name']}-shard"),
-        "data": {"shard.toml": "\n".join(text) + "\n"},
+        "metadata": _metadata(profile, f"{profile.options['name']}-stages"),
+        "data": texts,
     }
+
+
+def _inside(profile: Profile, runner: str, workers: int) -> str:
+    worker = profile.worker
+    deadline = f"deadline_min = {profile.deadline_min:g}\n" if profile.deadline_min else ""
+    return (
+        f'# inside one pod of a stage\nrunner = "{runner}"\nworkers = {workers}\n'
+        f"threads_per_worker = {max(1, worker.cpus // workers)}\nmem_gb = {worker.mem_gb / workers:g}\n{deadline}"
+    )
 
 
 def network_policies(profile: Profile) -> list[Manifest]:
@@ -130,7 +137,7 @@ def network_policies(profile: Profile) -> list[Manifest]:
             egress=[
                 {"to": [own], "ports": dask},
                 {
-                    "to": [{"namespaceSelector": {}}],
+                    "to": [{"namespaceSelector": {}}, {"ipBlock": {"cidr": _NODE_DNS}}],
                     "ports": [{"protocol": "UDP", "port": 53}, *_tcp(53)],
                 },
                 {"ports": _tcp(*options["egress_ports"])},
@@ -146,7 +153,7 @@ def network_policies(profile: Profile) -> list[Manifest]:
 
 
 def access(profile: Profile) -> list[Manifest]:
-    """Role and binding of the driver: it makes the cluster, watches its pods, and sets how many workers there are."""
+    """Service account and role of the driver: it makes the cluster, watches its pods, and sets their number."""
     name = f"{profile.options['name']}-driver"
     look = ["get", "list", "watch"]
     group = "rbac.authorization.k8s.io"
@@ -177,11 +184,18 @@ def access(profile: Profile) -> list[Manifest]:
         "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
         "subjects": [subject],
     }
-    return [role, binding]
+    account = {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": _metadata(profile, profile.options["service_account"]),
+    }
+    return [account, role, binding] if profile.options["service_account"] else [role, binding]
 
 
 def manifests(profile: Profile, settings: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """YAML texts of all resources by file name, in the order in which they are applied.
+    """YAML texts of all resources by path, in the order in which they are applied.
+
+    The two ways exclude each other, so the stages lie in a folder below, into which `kubectl apply -f` does not look.
 
     settings : of Dask, for the pods of its cluster
     Raises ClusterError when the profile is not for Kubernetes, or names no image.
@@ -192,12 +206,10 @@ def manifests(profile: Profile, settings: Mapping[str, Any] | None = None) -> di
             'is "dask-kubernetes", such as one that begins with extends = "kubernetes"'
         )
     resources = {
-        "access": access(profile),
-        "network": network_policies(profile),
+        "setup": [*access(profile), *network_policies(profile), stage_profiles(profile)],
         "cluster": [cluster_spec(profile, settings)],
         "run": [run_job(profile)],
-        "shard-profile": [shard_profile(profile)],
-        **{stage: [stage_job(profile, stage)] for stage in STAGES},
+        **{f"stages/{n}-{stage}": [stage_job(profile, stage)] for n, stage in enumerate(STAGES, start=1)},
     }
     return {
         f"{name}.yaml": yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100)
@@ -206,16 +218,21 @@ def manifests(profile: Profile, settings: Mapping[str, Any] | None = None) -> di
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what stands in two places twice: people read it."""
+    """Writes what stands in two places twice, and texts line by line: people read it."""
 
     def ignore_aliases(self, data: Any) -> bool:
         del data
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 def _worker(profile: Profile, env: list[Manifest]) -> Manifest:
-    command = [
-        "dask",
+    arguments = [
         "worker",
         "--nthreads=1",  # one tile at a time; its threads are the pod's CPUs
         "--nworkers=1",
@@ -227,7 +244,9 @@ def _worker(profile: Profile, env: list[Manifest]) -> Manifest:
         f"--dashboard-address=:{_WORKER_HTTP}",
     ]
     return {
-        **_container(profile, "worker", command=command, gpus=profile.worker.gpus),
+        **_container(profile, "worker", gpus=profile.worker.gpus),
+        "command": ["dask"],
+        "args": arguments,
         "env": env,
         "ports": [{"name": "http", "containerPort": _WORKER_HTTP}],
         "readinessProbe": _health(period_s=15, failures=4),
@@ -237,14 +256,16 @@ def _worker(profile: Profile, env: list[Manifest]) -> Manifest:
 
 
 def _scheduler(profile: Profile, env: list[Manifest]) -> Manifest:
-    command = [
-        "dask",
+    # not part of the command: whoever connects to a cluster that is there already looks for its scheduler's `args`
+    arguments = [
         "scheduler",
         f"--port={_SCHEDULER_PORT}",
         f"--dashboard-address=:{_SCHEDULER_HTTP}",
     ]
     return {
-        **_container(profile, "scheduler", command=command, amounts=_amounts(cpus=1, mem_gb=2.0)),
+        **_container(profile, "scheduler", amounts=_amounts(cpus=1, mem_gb=2.0)),
+        "command": ["dask"],
+        "args": arguments,
         "env": env,
         "ports": [
             {"name": "comm", "containerPort": _SCHEDULER_PORT},
@@ -281,17 +302,15 @@ def _container(
     profile: Profile,
     name: str,
     *,
-    command: list[str] | None = None,
     gpus: int = 0,
     amounts: dict[str, str] | None = None,
 ) -> Manifest:
     options, worker = profile.options, profile.worker
     amounts = amounts or _amounts(cpus=worker.cpus, mem_gb=worker.mem_gb + _BESIDE_GB, gpus=gpus)
     amounts["ephemeral-storage"] = f"{options['scratch_gb']:g}G"
-    container: Manifest = {"name": name, "image": _image(profile)}
-    if command:
-        container["command"] = command
-    container |= {
+    container: Manifest = {
+        "name": name,
+        "image": _image(profile),
         "resources": {"requests": amounts, "limits": amounts},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -328,28 +347,35 @@ def _pod(profile: Profile, container: Manifest, *, token: bool = False) -> Manif
         pod["serviceAccountName"] = options["service_account"]
     if options["node_selector"]:
         pod["nodeSelector"] = dict(options["node_selector"])
+    if _GPU in container["resources"]["limits"]:
+        # nodes with GPUs are often kept free of all else by this taint
+        pod["tolerations"] = [{"key": _GPU, "operator": "Exists", "effect": "NoSchedule"}]
     return pod
 
 
 def _job(profile: Profile, verb: str, pod: Manifest) -> Manifest:
-    """Job of a verb: what ended early goes on, what failed for a passing reason is tried again."""
-    wrong = "FailIndex" if verb in _SHARDED else "FailJob"
+    """Job of a verb: what ended early or lost its node goes on, whatever else failed is tried again a few times."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": _metadata(profile, f"{profile.options['name']}-{verb}"),
         "spec": {
-            "backoffLimit": 3,
+            "backoffLimit": _RETRIES,
             "podReplacementPolicy": "Failed",  # two of one shard would stand in each other's way
             "podFailurePolicy": {
                 "rules": [
-                    _exits("Ignore", 75),  # ended early, and the same command goes on
+                    {
+                        "action": "Ignore",
+                        "onExitCodes": {
+                            "containerName": "slidecube",
+                            "operator": "In",
+                            "values": [_DRAINED],
+                        },
+                    },
                     {
                         "action": "Ignore",
                         "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
                     },
-                    _exits(wrong, 1, 70),  # a user's error or a bug: again would be the same
-                    _exits("Count", 2),  # incomplete
                 ]
             },
             "ttlSecondsAfterFinished": 7 * 86400,
@@ -358,13 +384,6 @@ def _job(profile: Profile, verb: str, pod: Manifest) -> Manifest:
                 "spec": {"restartPolicy": "Never", **pod},
             },
         },
-    }
-
-
-def _exits(action: str, *codes: int) -> Manifest:
-    return {
-        "action": action,
-        "onExitCodes": {"containerName": "slidecube", "operator": "In", "values": list(codes)},
     }
 
 
@@ -410,7 +429,7 @@ def _image(profile: Profile) -> str:
 
 def _amounts(*, cpus: int, mem_gb: float, gpus: int = 0) -> dict[str, str]:
     amounts = {"cpu": str(cpus), "memory": f"{round(mem_gb * 1000)}M"}
-    return amounts | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
+    return amounts | ({_GPU: str(gpus)} if gpus else {})
 
 
 def _health(*, period_s: int, failures: int) -> Manifest:

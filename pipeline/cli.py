@@ -436,7 +436,11 @@ def cluster_check(profile: str) -> None:
 
 @cluster.command("manifests")
 @click.argument("profile")
-@click.option("--out", type=Folder, help="Write a file each into this folder, in place of printing them.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write a file each into this folder, in place of printing them.",
+)
 def cluster_manifests(profile: str, *, out: Path | None) -> None:
     """Write the Kubernetes resources of a profile as YAML."""
     from slidecube.cluster.clusters import DASK_SETTINGS
@@ -447,8 +451,8 @@ def cluster_manifests(profile: str, *, out: Path | None) -> None:
     if out is None:
         click.echo("\n".join(f"# ---- {name}\n---\n{text}" for name, text in texts.items()), nl=False)
         return
-    out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(text, encoding="utf-8")
     click.echo(f"wrote {len(texts)} files to {out}: {', '.join(texts)}")
 
