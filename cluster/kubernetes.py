@@ -277,12 +277,14 @@ def _scheduler(profile: Profile, env: list[Manifest]) -> Manifest:
 
 
 def _service(name: str) -> Manifest:
-    ports = {"tcp-comm": _SCHEDULER_PORT, "http-dashboard": _SCHEDULER_HTTP}  # by which dask-kubernetes asks
+    # names by which dask-kubernetes asks; the operator's definition takes no number for a target
+    ports = (("tcp-comm", _SCHEDULER_PORT, "comm"), ("http-dashboard", _SCHEDULER_HTTP, "http"))
     return {
         "type": "ClusterIP",
         "selector": {"dask.org/cluster-name": name, "dask.org/component": "scheduler"},
         "ports": [
-            {"name": key, "protocol": "TCP", "port": port, "targetPort": port} for key, port in ports.items()
+            {"name": key, "protocol": "TCP", "port": port, "targetPort": target}
+            for key, port, target in ports
         ],
     }
 
