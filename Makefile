@@ -57,6 +57,10 @@ check: $(VENV)/.dev ## Check style, types and the import rule
 	@"$(BIN)/mypy"
 	@"$(BIN)/lint-imports" --no-logo
 
+.PHONY: image-test
+image-test: ## Build deploy/Dockerfile on a stand-in base and run the image; wants root on Debian or Ubuntu, 30 GB
+	@deploy/image-test
+
 .PHONY: format
 format: $(VENV)/.dev ## Format the code
 	@"$(BIN)/ruff" check --fix .

@@ -16,8 +16,8 @@ from slidecube.cluster.resources import Profile
 
 Manifest = dict[str, Any]
 
-_BESIDE_GB = 1.0
-"""Memory in a pod beside its worker's: the nanny, or the driver of a shard, and the files just written."""
+_BESIDE_GB = 2.0
+"""Memory in a pod beside its worker's: the nanny, and in a stage's pod the driver, which holds the plan."""
 
 _GPU = "nvidia.com/gpu"
 _USER = 10001  # of the image, see deploy/Dockerfile

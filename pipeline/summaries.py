@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from slidecube.catalog.search import Newest, scenes_by_tile
@@ -177,25 +177,36 @@ def worker_share(profile: Profile) -> str:
 
 def profile_summary(profile: Profile, file: ProfileFile) -> str:
     """Describe a profile: what it is here, and every setting of its own table."""
-    lines = [
-        f"runner      {profile.runner}",
-        f"workers     {profile.workers}",
-        f"each        {worker_share(profile)}",
-        f"deadline    {f'{profile.deadline_min:g} min a tile' if profile.deadline_min else 'none'}",
+    rows = [
+        ("runner", profile.runner),
+        ("workers", str(profile.workers)),
+        ("each", worker_share(profile)),
+        ("deadline", f"{profile.deadline_min:g} min a tile" if profile.deadline_min else "none"),
     ]
     if file.array is not None:
+        rows = rows[:1]
         for stage in ("cube", "fit", "detect", "mosaic"):
             asked = getattr(file.array, stage)
             shards = _count(asked.shards, "job")
             gpus = f", {_count(asked.gpus, 'GPU')}" if asked.gpus else ""
             where = f" in {asked.partition}" if asked.partition else ""
-            lines.append(
-                f"{stage:<12}{shards}{where}, each {_count(asked.cpus, 'CPU')}, {asked.mem_gb:g} GB{gpus}, "
-                f"{asked.time_min} min"
-            )
-        return "\n".join([lines[0], *lines[4:]])
-    lines += [f"{name:<12}{value}" for name, value in profile.options.items() if value not in ("", (), {})]
-    return "\n".join(lines)
+            share = f"each {_count(asked.cpus, 'CPU')}, {asked.mem_gb:g} GB{gpus}, {asked.time_min} min"
+            rows.append((stage, f"{shards}{where}, {share}"))
+    else:
+        rows += [
+            (name, _setting(value)) for name, value in profile.options.items() if value not in ("", (), {})
+        ]
+    width = max(12, *(len(name) + 2 for name, _ in rows))
+    return "\n".join(f"{name:<{width}}{text}" for name, text in rows)
+
+
+def _setting(value: Any) -> str:
+    """Write a value of a profile for people."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} = {_setting(part)}" for key, part in value.items())
+    if isinstance(value, tuple):
+        return ", ".join(map(_setting, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _job_line(job: dict[str, Any]) -> str:
