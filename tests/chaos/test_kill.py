@@ -12,40 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
 
-from slidecube.pipeline.ledger import VOLATILE
-from slidecube.pipeline.tasks import FIT_STAGES
-
 SEED = 20180906
 DASK = {"profile": "dask-local", "workers": 2, "mem_gb": 4.0}
-FORMATS = {"formats": ["parquet", "gpkg", "cog", "stac"]}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(desk_in, tmp_path_factory):
-    """A run that nobody disturbed, and how long it took from its first file to its last."""
-    desk = desk_in(tmp_path_factory.mktemp("undisturbed") / "desk", output=FORMATS)
-    process, began = started(desk)
-    assert process.wait(120) == 0
-    return desk, time.monotonic() - began
-
-
-def started(desk) -> tuple[subprocess.Popen[str], float]:
-    """Start a run, and wait until it has begun to plan: what comes before leaves nothing behind."""
-    process = desk.start("run", desk.toml, "--quiet", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (desk.workspace / "locks").exists() and process.poll() is None:
-        time.sleep(0.01)
-    return process, time.monotonic()
-
-
-def kill(desk, after_s: float, whom: str) -> bool:
+def kill(desk, witness, after_s: float, whom: str) -> bool:
     """Start a run and kill it; tells whether it was still alive to be killed."""
-    process, began = started(desk)
+    process, began = witness.started(desk)
     while process.poll() is None and time.monotonic() - began < after_s:
         time.sleep(0.005)
     if process.poll() is not None:
@@ -69,81 +47,22 @@ def snapshot(desk) -> dict[str, tuple[int, int]]:
     }
 
 
-def records(desk) -> dict[str, bytes]:
-    """The finished records as they lie on the disk."""
-    found = desk.files("layers", "inventories")
-    return {
-        name: text
-        for name, text in found.items()
-        if name.endswith(".json") and ".ledger/" in name and json.loads(text)["state"] != "failed"
-    }
-
-
-def without_volatile(text: bytes) -> dict[str, object]:
-    return {key: value for key, value in json.loads(text).items() if key not in VOLATILE}
-
-
-def assert_same(desk, reference) -> None:
-    """Every array, record, object and file name as if nothing had happened."""
-    for folders in (("layers",), ("statistics",), ("inventories",)):
-        found, expected = desk.files(*folders), reference.files(*folders)
-        assert sorted(found) == sorted(expected)
-        for name, data in expected.items():
-            if ".ledger/" in name:
-                assert without_volatile(found[name]) == without_volatile(data), name
-            else:
-                assert found[name] == data, name
-    found, expected = desk.files("products", "plans"), reference.files("products", "plans")
-    assert sorted(found) == sorted(expected)
-    exact = [name for name in expected if name.endswith((".parquet", ".tif", ".qml"))]
-    assert any(name.endswith("landslides.parquet") for name in exact)
-    assert not [name for name in exact if found[name] != expected[name]]
-    assert not list(desk.workspace.rglob("*.partial"))
-    assert not (desk.workspace / "locks" / "driver.json").exists()
-
-
-def assert_told_once(desk) -> None:
-    """Each task was done once, and told once, whoever was killed before telling.
-
-    A fit's tasks are told once or, where their driver died before, not at all: nobody counts scenes by them.
-    """
-    fit = [
-        (e["stage"], e["tile"], e["key"])
-        for e in desk.events()
-        if e.get("stage") in FIT_STAGES and "tile" in e
-    ]
-    assert len(fit) == len(set(fit))
-    told = Counter(
-        (e["layer"], e["epoch"], e["tile"], e["key"])
-        for e in desk.events()
-        if e["event"] == "task" and e["status"] != "failed" and e["stage"] not in FIT_STAGES
-    )
-    assert told
-    assert set(told.values()) == {1}
-    assert len(told) == len(records(desk))
-
-
-def kill_and_resume(desk, undisturbed, moments_s, whom: str) -> int:
+def kill_and_resume(desk, witness, moments_s, whom: str) -> int:
     """Kill one run again and again, resume it, and compare; returns how often it was alive to be killed."""
-    reference, _ = undisturbed
     kills = 0
     for after_s in moments_s:
-        before = records(desk) if desk.workspace.exists() else {}
-        kills += kill(desk, after_s, whom)
+        before = witness.records(desk) if desk.workspace.exists() else {}
+        kills += kill(desk, witness, after_s, whom)
         here = snapshot(desk)
-        now = records(desk)
+        now = witness.records(desk)
         assert {name: now.get(name) for name in before} == before, "a finished record was written again"
         time.sleep(0.7)
         assert snapshot(desk) == here, "something went on writing after its driver was killed"
-    before = records(desk)
+    before = witness.records(desk)
     last = desk.cli("run", desk.toml, "--quiet")
     assert last.code == 0, last
-    assert {name: records(desk)[name] for name in before} == before, "a finished tile was done again"
-    assert_same(desk, reference)
-    assert_told_once(desk)
-    state = json.loads(desk.cli("status", desk.workspace, "--json").out)
-    assert state["complete"]
-    assert state["scene_reads"] == sum(e.get("scene_reads", 0) for e in desk.events())
+    assert {name: witness.records(desk)[name] for name in before} == before, "a finished tile was done again"
+    witness.assert_whole(desk)
     return kills
 
 
@@ -161,14 +80,14 @@ def moments(n: int, span_s: float, seed: int) -> list[float]:
         pytest.param("dask-local", "group", 3, marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed(desk_in, tmp_path, undisturbed, profile, whom, times):
+def test_killed_and_resumed(desk_in, tmp_path, witness, profile, whom, times):
     """Again and again in one workspace: what was done is not done again, so each attempt gets further."""
     cluster = DASK if profile == "dask-local" else {}
-    desk = desk_in(tmp_path / "desk", output=FORMATS, cluster=cluster)
+    desk = desk_in(tmp_path / "desk", cluster=cluster, **witness.settings)
     start_s = 6.0 if cluster else 0.0  # of workers
 
     kills = kill_and_resume(
-        desk, undisturbed, [start_s + m for m in moments(times, undisturbed[1] / 2, SEED)], whom
+        desk, witness, [start_s + m for m in moments(times, witness.span_s / 2, SEED)], whom
     )
 
     assert kills >= times - 1
@@ -179,19 +98,19 @@ def test_killed_and_resumed(desk_in, tmp_path, undisturbed, profile, whom, times
 @pytest.mark.parametrize(
     ("profile", "whom"), [("threads", "group"), ("dask-local", "group"), ("dask-local", "driver")]
 )
-def test_killed_once_at_any_moment(desk_in, tmp_path, undisturbed, profile, whom, number):
+def test_killed_once_at_any_moment(desk_in, tmp_path, witness, profile, whom, number):
     cluster = DASK if profile == "dask-local" else {}
-    desk = desk_in(tmp_path / "desk", output=FORMATS, cluster=cluster)
-    span_s = undisturbed[1] * (3 if cluster else 1)
+    desk = desk_in(tmp_path / "desk", cluster=cluster, **witness.settings)
+    span_s = witness.span_s * (3 if cluster else 1)
 
-    kill_and_resume(desk, undisturbed, [moments(10, span_s, SEED + len(whom))[number]], whom)
+    kill_and_resume(desk, witness, [moments(10, span_s, SEED + len(whom))[number]], whom)
 
 
 @pytest.mark.slow
-def test_a_worker_killed_alone_is_replaced(desk_in, tmp_path, undisturbed: tuple[object, float]):
+def test_a_worker_killed_alone_is_replaced(desk_in, tmp_path, witness):
     """As the kernel does when memory ends: the driver goes on, and the tile is tried again."""
-    desk = desk_in(tmp_path / "desk", output=FORMATS, cluster=DASK)
-    process, _ = started(desk)
+    desk = desk_in(tmp_path / "desk", cluster=DASK, **witness.settings)
+    process, _ = witness.started(desk)
     events = desk.workspace / "events"
     deadline = time.monotonic() + 60
     while not any('"task"' in path.read_text() for path in events.glob("*.jsonl")):
@@ -201,8 +120,8 @@ def test_a_worker_killed_alone_is_replaced(desk_in, tmp_path, undisturbed: tuple
     os.kill(workers[0].pid, signal.SIGKILL)
 
     assert process.wait(120) == 0
-    assert_same(desk, undisturbed[0])
-    assert_told_once(desk)
+    witness.assert_same(desk)
+    witness.assert_told_once(desk)
 
 
 def cmdline(process: psutil.Process) -> str:
@@ -312,24 +231,24 @@ def zygote():
         process.stdin.close()
 
 
-def test_killed_between_any_two_steps(desk_in, tmp_path, undisturbed, zygote):
+def test_killed_between_any_two_steps(desk_in, tmp_path, witness, zygote):
     """Where a random moment seldom falls: between data, checksum, record and event, and inside a file."""
-    desk = desk_in(tmp_path / "desk", output=FORMATS)
+    desk = desk_in(tmp_path / "desk", **witness.settings)
     argv = ["run", desk.toml, "--quiet"]
     for target, number in (*STEPS, ("", 0)):
-        before = records(desk)
+        before = witness.records(desk)
         status = zygote(argv, target, number)
-        now = records(desk)
+        now = witness.records(desk)
         assert {name: now[name] for name in before} == before, f"done again: killed at {target} {number}"
         assert (os.WTERMSIG(status) == signal.SIGKILL) == bool(target), f"never reached: {target} {number}"
 
     assert status == 0
-    assert_same(desk, undisturbed[0])
-    assert_told_once(desk)
+    witness.assert_same(desk)
+    witness.assert_told_once(desk)
 
 
 @pytest.mark.slow
-def test_a_fit_killed_between_its_steps(desk_in, tmp_path, zygote):
+def test_a_fit_killed_between_its_steps(desk_in, tmp_path, zygote, witness):
     """What it learns, and what is found by it, is to the last byte that of a fit that nobody disturbed."""
     calm = desk_in(tmp_path / "calm", output={"formats": ["parquet", "cog"]}, **CAE)
     assert zygote(["cube", calm.toml, "--quiet"]) == 0
@@ -338,21 +257,21 @@ def test_a_fit_killed_between_its_steps(desk_in, tmp_path, zygote):
     assert zygote(["run", calm.toml, "--quiet"]) == 0
 
     for target, number in (*FIT_STEPS, ("", 0)):
-        before = records(desk)
+        before = witness.records(desk)
         status = zygote(["run", desk.toml, "--quiet"], target, number)
-        now = records(desk)
+        now = witness.records(desk)
         assert {name: now[name] for name in before} == before, f"done again: killed at {target} {number}"
         assert (os.WTERMSIG(status) == signal.SIGKILL) == bool(target), f"never reached: {target} {number}"
 
     assert status == 0
-    assert_same(desk, calm)
-    assert_told_once(desk)
+    witness.assert_same(desk, calm)
+    witness.assert_told_once(desk)
 
 
-def test_records_are_the_same_text_each_time(undisturbed):
+def test_records_are_the_same_text_each_time(witness):
     """Sorted keys, fixed layout: a record can be compared as text once its volatile fields are gone."""
-    desk, _ = undisturbed
-    for name, text in records(desk).items():
+    desk = witness.desk
+    for name, text in witness.records(desk).items():
         record = json.loads(text)
         assert text.decode() == json.dumps(record, sort_keys=True, indent=1), name
         assert record["attempts"] == 1
