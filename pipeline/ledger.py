@@ -263,7 +263,8 @@ class _Pack:
     def table(self, columns: list[str]) -> pa.Table:
         """Columns of all rows; one that an earlier version did not know holds what a new record begins with."""
         try:
-            found = pq.read_table(pa.BufferReader(self.content), columns=columns)
+            # not read_table, which takes a column that is not there for damage
+            found = pq.ParquetFile(pa.BufferReader(self.content)).read(columns=columns)
         except (OSError, ValueError, KeyError) as error:
             raise PipelineError(
                 f"Ledger {self.place} is damaged ({' '.join(str(error).split())[:160]}); bring it back, or remove it, "

@@ -164,8 +164,11 @@ def store_tile(
     data : of all variables, or {} to remove what another key left there
     """
     require_lock(plan, context)
-    # of another key: while its data changes below it, it would vouch for a mixture
-    ledger_of(plan, task).forget(task.tile)
+    # of another key: while its data changes below it, it would vouch for a mixture; of this very key it stays, for
+    # another attempt made it, after ours was given up, and the data is the same
+    ledger = ledger_of(plan, task)
+    if context.mend or not ledger.complete(task.tile, task.key):
+        ledger.forget(task.tile)
     path, leading = plan.workspace.layer(plan.grid, task.layer), cast("tuple[int, ...]", ())
     if task.stage == "detect":
         path = plan.workspace.inventory(plan.inventory)

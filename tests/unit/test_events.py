@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from slidecube.pipeline import events as events_module
 from slidecube.pipeline.events import read_events, unfinished, write_event
+from slidecube.pipeline.storage import place_of
 
 
 def test_events_are_lines_of_json_with_their_time(tmp_path):
@@ -58,3 +62,53 @@ def test_a_full_disk_takes_no_events_and_other_errors_are_told(tmp_path, monkeyp
     monkeypatch.setattr(Path, "open", fail(30))
     with pytest.raises(OSError, match="30"):
         write_event(tmp_path / "a.jsonl", "task")
+
+
+@pytest.fixture
+def bucket(s3):
+    """Place of a run's events in an empty bucket, and a driver's process that ends: `bucket.next_driver()`."""
+    yield place_of(s3) / "events" / "a.jsonl"
+    events_module._segment_of.cache_clear()
+
+
+def test_events_in_a_bucket_stay_in_order_when_the_clock_is_set_back(bucket, monkeypatch):
+    """Each driver goes on with the next number, whatever the time of day is."""
+    for driver, year in (("first", 2027), ("second", 2026), ("third", 2025)):
+        events_module._segment_of.cache_clear()  # a process of its own
+        clock = SimpleNamespace(now=lambda zone, year=year: dt.datetime(year, 1, 1, tzinfo=zone))
+        monkeypatch.setattr(events_module, "dt", SimpleNamespace(datetime=clock, UTC=dt.UTC))
+        write_event(bucket, "run_started", driver=driver)
+        write_event(bucket, "task", key="k", driver=driver)
+        write_event(bucket, "run_ended", driver=driver)
+
+    told = list(read_events(bucket))
+    assert [e["driver"] for e in told] == ["first"] * 3 + ["second"] * 3 + ["third"] * 3
+    assert [e["time"][:4] for e in told] == ["2027"] * 3 + ["2026"] * 3 + ["2025"] * 3
+    names = sorted(place.name for place in bucket.iterdir())
+    assert [name.partition("-")[0] for name in names] == ["00000001", "00000002", "00000003"]
+
+
+def test_many_events_in_a_bucket_are_some_objects_in_order(bucket, monkeypatch):
+    monkeypatch.setattr(events_module, "_LINES", 10)
+    for number in range(34):
+        write_event(bucket, "task", number=number)
+    write_event(bucket, "run_ended", number=34)
+
+    assert [e["number"] for e in read_events(bucket)] == list(range(35))
+    assert [len(p.read_text().splitlines()) for p in sorted(bucket.iterdir(), key=str)] == [10, 10, 10, 5]
+
+
+def test_two_drivers_at_once_overwrite_nothing_in_a_bucket(bucket):
+    """A driver that was taken over may write once more before it knows; its successor takes the same number."""
+    write_event(bucket, "run_started", driver="first")
+    first = events_module._Segment(bucket)
+    second = events_module._Segment(bucket)
+    last = max(place.name for place in bucket.iterdir())
+    for segment, driver in ((first, "first"), (second, "second")):
+        segment.lines = []
+        segment.add(json.dumps({"time": "", "event": "task", "driver": driver}), at_once=True)
+
+    told = [e["driver"] for e in read_events(bucket)]
+    assert sorted(told) == ["first", "first", "second"]
+    assert told[0] == "first"
+    assert last.startswith("00000001-")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 
+import pyarrow.parquet as pq
 import pytest
 
 from slidecube.pipeline import ledger as ledger_module
@@ -29,6 +30,7 @@ RECORD = Record(
     attempts=2,
     host="here",
     written_at="2026-11-20T00:00:00+00:00",
+    driver="0011223344556677",
 )
 
 
@@ -165,6 +167,7 @@ def many(ledger, monkeypatch) -> dict[str, Record]:
             key=f"{n:016x}",
             state=("done", "empty", "failed")[n % 3],
             numbers={"px": n},
+            driver=f"driver-{n % 2}",
         )
         for n in range(12)
     }
@@ -180,6 +183,10 @@ def known(ledger: Ledger) -> dict[str, Record]:
     assert ledger.keys() == {tile: (r.key, r.complete) for tile, r in loaded.items()}
     assert ledger.table()["tile"].to_pylist() == sorted(loaded)
     assert sum(ledger.table()["bytes"].to_pylist()) == sum(r.bytes for r in loaded.values())
+    drivers = ledger.table("driver")
+    assert dict(zip(*(drivers[name].to_pylist() for name in ("tile", "driver")), strict=True)) == {
+        tile: record.driver for tile, record in loaded.items()
+    }
     return loaded
 
 
@@ -196,6 +203,14 @@ def test_folded_records_come_back_equal(ledger, many):
     assert ledger.read("r999c999") is None
     assert ledger.complete("r000c000", many["r000c000"].key)
     assert not ledger.complete("r000c002", many["r000c002"].key), "failed"
+
+
+def test_a_table_of_before_there_were_drivers_is_nobodys(ledger, many):
+    ledger.pack()
+    old = pq.read_table(ledger.folder / PACKED).drop_columns("driver")
+    pq.write_table(old, ledger.folder / PACKED)
+
+    assert known(ledger) == {tile: dataclasses.replace(record, driver="") for tile, record in many.items()}
 
 
 def test_few_records_stay_loose(ledger, monkeypatch):

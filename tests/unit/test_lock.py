@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from slidecube.pipeline import lock as lock_module
 from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.lock import Lock, alive, holds, read_lock
+from slidecube.pipeline.lock import Lock, alive, born_s, holds, read_lock
 
 
 @pytest.fixture
@@ -26,7 +27,6 @@ def quick(monkeypatch):
 def foreign(folder: Path, **changes: object) -> dict[str, object]:
     """Write the lock of another driver."""
     folder.mkdir(exist_ok=True)
-    me = psutil.Process()
     lock = {
         "token": "other",
         "run": "hokkaido-1",
@@ -35,8 +35,8 @@ def foreign(folder: Path, **changes: object) -> dict[str, object]:
         "restarts": 0,
         "host": lock_module.socket.gethostname(),
         "machine": lock_module._machine(),
-        "pid": me.pid,
-        "started": me.create_time(),
+        "pid": os.getpid(),
+        "started": born_s(os.getpid()),
         "beat": 3,
         "running": 1,
     } | changes
@@ -89,7 +89,10 @@ def test_a_dead_driver_of_this_machine_is_taken_over_at_once(tmp_path):
 
 
 def test_a_process_number_that_is_used_again_is_another_process(tmp_path):
-    foreign(tmp_path, started=psutil.Process().create_time() - 3600)
+    foreign(tmp_path)
+    with pytest.raises(PipelineError, match="in use"):
+        Lock(tmp_path, run="a").__enter__()
+    foreign(tmp_path, started=born_s(os.getpid()) - 3600)
     with Lock(tmp_path, run="a") as lock:
         assert holds(lock.path, lock.token)
 
@@ -165,3 +168,38 @@ def test_a_full_disk_does_not_stop_the_heart(tmp_path, quick, monkeypatch):
         while read_lock(lock.path)["beat"] == beat and time.monotonic() < deadline:
             time.sleep(0.01)
         assert read_lock(lock.path)["beat"] > beat
+
+
+@pytest.fixture
+def process(tmp_path):
+    """A process whose name holds what ends a name in the system's table."""
+    named = tmp_path / "a) S 1 (b"
+    shutil.copy(shutil.which("sleep"), named)
+    with subprocess.Popen([named, "60"]) as process:
+        yield process
+        process.kill()
+
+
+def test_when_a_process_was_born(process):
+    """By the machine's own clock, which nobody sets: as psutil says, less the time of day of the machine's start."""
+    assert born_s(process.pid) == pytest.approx(
+        psutil.Process(process.pid).create_time() - psutil.boot_time(), abs=0.05
+    )
+    assert born_s(os.getpid()) < born_s(process.pid) < time.clock_gettime(time.CLOCK_BOOTTIME) + 0.05
+    process.kill()
+    process.wait()
+    with pytest.raises(psutil.NoSuchProcess):
+        born_s(process.pid)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_makes_nobody_another_process(tmp_path, monkeypatch, hours):
+    """The kernel then tells another time of day at which the machine started, by which psutil tells all others."""
+    with Lock(tmp_path, run="a") as lock:
+        boot_s = psutil.boot_time() + 3600 * hours
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_s)
+        monkeypatch.setattr(psutil._pslinux, "BOOT_TIME", boot_s, raising=False)
+        monkeypatch.setattr(time, "time", lambda: boot_s + time.clock_gettime(time.CLOCK_BOOTTIME))
+        assert alive(read_lock(lock.path))
+        with pytest.raises(PipelineError, match="in use by run 'a'"):
+            Lock(tmp_path, run="b").__enter__()
