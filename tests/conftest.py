@@ -112,6 +112,20 @@ def servers() -> Callable[[str], ModuleType]:
     return load
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB that can be made larger or read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
 @pytest.fixture(scope="session")
 def slurm_server(servers: Callable[[str], ModuleType]) -> Iterator[Any]:
     """A real Slurm of two nodes on this machine, one for each test process that asks for it."""

@@ -31,6 +31,12 @@ class Witness:
     settings: dict[str, Any]
 
     @staticmethod
+    def cluster(profile: str) -> dict[str, Any]:
+        """Section of a desk for a profile, with two workers where it has processes."""
+        wide = {"workers": 2, "mem_gb": 4.0} if profile == "dask-local" else {}
+        return {"profile": profile, **wide}
+
+    @staticmethod
     def started(desk: Any, **popen: Any) -> tuple[subprocess.Popen[str], float]:
         """Start a run, and wait until it has begun to plan: what comes before leaves nothing behind."""
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -38,6 +44,13 @@ class Witness:
         while not (desk.workspace / "locks").exists() and process.poll() is None:
             time.sleep(0.01)
         return process, time.monotonic()
+
+    @staticmethod
+    def status(desk: Any) -> dict[str, Any]:
+        """What `slidecube status` says."""
+        said = desk.cli("status", desk.workspace, "--json")
+        assert said.code == 0, said
+        return json.loads(said.out)
 
     @staticmethod
     def records(desk: Any) -> dict[str, bytes]:
@@ -95,20 +108,13 @@ class Witness:
 
     def assert_whole(self, desk: Any) -> None:
         """Complete, the same work, told once, and every scene that was read is counted once."""
-        state = status(desk)
+        state = self.status(desk)
         assert state["complete"], state
         assert state["running"] is None
         self.assert_same(desk)
         self.assert_told_once(desk)
         assert state["scene_reads"] == sum(e.get("scene_reads", 0) for e in desk.events())
         assert state["scene_reads"] == self.scene_reads > 0
-
-
-def status(desk: Any) -> dict[str, Any]:
-    """What `slidecube status` says."""
-    told = desk.cli("status", desk.workspace, "--json")
-    assert told.code == 0, told
-    return json.loads(told.out)
 
 
 def _lasting(record: bytes) -> dict[str, object]:
@@ -122,5 +128,5 @@ def witness(desk_in, tmp_path_factory):
     process, began = Witness.started(desk)
     assert process.wait(120) == 0
     span_s = time.monotonic() - began
-    reads = status(desk)["scene_reads"]
+    reads = Witness.status(desk)["scene_reads"]
     return Witness(desk=desk, span_s=span_s, scene_reads=reads, settings={"output": FORMATS})

@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 SEED = 20180906
-DASK = {"profile": "dask-local", "workers": 2, "mem_gb": 4.0}
 
 
 def kill(desk, witness, after_s: float, whom: str) -> bool:
@@ -82,9 +81,8 @@ def moments(n: int, span_s: float, seed: int) -> list[float]:
 )
 def test_killed_and_resumed(desk_in, tmp_path, witness, profile, whom, times):
     """Again and again in one workspace: what was done is not done again, so each attempt gets further."""
-    cluster = DASK if profile == "dask-local" else {}
-    desk = desk_in(tmp_path / "desk", cluster=cluster, **witness.settings)
-    start_s = 6.0 if cluster else 0.0  # of workers
+    desk = desk_in(tmp_path / "desk", cluster=witness.cluster(profile), **witness.settings)
+    start_s = 6.0 if profile == "dask-local" else 0.0  # of workers
 
     kills = kill_and_resume(
         desk, witness, [start_s + m for m in moments(times, witness.span_s / 2, SEED)], whom
@@ -99,9 +97,8 @@ def test_killed_and_resumed(desk_in, tmp_path, witness, profile, whom, times):
     ("profile", "whom"), [("threads", "group"), ("dask-local", "group"), ("dask-local", "driver")]
 )
 def test_killed_once_at_any_moment(desk_in, tmp_path, witness, profile, whom, number):
-    cluster = DASK if profile == "dask-local" else {}
-    desk = desk_in(tmp_path / "desk", cluster=cluster, **witness.settings)
-    span_s = witness.span_s * (3 if cluster else 1)
+    desk = desk_in(tmp_path / "desk", cluster=witness.cluster(profile), **witness.settings)
+    span_s = witness.span_s * (3 if profile == "dask-local" else 1)
 
     kill_and_resume(desk, witness, [moments(10, span_s, SEED + len(whom))[number]], whom)
 
@@ -109,7 +106,7 @@ def test_killed_once_at_any_moment(desk_in, tmp_path, witness, profile, whom, nu
 @pytest.mark.slow
 def test_a_worker_killed_alone_is_replaced(desk_in, tmp_path, witness):
     """As the kernel does when memory ends: the driver goes on, and the tile is tried again."""
-    desk = desk_in(tmp_path / "desk", cluster=DASK, **witness.settings)
+    desk = desk_in(tmp_path / "desk", cluster=witness.cluster("dask-local"), **witness.settings)
     process, _ = witness.started(desk)
     events = desk.workspace / "events"
     deadline = time.monotonic() + 60

@@ -140,20 +140,6 @@ def test_a_deleted_asset_is_named(desk_in, own_archive, tmp_path, command):
     assert f"asset 'B04' of item '{folders[0].name}'" in failed.refusal
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MiB that can be made larger or read-only."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_full_disk_stops_the_run_and_room_lets_it_finish(desk, command, small_disk):
     desk.write(output={"workspace": str(small_disk / "ws")})
     full = command("run", desk.toml, "--quiet")
