@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from slidecube.pipeline.storage import ObjectPath, Place, matching, read_many, write_atomic
@@ -19,23 +20,35 @@ _LINES, _EVERY_S = 500, 2.0
 """Lines of an object of events in a bucket, and how often it is written."""
 
 
+_kept: dict[Path, list[str]] = {}
+"""Lines that a full disk did not take: they are written before the next one, when there is room."""
+
+
 def write_event(path: Place, event: str, **fields: Any) -> None:
-    """Append an event; a full disk takes none, and the task that meets it says so itself."""
+    """Append an event; a full disk takes none now, and the task that meets it says so itself."""
     now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
     line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False)
     if isinstance(path, ObjectPath):
         _segment_of(path).add(line, at_once=event != "task")
         return
+    lines = _kept.setdefault(path, [])
+    lines.append(line)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            if file.tell():  # a killed driver, or a full disk, may have left half a line
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else f"\n{line}"
-            file.write(f"{line}\n".encode())
+        while lines:
+            _append(path, lines[0])
+            del lines[0]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a+b") as file:
+        if file.tell():  # a killed driver, or a full disk, may have left half a line
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 class _Segment:

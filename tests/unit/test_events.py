@@ -64,6 +64,25 @@ def test_a_full_disk_takes_no_events_and_other_errors_are_told(tmp_path, monkeyp
         write_event(tmp_path / "a.jsonl", "task")
 
 
+def test_what_a_full_disk_did_not_take_is_told_when_there_is_room(tmp_path, monkeypatch):
+    """Room is made while the run goes on: it ends well, and a tile that it did not tell would never be told."""
+    path = tmp_path / "a.jsonl"
+    write_event(path, "run_started", driver="first")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        write_event(path, "task", key="k1")
+        write_event(path, "task", key="k2")
+    write_event(path, "task", key="k3")
+    write_event(path, "run_ended")
+
+    told = [(e["event"], e.get("key", "")) for e in read_events(path)]
+    assert told == [("run_started", ""), ("task", "k1"), ("task", "k2"), ("task", "k3"), ("run_ended", "")]
+
+
 @pytest.fixture
 def bucket(s3):
     """Place of a run's events in an empty bucket, and a driver's process that ends: `bucket.next_driver()`."""
