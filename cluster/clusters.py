@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ DASK_SETTINGS = {
     # a tile's own ceiling was projected before the run; pausing a worker that holds one would only wait
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.98,
-    # a job that was cancelled is asked for again after so long; 15 s by default
-    "distributed.deploy.lost-worker-timeout": "2s",
+    # after so long a worker that is gone is started anew, with its nanny or its job; its nanny by itself needs some
+    # seconds, and on a machine that is busy more than the default, after which both would be gone
+    "distributed.deploy.lost-worker-timeout": "30s",
 }
 
 
@@ -46,7 +47,8 @@ class Opened:
     """A cluster and our client of it.
 
     cluster : None when it is somebody else's; patience_s : how long to wait for a first worker
-    remedy : what to do when none comes; wanted : workers that a batch system is asked for again when they are lost
+    remedy : what to do when none comes; wanted : workers that the cluster is asked for again when they are lost
+    settings : of Dask, while the cluster is open
     """
 
     client: Client
@@ -55,10 +57,11 @@ class Opened:
     remedy: str = "start with `slidecube doctor`, raise mem_gb, or use profile 'threads'"
     wanted: int = 0
     scratch: tempfile.TemporaryDirectory[str] | None = None
+    settings: AbstractContextManager[Any] | None = None
     _asked: float = field(default_factory=time.monotonic)
 
     def ask_for_missing(self, there: int) -> None:
-        """Ask a batch system again for workers whose jobs are gone: it does not do so by itself."""
+        """Ask again for workers that are gone with their nannies or jobs: a cluster does not do so by itself."""
         if there >= self.wanted or time.monotonic() - self._asked < _ASK_AGAIN_S:
             return
         self._asked = time.monotonic()
@@ -79,6 +82,8 @@ class Opened:
         finally:
             if self.scratch is not None:
                 self.scratch.cleanup()
+            if self.settings is not None:
+                self.settings.__exit__(None, None, None)
 
 
 class _DieWithDriver(WorkerPlugin):
@@ -105,8 +110,14 @@ def open_cluster(profile: Profile) -> Opened:
 
     Raises ClusterError when it cannot be had: a package, a GPU, a command or an address that is missing.
     """
-    with dask.config.set(DASK_SETTINGS):
-        return _OPENERS[profile.runner](profile)
+    settings = dask.config.set(DASK_SETTINGS)  # some are asked for while the cluster works
+    try:
+        opened = _OPENERS[profile.runner](profile)
+    except BaseException:
+        settings.__exit__(None, None, None)
+        raise
+    opened.settings = settings
+    return opened
 
 
 def _local(profile: Profile) -> Opened:
@@ -147,7 +158,7 @@ def _on_this_machine(profile: Profile, kind: Callable[..., Any], **how: Any) -> 
         raise
     client = Client(cluster, set_as_default=False)
     client.register_plugin(_DieWithDriver(os.getpid()))
-    return Opened(client=client, cluster=cluster, scratch=scratch)
+    return Opened(client=client, cluster=cluster, scratch=scratch, wanted=profile.workers)
 
 
 def _at_address(profile: Profile) -> Opened:

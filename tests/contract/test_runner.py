@@ -290,6 +290,22 @@ def test_a_worker_that_dies_with_its_result(monkeypatch, tmp_path, request):
     assert [(outcome.worker, outcome.result) for outcome in ended] == [(worker, None)]
 
 
+def test_a_worker_whose_nanny_gave_up_comes_again(monkeypatch, tmp_path, request):
+    monkeypatch.setitem(clusters.DASK_SETTINGS, "distributed.deploy.lost-worker-timeout", "50ms")
+    monkeypatch.setattr(clusters, "_ASK_AGAIN_S", 1.0)
+    with DaskPool(profile_of("two processes", request)) as pool:
+        while len(pool.workers()) < 2:
+            time.sleep(0.05)
+        lost = next(iter(pool.workers()))
+        pool.start(lost, lambda task: os.kill(os.getpid(), signal.SIGKILL), *tasks(1))
+        while not pool.wait(0.1):
+            pass
+        until = time.monotonic() + 60
+        while len(pool.workers()) < 2 or lost in pool.workers():
+            assert time.monotonic() < until, "one worker is left for the rest of the run"
+            time.sleep(0.05)
+
+
 @pytest.mark.parametrize("name", RUNNERS)
 def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
     """A process is killed, a thread can only be left behind; the others go on either way."""
