@@ -174,7 +174,7 @@ class _Driver:
     scene_reads: int = 0
 
     def drive(self, stages: Sequence[str]) -> RunReport:
-        self._recover_events()
+        inherited = self._recover_events()
         self._event(
             "run_started",
             stages=list(stages),
@@ -204,6 +204,8 @@ class _Driver:
             or not {"fit", "mosaic"}.isdisjoint(stages)
         )
         self._fold()
+        if inherited:  # a record may have been on its way to a slow disk when we looked first
+            self._recover_events()
         self._event("run_ended", complete=complete, done=dict(self.done), failed=dict(self.failed))
         return RunReport(
             run=self.plan.run,
@@ -401,15 +403,15 @@ class _Driver:
         self._event("mosaic", products=below(folder, self.plan.workspace.root))
         return folder
 
-    def _recover_events(self) -> None:
+    def _recover_events(self) -> bool:
         """Tell what a killed driver could not: the tiles that were recorded and not told of.
 
         Otherwise the scenes that they read would not be counted. No times are compared: clocks are set, and those of
-        two machines differ.
+        two machines differ. Returns whether there was such a driver.
         """
         told, drivers = unfinished(self._events)
         if not drivers:
-            return
+            return False
         mine = None if self.shard is None else set(_dealt(self.plan, self.shard))
         untold = {wanted.ledger.folder: _by(wanted.ledger, drivers) for wanted in wanted_of(self.plan)}
         for task, ledger in tasks_of(self.plan):
@@ -419,6 +421,7 @@ class _Driver:
             record = ledger.read(task.tile)
             if record is not None and record.key == task.key:
                 self._task_event(task, record)
+        return True
 
     def _task_event(self, task: TileTask, result: TaskResult | Record) -> None:
         self._event(

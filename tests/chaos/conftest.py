@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from slidecube.pipeline.ledger import VOLATILE
+from slidecube.pipeline.status import status
 from slidecube.pipeline.tasks import FIT_STAGES
 
 FORMATS = {"formats": ["parquet", "gpkg", "cog", "stac"]}
@@ -48,9 +49,7 @@ class Witness:
     @staticmethod
     def status(desk: Any) -> dict[str, Any]:
         """What `slidecube status` says."""
-        said = desk.cli("status", desk.workspace, "--json")
-        assert said.code == 0, said
-        return json.loads(said.out)
+        return status(desk.workspace)
 
     @staticmethod
     def records(desk: Any) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ Only the time of day: what counts seconds from the machine's start goes on, as i
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -71,37 +72,74 @@ def after_tasks(desk, driver, n: int) -> None:
         time.sleep(0.01)
 
 
-def status(desk, witness) -> dict:
-    """What is said of a run makes sense, whatever the clock did."""
-    found = witness.status(desk)
+def status(desk) -> dict:
+    """What is said of a run, by a process of its own: it makes sense, whatever the clock did."""
+    said = desk.cli("status", desk.workspace, "--json")
+    assert said.code == 0, said
+    found = json.loads(said.out)
     assert all(pace > 0 for pace in found["pace"].values())
     assert found["minutes_left"] is None or found["minutes_left"] >= 0
     return found
 
 
-@pytest.mark.parametrize(
-    "jumps", [(HOUR_S, -HOUR_S), pytest.param((-HOUR_S, HOUR_S), marks=pytest.mark.slow)]
-)
-def test_set_between_a_killed_driver_and_its_successor(desk_in, tmp_path, witness, clock, jumps):
+def assert_refused(desk, driver) -> None:
+    """A living driver keeps its workspace, and is said to be at work."""
+    os.kill(driver.pid, signal.SIGSTOP)  # in no hurry
+    try:
+        second, state = desk.cli("run", desk.toml, "--quiet"), status(desk)
+    finally:
+        os.kill(driver.pid, signal.SIGCONT)
+    assert second.code == 1
+    assert f"process {driver.pid}" in second.refusal
+    assert state["running"] == state["run"]
+    assert state["drivers"] == 1
+
+
+def kill(driver) -> None:
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+
+def assert_whole(desk, witness) -> None:
+    witness.assert_whole(desk)
+    assert len({e["time"][:13] for e in desk.events()}) >= 3, "the clock was not set"
+
+
+def test_set_below_a_driver_and_again_before_its_successor(desk_in, tmp_path, witness, clock):
+    desk = desk_in(tmp_path / "desk", **witness.settings)
+    driver, _ = witness.started(desk)
+    after_tasks(desk, driver, 2)
+    clock.set(HOUR_S)
+    assert_refused(desk, driver)
+    after_tasks(desk, driver, 3)
+    kill(driver)
+    clock.set(-HOUR_S)
+
+    assert desk.cli("run", desk.toml, "--quiet").code == 0
+
+    assert_whole(desk, witness)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jumps", [(HOUR_S, -HOUR_S), (-HOUR_S, HOUR_S)])
+def test_set_between_killed_drivers_and_their_successors(desk_in, tmp_path, witness, clock, jumps):
     desk = desk_in(tmp_path / "desk", **witness.settings)
     for seconds in jumps:
         driver, _ = witness.started(desk)
         after_tasks(desk, driver, 3)
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
+        kill(driver)
         clock.set(seconds)
-        state = status(desk, witness)
+        state = status(desk)
         assert state["running"] is None
         assert not state["complete"]
 
     assert desk.cli("run", desk.toml, "--quiet").code == 0
 
-    witness.assert_whole(desk)
-    hours = {e["time"][:13] for e in desk.events()}
-    assert len(hours) >= 3, "the clock was not set"
+    assert_whole(desk, witness)
 
 
-@pytest.mark.parametrize("profile", ["threads", pytest.param("dask-local", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["threads", "dask-local"])
 def test_set_below_a_living_driver(desk_in, tmp_path, witness, clock, profile):
     """Nobody takes its workspace, and what it does counts once."""
     desk = desk_in(tmp_path / "desk", cluster=witness.cluster(profile), **witness.settings)
@@ -109,18 +147,7 @@ def test_set_below_a_living_driver(desk_in, tmp_path, witness, clock, profile):
     for seconds in (HOUR_S, -HOUR_S):
         after_tasks(desk, driver, 2)
         clock.set(seconds)
-        os.kill(driver.pid, signal.SIGSTOP)  # alive, and in no hurry
-        try:
-            second = desk.cli("run", desk.toml, "--quiet")
-            state = status(desk, witness)
-        finally:
-            os.kill(driver.pid, signal.SIGCONT)
-        assert second.code == 1
-        assert f"process {driver.pid}" in second.refusal
-        assert state["running"] == state["run"]
-        assert state["drivers"] == 1
+        assert_refused(desk, driver)
     assert driver.wait(120) == 0
 
-    witness.assert_whole(desk)
-    hours = {e["time"][:13] for e in desk.events()}
-    assert len(hours) >= 3, "the clock was not set"
+    assert_whole(desk, witness)

@@ -21,12 +21,12 @@ cli.main(sys.argv[1:])
 
 
 def test_started_at_once(desk_in, tmp_path, witness):
-    """One of them works, and the others are refused by one line; nobody hurts anybody."""
+    """One of them works, and the other one is refused by one line; nobody hurts anybody."""
     desk = desk_in(tmp_path / "desk", **witness.settings)
-    drivers = [desk.start("run", desk.toml, "--quiet") for _ in range(3)]
+    drivers = [desk.start("run", desk.toml, "--quiet") for _ in range(2)]
     said = [driver.communicate(timeout=180) for driver in drivers]
 
-    assert sorted(driver.returncode for driver in drivers) == [0, 1, 1], said
+    assert sorted(driver.returncode for driver in drivers) == [0, 1], said
     for driver, (_, err) in zip(drivers, said, strict=True):
         if driver.returncode == 1:
             assert len(err.splitlines()) == 1

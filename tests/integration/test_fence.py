@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -155,3 +156,31 @@ def test_what_a_killed_driver_recorded_and_did_not_tell_is_told_whatever_its_clo
         tuple(e[name] for name in said) for e in tasks
     )
     assert sum(e["scene_reads"] for e in told) > 0
+
+
+def test_a_record_that_was_on_its_way_when_its_driver_died_is_told(desk, monkeypatch):
+    """A worker asked for the right to write just before its driver was taken over, and its disk was slow."""
+    config = load_config(desk.toml)
+    assert run(config, progress=False).complete
+    events = next((desk.workspace / "events").glob("*.jsonl"))
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    late = next(line for line in lines if line["event"] == "task" and line["scene_reads"])
+    kept = [line for line in lines if line != late and line["event"] != "run_ended"]
+    events.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    record = next(desk.workspace.glob(f"layers/*/{late['layer']}.ledger/{late['tile']}.json"))
+    held = record.rename(desk.folder / "on its way")
+    module = sys.modules[run.__module__]
+    real = module.write_event
+
+    def tell(path, event, **fields):
+        if event == "run_started":  # which is after the first look, and before what is due is known
+            held.rename(record)
+        real(path, event, **fields)
+
+    monkeypatch.setattr(module, "write_event", tell)
+    assert run(config, progress=False).complete
+
+    told = [e for e in read_events(events) if e["event"] == "task"]
+    said = ("layer", "tile", "key", "scene_reads", "driver")
+    assert [tuple(e[name] for name in said) for e in told].count(tuple(late[name] for name in said)) == 1
+    assert len(told) == sum(line["event"] == "task" for line in lines)
