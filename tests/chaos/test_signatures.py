@@ -53,7 +53,11 @@ def calm(desk_in, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("life_s", "told_s"), [(2.0, 3600.0), (2.0, 2.0)], ids=["ends-before-it-says", "ends-as-it-says"]
+    ("life_s", "told_s"),
+    [
+        pytest.param(2.0, 3600.0, id="ends-before-it-says"),
+        pytest.param(2.0, 2.0, id="ends-as-it-says", marks=pytest.mark.slow),
+    ],
 )
 def test_signatures_that_expire_in_mid_run(servers, small_archive, desk_in, tmp_path, calm, life_s, told_s):
     module = servers("signed_files")

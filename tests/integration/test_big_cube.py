@@ -37,7 +37,14 @@ def client():
 
 
 @pytest.mark.parametrize(
-    ("model", "chunk"), [("rdndvi", 300), ("cae-kmeans", 512), ("cae-kmeans-change", 300)]
+    ("model", "chunk"),
+    [
+        ("rdndvi", 300),
+        *(
+            pytest.param(*how, marks=pytest.mark.slow)
+            for how in [("cae-kmeans", 512), ("cae-kmeans-change", 300)]
+        ),
+    ],
 )
 def test_one_big_cube_on_a_cluster_is_what_the_batch_run_wrote(workspaces, client, model, chunk):
     plan = open_plan(workspaces(model))

@@ -21,6 +21,8 @@ from slidecube.pipeline.statistics import read_manifest
 from slidecube.pipeline.store import open_layer
 from slidecube.pipeline.tile import optical_layer
 
+SLOW = pytest.mark.slow
+DASK = {"profile": "dask-local", "workers": 2}
 TOML = """
 [area]
 aoi = "{archive}/truth/area.geojson"
@@ -104,21 +106,21 @@ def references(archive, tmp_path_factory):
 @pytest.mark.parametrize(
     ("composite", "model", "other"),
     [
-        ("greenest", "rdndvi", {"tile_px": 1024, "threads": 2}),
-        ("greenest", "rdndvi", {"tile_px": 2048}),
-        ("greenest", "rdndvi", {"profile": "dask-local", "workers": 2}),
-        ("greenest", "rdndvi", {"workers": 2}),
-        ("median", "rdndvi", {"tile_px": 2048, "threads": 2}),
-        ("greenest", "rdndvi", {"tile_px": 1024, "threads": 2, "loader": "stackstac"}),
-        ("greenest", "cae-kmeans", {"tile_px": 1024, "threads": 2}),
-        ("greenest", "cae-kmeans", {"profile": "dask-local", "workers": 2}),
-        ("greenest", "cae-kmeans-change", {"tile_px": 2048, "workers": 2}),
+        pytest.param("greenest", "rdndvi", {"tile_px": 1024, "threads": 2}, id="1024px-2threads"),
+        pytest.param("greenest", "rdndvi", {"tile_px": 2048}, id="2048px"),
+        pytest.param("greenest", "rdndvi", DASK, id="512px-2processes"),
+        pytest.param("greenest", "rdndvi", {"workers": 2}, id="512px-2tiles-at-once", marks=SLOW),
+        pytest.param("median", "rdndvi", {"tile_px": 2048, "threads": 2}, id="median-2048px-2threads"),
+        pytest.param(
+            "greenest", "rdndvi", {"tile_px": 1024, "threads": 2, "loader": "stackstac"}, id="stackstac"
+        ),
+        pytest.param("greenest", "cae-kmeans", {"tile_px": 1024, "threads": 2}, id="cae-1024px-2threads"),
+        pytest.param("greenest", "cae-kmeans", DASK, id="cae-512px-2processes", marks=SLOW),
+        pytest.param(
+            "greenest", "cae-kmeans-change", {"tile_px": 2048, "workers": 2}, id="cae-change", marks=SLOW
+        ),
     ],
-    ids=[
-        "1024px-2threads", "2048px", "512px-2processes", "512px-2tiles-at-once", "median-2048px-2threads",
-        "stackstac-1024px-2threads", "cae-1024px-2threads", "cae-512px-2processes", "cae-change-2048px",
-    ],
-)  # fmt: skip
+)
 def test_stored_arrays_and_objects_are_equal(references, archive, tmp_path, composite, model, other):
     one = references(composite, model)
     two = _run(archive, tmp_path / "b", composite=composite, model=model, **other)

@@ -129,7 +129,10 @@ def in_bucket(desk_in, tmp_path, s3):
     return make
 
 
-@pytest.mark.parametrize("changes", [RULE, LEARNT], ids=["rdndvi", "cae-kmeans"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(RULE, id="rdndvi"), pytest.param(LEARNT, id="cae-kmeans", marks=pytest.mark.slow)],
+)
 def test_a_bucket_holds_what_a_folder_holds(folder_run, in_bucket, s3, changes):
     desk = in_bucket(changes)
 
@@ -178,7 +181,7 @@ def start_and_wait(desk, s3: str, least: int):
     return driver
 
 
-@pytest.mark.parametrize("least", [1, 6, 13])
+@pytest.mark.parametrize("least", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 13))])
 def test_a_killed_driver_is_taken_over_and_its_work_goes_on(folder_run, in_bucket, s3, least):
     desk = in_bucket(RULE)
     driver = start_and_wait(desk, s3, least)
@@ -289,7 +292,8 @@ class FaultyProxy:
         handler.close_connection = cut
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_server_that_fails_at_every_tenth_request_changes_nothing(
     folder_run, in_bucket, s3, s3_server, monkeypatch, seed
 ):

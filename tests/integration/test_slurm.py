@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -173,8 +172,9 @@ def test_a_profile_that_is_no_array_is_refused(desk):
 
 def test_status_answers_without_a_queue(slurm, desk, monkeypatch):
     assert submit(desk).code == 0
-    monkeypatch.setenv("PATH", str(Path("/nowhere")))
-    state = status(desk)
+    with monkeypatch.context() as without:
+        without.setenv("PATH", "/nowhere")
+        state = status(desk)
     assert [job["gone"] for job in state["jobs"]] == [2, 2, 1]
 
 

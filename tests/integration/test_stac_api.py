@@ -10,7 +10,6 @@ import datetime as dt
 import http.client
 import json
 import threading
-import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -120,11 +119,8 @@ def test_five_thousand_items_are_planned(
         cube={"max_cloud_pct": 60},
         cluster={"failure_budget": 0},
     )
-    began = time.monotonic()
     planned = command("plan", desk.toml)
-    took_s = time.monotonic() - began
     assert planned.code == 0, planned.err
-    assert took_s < 60
     remote = open_plan(desk.workspace).scenes.role("optical")
 
     near = desk_in(tmp_path / "local", cube={"max_cloud_pct": 60})
