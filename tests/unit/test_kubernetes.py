@@ -20,10 +20,7 @@ from slidecube.cluster.kubernetes import STAGES, cluster_spec, manifests
 from slidecube.cluster.resources import load_profile
 from slidecube.pipeline import cli
 
-VERSIONS = (
-    "1.31",
-    kubernetes_validate.latest_version(),
-)  # the first in which all that we ask for is on by itself
+VERSIONS = ("1.31", kubernetes_validate.latest_version())  # the oldest that the page names, and the newest
 
 PLAIN = 'image = "registry.example.org/slidecube:0.1.0"\n'
 FULL = (
@@ -120,6 +117,10 @@ def test_the_cluster_is_what_the_operator_takes(profile, definition, case):
     [cluster] = of_kind(profile(case), "DaskCluster").values()
     jsonschema.validate(cluster, definition)
     validation.validate_cluster_name(cluster["metadata"]["name"])
+
+
+def test_the_page_names_the_oldest_version(repo_root):
+    assert f"Version {VERSIONS[0]} or newer." in (repo_root / "deploy" / "kubernetes.md").read_text()
 
 
 def test_a_slip_is_refused(profile, definition):
@@ -401,6 +402,15 @@ def written(tmp_path, text):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     return path
+
+
+def test_show_tells_every_setting(command, tmp_path):
+    found = command("cluster", "show", written(tmp_path, f'extends = "kubernetes"\n[kubernetes]\n{FULL}'))
+    assert found.code == 0
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in found.out.splitlines())
+    assert rows["egress_ports"] == "443, 9000"
+    assert rows["node_selector"] == "example.org/pool = batch"
+    assert (rows["service_account"], rows["scratch_gb"]) == ("slidecube", "20")
 
 
 def test_manifests_are_printed_or_written(command, tmp_path):
