@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from slidecube.cluster.resources import Profile
 _NO_WORKERS_S = 60.0  # starting one takes seconds, and half a minute on a busy machine
 _ASK_AGAIN_S = 10.0
 _CONNECT_S = 30.0
+_STARTS = 3
 _SCRATCH = "slidecube-dask-"
 
 DASK_SETTINGS = {
@@ -140,9 +141,24 @@ def _cuda(profile: Profile) -> Opened:
 
 
 def _on_this_machine(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
+    """Start a cluster here. A worker that dies meanwhile ends the start, which is then made anew."""
     _remove_stale_scratch()
-    scratch = tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True)
-    try:
+    said = ""
+    for _ in range(_STARTS):
+        try:
+            return _started(profile, kind, **how)
+        except (RuntimeError, OSError) as error:  # what Dask says of a worker that died
+            said = " ".join(str(error).split())
+    raise ClusterError(
+        f"The workers of profile {profile.name!r} do not start ({said}); ask `slidecube doctor`, raise mem_gb, or "
+        "use profile 'threads'"
+    )
+
+
+def _started(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
+    with ExitStack() as undo:
+        scratch = tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True)
+        undo.callback(scratch.cleanup)
         cluster = kind(
             threads_per_worker=1,
             memory_limit=int(profile.worker.mem_gb * 1e9),
@@ -153,11 +169,11 @@ def _on_this_machine(profile: Profile, kind: Callable[..., Any], **how: Any) -> 
             **({"processes": True} if kind is LocalCluster else {}),
             **how,
         )
-    except BaseException:
-        scratch.cleanup()
-        raise
-    client = Client(cluster, set_as_default=False)
-    client.register_plugin(_DieWithDriver(os.getpid()))
+        undo.callback(cluster.close, timeout=_CONNECT_S)
+        client = Client(cluster, set_as_default=False)
+        undo.callback(client.close, timeout=_CONNECT_S)
+        client.register_plugin(_DieWithDriver(os.getpid()))
+        undo.pop_all()
     return Opened(client=client, cluster=cluster, scratch=scratch, wanted=profile.workers)
 
 

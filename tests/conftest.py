@@ -254,13 +254,11 @@ class Desk:
         }
 
     def events(self) -> list[dict[str, Any]]:
-        """Everything that was told of all runs, by run and line."""
-        lines = [
-            line
-            for path in sorted((self.workspace / "events").glob("*.jsonl"))
-            for line in path.read_text(encoding="utf-8").splitlines()
-        ]
-        return [json.loads(line) for line in lines]
+        """Everything that was told of all runs, by run and line, without the halves that a killed driver left."""
+        from slidecube.pipeline.events import read_events  # noqa: PLC0415  few tests need it
+
+        found = sorted((self.workspace / "events").glob("*.jsonl"))
+        return [event for path in found for event in read_events(path)]
 
 
 def _toml(sections: dict[str, Any]) -> str:

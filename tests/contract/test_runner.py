@@ -302,6 +302,45 @@ def test_a_worker_that_dies_with_its_result(monkeypatch, tmp_path, request):
     assert [(outcome.worker, outcome.result) for outcome in ended] == [(worker, None)]
 
 
+class DiesOnce(distributed.WorkerPlugin):
+    """Kills the first worker that is given it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def setup(self, worker) -> None:
+        (self.folder / f"{os.getpid()}").touch()
+        if len(list(self.folder.iterdir())) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_as_it_starts_does_not_end_the_run(monkeypatch, tmp_path, request):
+    monkeypatch.setattr(clusters, "_DieWithDriver", lambda _: DiesOnce(tmp_path))
+    with opened(profile_of("two processes", request)) as runner:
+        found = list(run(runner, done, tasks(6)))
+
+    assert [r.status for r in found] == ["done"] * 6
+    assert len(list(tmp_path.iterdir())) >= 2
+
+
+def test_a_cluster_that_does_not_start_is_tried_again_and_then_one_line(monkeypatch, request):
+    """Dask says so where a worker dies before it has told its address."""
+    begun = []
+
+    def dies(*args, **kwargs):
+        begun.append(kwargs["local_directory"])
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr(clusters, "LocalCluster", dies)
+    with (
+        pytest.raises(ClusterError, match=r"do not start \(Nanny failed to start.\); .* `slidecube doctor`"),
+        opened(profile_of("two processes", request)),
+    ):
+        pass
+    assert len(begun) == 3
+    assert not [folder for folder in begun if Path(folder).exists()]
+
+
 def test_a_worker_whose_nanny_gave_up_comes_again(monkeypatch, tmp_path, request):
     monkeypatch.setitem(clusters.DASK_SETTINGS, "distributed.deploy.lost-worker-timeout", "50ms")
     monkeypatch.setattr(clusters, "_ASK_AGAIN_S", 1.0)
