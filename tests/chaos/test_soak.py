@@ -23,7 +23,7 @@ KINDS = {"threads": [("run",)], "dask-local": [("run",)], "site": [*SHARDS, ("ru
 """Commands of a run: all shards together, then the others."""
 
 KILLS_OF_ONE = 6
-PATIENCE_S = 240
+PATIENCE_S = 300
 
 
 @dataclass(slots=True, kw_only=True)
