@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -41,7 +42,8 @@ class DaskPool:
         self._there: dict[str, str] = {}
         self._looked = 0.0
         self._alone_since: float | None = None
-        self._shunned: set[str] = set()
+        self._shunned: dict[str, str] = {}
+        self._folders: dict[str, str] = {}  # of each process its own: an address may be used again
 
     @property
     def address(self) -> str:
@@ -75,22 +77,23 @@ class DaskPool:
         return [self._outcome(worker) for worker in ended]
 
     def end(self, worker: str) -> None:
-        """Kill a worker's process by its nanny; without one it is left alone and gets nothing more."""
-        self._shunned.add(worker)
+        """Kill a worker's process by its nanny; without one it is left alone and gets nothing more.
+
+        Nobody waits for that: what does not answer for minutes would hold up the other workers.
+        """
+        self._shunned[worker] = self._folders.get(worker, "")
         self._there.pop(worker, None)
-        with suppress(OSError, ValueError, TimeoutError):
-            self._client.run(_kill_process, workers=[worker], nanny=True, on_error="ignore")
+        threading.Thread(target=_kill, args=(self._client, worker), daemon=True).start()
         self._ended.put((worker, self._in_work[worker][0]))
 
-    def give_up(self, *, wait: bool) -> None:
-        """Wait for the tasks in work, or let go of them."""
+    def give_up(self, *, patience_s: float | None) -> None:
+        """Wait for the tasks in work, and let go of those that take longer; None = as long as it takes."""
         futures = [future for future, _ in self._in_work.values()]
         self._in_work.clear()
-        if wait:
-            with self._client.as_current():
-                distributed.wait(futures)
-        else:
-            self._client.cancel(futures, force=True)
+        if patience_s != 0:
+            with self._client.as_current(), suppress(TimeoutError):
+                distributed.wait(futures, timeout=patience_s)
+        self._client.cancel([future for future in futures if not future.done()], force=True)
 
     def __enter__(self) -> Self:
         """Start the cluster, or connect to it."""
@@ -121,6 +124,13 @@ class DaskPool:
                 "what is done stays done"
             ) from None
         self._looked = time.monotonic()
+        self._folders = {address: about["local_directory"] for address, about in info.items()}
+        # another process at an address, where a site fixes the port, is another worker
+        self._shunned = {
+            address: folder
+            for address, folder in self._shunned.items()
+            if self._folders.get(address, folder) == folder
+        }
         self._there = {
             address: str(about["name"]) for address, about in info.items() if address not in self._shunned
         }
@@ -158,6 +168,11 @@ def _result(future: Any, task: TileTask) -> TaskResult | None:
     if error is None or isinstance(error, KilledWorker):
         return None
     return failed(task, error)
+
+
+def _kill(client: Any, worker: str) -> None:
+    with suppress(Exception):  # it is gone, or the client is
+        client.run(_kill_process, workers=[worker], nanny=True, on_error="ignore")
 
 
 def _kill_process(dask_worker: Any) -> None:

@@ -113,8 +113,8 @@ class Pool(Protocol):
         """End a worker whose task is overdue; an outcome without result follows."""
         ...
 
-    def give_up(self, *, wait: bool) -> None:
-        """Let go of the tasks in work: wait for them, or leave them."""
+    def give_up(self, *, patience_s: float | None) -> None:
+        """Let go of the tasks in work: wait so long for them, None = as long as it takes, and leave the others."""
         ...
 
     def __enter__(self) -> Self:
@@ -246,7 +246,7 @@ class Runner:
             raise
         finally:
             if in_work:
-                self._pool.give_up(wait=wait)
+                self._pool.give_up(patience_s=self._left_s(in_work) if wait else 0.0)
 
     def _fill(self, queue: _Queue, in_work: dict[str, _InWork], function: TaskFunction) -> bool:
         """Give every idle worker a task; tells whether there is anything to wait for."""
@@ -271,6 +271,12 @@ class Runner:
         if not queue.later:
             return _LOOK_S
         return min(_LOOK_S, max(0.01, queue.later[0][0] - time.monotonic()))
+
+    def _left_s(self, in_work: Mapping[str, _InWork]) -> float | None:
+        """Seconds until what is in work is overdue, None when nothing ever is."""
+        if self._deadline_s is None:
+            return None
+        return max(0.0, self._deadline_s - min(time.monotonic() - work.since for work in in_work.values()))
 
     def _end_overdue(self, in_work: dict[str, _InWork]) -> None:
         if self._deadline_s is None:

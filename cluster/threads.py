@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -18,7 +19,7 @@ class ThreadsPool:
     """So many threads, each with at most one task.
 
     A thread cannot be ended from outside: one that is overdue is left behind and another one takes its place. What it
-    still writes is fenced.
+    still writes are the bytes that its successor writes, and its record takes the place of none that is done.
     """
 
     address = ""
@@ -58,16 +59,16 @@ class ThreadsPool:
         self._make()
         self._ended.put(Outcome(worker=worker, result=None))
 
-    def give_up(self, *, wait: bool) -> None:
-        """Wait for the tasks in work, or leave their threads behind."""
+    def give_up(self, *, patience_s: float | None) -> None:
+        """Wait for the tasks in work, and leave behind the threads that take longer; None = as long as it takes."""
+        until = None if patience_s is None else time.monotonic() + patience_s
         for worker in list(self._busy):
             thread = self._threads.get(worker)
             self._dismiss(worker)
             if thread is None:
                 continue
-            if wait:
-                thread.join()
-            else:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+            if thread.is_alive():
                 _left_behind.add(thread)
             self._make()
         self._busy.clear()

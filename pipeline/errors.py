@@ -20,6 +20,10 @@ class DrainedError(IncompleteError):
     """The work was asked to end early, and the same command goes on (exit code 75)."""
 
 
+class InUseError(PipelineError):
+    """Somebody else holds what was asked for."""
+
+
 class FencedError(PipelineError):
     """Another driver holds the workspace now: nothing may be written any more."""
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from slidecube.pipeline.storage import ObjectPath, Place, matching, read_many, write_atomic
+from slidecube.pipeline.storage import ObjectPath, Place, below, matching, read_many, write_atomic
 
 _LINES, _EVERY_S = 500, 2.0
 """Lines of an object of events in a bucket, and how often it is written."""
@@ -99,6 +99,12 @@ def read_events(path: Place) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(event, dict) and {"time", "event"} <= set(event):
             yield event
+
+
+def event_files(folder: Place, run: str) -> list[Place]:
+    """List the files of a run's events, of its drivers and of its shards. folder : of all events."""
+    found = {below(path, folder).split("/")[0] for path in matching(folder, "*.jsonl", "*/*.jsonl")}
+    return [folder / name for name in sorted(found) if name.startswith(f"{run}.")]
 
 
 def unfinished(path: Place) -> tuple[set[tuple[str, str]], set[str]]:

@@ -11,7 +11,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any, Self
 
 import psutil
 
-from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.storage import Place, create, names, read_tagged, release, swap
+from slidecube.pipeline.errors import IncompleteError, InUseError
+from slidecube.pipeline.storage import Place, create, guard, names, read_tagged, release, swap
 
 BEAT_S = 2.0
 SILENT_S = 20.0
@@ -76,74 +76,93 @@ class Job:
 class Lock:
     """The right to write into a workspace.
 
-    A second driver is refused while the first one lives, and so is the same shard twice, a driver beside shards, and
-    shards of another number. A dead one is taken over: at once when it ran on this machine (its process is gone) or
-    when its batch system has started its job again, after `SILENT_S` without a heartbeat when it ran elsewhere. Work
-    that a dead driver left running is fenced: `holds` says no to its token before it writes.
+    A second driver is refused while the first one lives, and so is the same shard twice, a driver beside shards,
+    and shards of another number or another run: those may hold another list of scenes for the same tile. A dead one
+    is taken over: at once when it ran on this machine (its process is gone) or when its batch system has started
+    its job again, after `SILENT_S` without a heartbeat when it ran elsewhere. Work that a dead driver left running
+    is fenced: `holds` says no to its token before it writes.
     """
 
     def __init__(
-        self, folder: Place, *, run: str, shard: Shard | None = None, job: Job | None = None
+        self,
+        folder: Place,
+        *,
+        run: str,
+        shard: Shard | None = None,
+        job: Job | None = None,
+        patience_s: float = 0.0,
     ) -> None:
+        """Prepare a lock. patience_s : how long to wait for one that somebody holds who is alive."""
         self.path = folder / (DRIVER if shard is None else f"shard-{shard.slug}.json")
         self.token = secrets.token_hex(8)
         self._run = run
         self._shard = shard
         self._job = job or Job()
+        self._patience_s = patience_s
         self._beat = 0
         self._running = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        """Take the lock; raises PipelineError when somebody else holds the workspace."""
-        seen: dict[Place, tuple[tuple[str, int], float]] = {}  # whose beat, and since when it is the same
+        """Take the lock; raises InUseError when somebody else holds the workspace."""
+        until = time.monotonic() + self._patience_s
         while True:
-            found = read_tagged(self.path)
-            others = self._in_the_way()
-            now = time.monotonic()
-            for path, other in others.items():
-                beat = (other["token"], other["beat"])
-                earlier, since = seen.setdefault(path, (beat, now))
-                if beat != earlier:
-                    raise PipelineError(self._refusal(other))
-                if now - since <= SILENT_S:
-                    break
-            else:
-                if self._take(found, others):
-                    break
-                continue  # another driver was faster
+            try:
+                self._acquire()
+                break
+            except InUseError:
+                if time.monotonic() >= until:
+                    raise
             time.sleep(BEAT_S / 2)
         self._thread = threading.Thread(target=self._keep, name="slidecube-heartbeat", daemon=True)
         self._thread.start()
         return self
 
-    def _in_the_way(self) -> dict[Place, dict[str, Any]]:
-        """Locks that exclude ours and are not known to be dead; of those on other machines only the heartbeat tells.
+    def _acquire(self) -> None:
+        seen: dict[Place, tuple[tuple[str, int], float]] = {}  # whose beat, and since when it is the same
+        while True:
+            found = read_tagged(self.path)
+            others = self._in_the_way()
+            now = time.monotonic()
+            for path, (other, _) in others.items():
+                beat = (other["token"], other["beat"])
+                earlier, since = seen.setdefault(path, (beat, now))
+                if beat != earlier:
+                    raise InUseError(self._refusal(other))
+                if now - since <= SILENT_S:
+                    break
+            else:
+                if self._take(found, {path: tag for path, (_, tag) in others.items()}):
+                    return
+                continue  # another driver was faster
+            time.sleep(BEAT_S / 2)
 
-        Raises PipelineError when one is alive for certain.
+    def _in_the_way(self) -> dict[Place, tuple[dict[str, Any], str]]:
+        """Locks that exclude ours and are not known to be dead, with their tags.
+
+        Of those on other machines only the heartbeat tells. Raises InUseError when one is alive for certain.
         """
         folder, found = self.path.parent, {}
         for name in names(folder):
-            if not self._excludes(name):
+            if name != DRIVER and not (name.startswith("shard-") and name.endswith(".json")):
                 continue
-            other = read_lock(folder / name)
-            if other is not None and other["token"] == self.token:
+            tagged = read_tagged(folder / name)
+            other = None if tagged is None else _parsed(tagged[0])
+            if tagged is None or other is None or not self._excludes(name, other):
                 continue
-            dead = other is None or self._started_again(other) or _dead(other)
-            if other is not None and dead is False:
-                raise PipelineError(self._refusal(other))
-            if other is not None and dead is None:
-                found[folder / name] = other
+            dead = self._started_again(other) or _dead(other)
+            if dead is False:
+                raise InUseError(self._refusal(other))
+            if dead is None:
+                found[folder / name] = (other, tagged[1])
         return found
 
-    def _excludes(self, name: str) -> bool:
-        """Tell whether the lock of a name excludes ours: its own, a driver's, for a driver everyone's."""
-        if name in {DRIVER, self.path.name}:
-            return True
-        if not (name.startswith("shard-") and name.endswith(".json")):
+    def _excludes(self, name: str, other: dict[str, Any]) -> bool:
+        """Tell whether a lock excludes ours: its own, a driver's, for a driver everyone's."""
+        if other["token"] == self.token:
             return False
-        if self._shard is None:
+        if name in {DRIVER, self.path.name} or self._shard is None or other["run"] != self._run:
             return True
         same_stage = name.startswith(f"shard-{self._shard.stage}-")
         return same_stage and not name.endswith(f"of{self._shard.count}.json")
@@ -194,29 +213,29 @@ class Lock:
             except OSError:  # a full disk must not end the run here: the tile that meets it says so
                 continue
 
-    def _take(self, found: tuple[bytes, str] | None, silent: Iterable[Place]) -> bool:
+    def _take(self, found: tuple[bytes, str] | None, silent: Mapping[Place, str]) -> bool:
         """Write the lock over what was found; returns whether nobody was faster.
 
-        silent : locks of drivers that are believed dead
+        silent : locks of drivers that are believed dead, with their tags: one that speaks again meanwhile stays
         """
         if isinstance(self.path, Path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for stale in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a killed driver
-                stale.unlink(missing_ok=True)
-        for path in silent:
+            with guard(self.path):  # who writes holds it, too
+                for stale in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a killed driver
+                    stale.unlink(missing_ok=True)
+        for path, tag in silent.items():
             if path != self.path:
-                _release(path)
+                release(path, tag)
         if not (create(self.path, self._content()) if found is None else self._swap(found[1])):
             return False
         try:
             # a shard and a driver write two files: who was first shows only now
-            others = [other for path, other in self._in_the_way().items() if path != self.path]
-        except PipelineError:
+            others = [other for path, (other, _) in self._in_the_way().items() if path != self.path]
+        except InUseError:
             self._give_back()
             raise
         if others:
             self._give_back()
-            raise PipelineError(self._refusal(others[0]))
+            raise InUseError(self._refusal(others[0]))
         return True
 
     def _swap(self, tag: str) -> bool:
@@ -260,13 +279,6 @@ def read_locks(folder: Place) -> list[dict[str, Any]]:
     """Read the locks of a driver and of shards; damaged ones hold nothing."""
     found = [read_lock(folder / name) for name in names(folder) if name.endswith(".json")]
     return [lock for lock in found if lock is not None]
-
-
-def _release(path: Place) -> None:
-    """Remove a dead driver's lock."""
-    found = read_tagged(path)
-    if found is not None:
-        release(path, found[1])
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from slidecube.cluster.resources import Profile, load_profile
 from slidecube.cluster.runner import Retried, Runner, TaskResult, TileTask
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.events import unfinished, write_event
+from slidecube.pipeline.events import event_files, unfinished, write_event
 from slidecube.pipeline.fit import fit_epoch
 from slidecube.pipeline.fit_state import contributing, fit_state, thaw, tried, unfitted
 from slidecube.pipeline.layers import create_stores
@@ -40,6 +40,8 @@ from slidecube.pipeline.tile import run_task
 
 STAGES = ("cube", "fit", "detect", "mosaic")
 _LOG_EVERY_S = 30.0
+_STORES_S = 600.0
+"""How long a shard waits while others make the stores in a bucket, one after another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,7 @@ def run(
     with Lock(made.workspace.locks, run=made.run, shard=part.shard, job=part.job) as lock:
         if part.shard is None:  # shards beside us would lose what they are writing
             remove_partials(made.workspace)
-        _create_stores(made)
+        _create_stores(made, alone=part.shard is None)
         if again:
             thaw(made)
         driver = _Driver(
@@ -133,10 +135,13 @@ def run(
         return driver.drive(stages)
 
 
-def _create_stores(made: RunPlan) -> None:
+def _create_stores(made: RunPlan, *, alone: bool) -> None:
     """Make the stores, one shard after another: a half-made one looks like one that was lost, records and all."""
-    locks = made.workspace.locks
-    with guard(locks / "stores") if isinstance(locks, Path) else nullcontext():
+    folder = made.workspace.locks / "stores"
+    if alone:
+        create_stores(made)
+        return
+    with guard(folder) if isinstance(folder, Path) else Lock(folder, run=made.run, patience_s=_STORES_S):
         create_stores(made)
 
 
@@ -233,7 +238,32 @@ class _Driver:
                 "the cube; run `slidecube fit` first"
             )
         unfit = {epoch.name for epoch in waiting}
-        self._stage("detect", [t for t in self._due("detect") if t.epoch not in unfit], runner)
+        self._stage("detect", self._ready([t for t in self._due("detect") if t.epoch not in unfit]), runner)
+
+    def _ready(self, tasks: list[TileTask]) -> list[TileTask]:
+        """Leave out the detections whose layers, or those of the tiles beside, were not tried yet.
+
+        They would be made with a seam and, when the neighbour is there, again. One that failed is not waited for.
+        """
+        untried = {}
+        for epoch in self.plan.epochs:
+            known = tried(self.plan, epoch)
+            untried[epoch.name] = {(t.row, t.col) for t in self.plan.tiles if t.key not in known}
+        ready = []
+        for task in tasks:
+            tile = self.plan.by_tile[task.tile]
+            around = {(tile.row + r, tile.col + c) for r in (-1, 0, 1) for c in (-1, 0, 1)}
+            if untried[task.epoch].isdisjoint(around):
+                ready.append(task)
+                continue
+            self.lost_tiles.add(task.tile)
+            self.reasons.append(
+                (
+                    f"detect {task.tile}",
+                    "waits for the cubes of the tile and of those beside it; run `slidecube cube`",
+                )
+            )
+        return ready
 
     def _due(self, stage: str) -> list[TileTask]:
         """What is due of a stage and of our shard."""
@@ -407,9 +437,19 @@ class _Driver:
         """Tell what a killed driver could not: the tiles that were recorded and not told of.
 
         Otherwise the scenes that they read would not be counted. No times are compared: clocks are set, and those of
-        two machines differ. Returns whether there was such a driver.
+        two machines differ. Who holds the workspace alone tells it of the shards, too, which may never come again.
+        Returns whether there was such a driver.
         """
-        told, drivers = unfinished(self._events)
+        if self.shard is not None:
+            return self._recover(self._events)
+        found = [
+            self._recover(path) for path in event_files(self.plan.workspace.root / "events", self.plan.run)
+        ]
+        return any(found)
+
+    def _recover(self, path: Place) -> bool:
+        """Tell what is missing in a file of events; one of a shard ends with that."""
+        told, drivers = unfinished(path)
         if not drivers:
             return False
         mine = None if self.shard is None else set(_dealt(self.plan, self.shard))
@@ -420,12 +460,15 @@ class _Driver:
                 continue
             record = ledger.read(task.tile)
             if record is not None and record.key == task.key:
-                self._task_event(task, record)
+                self._task_event(task, record, path)
+        if path != self._events:
+            self._event("run_ended", path, complete=False, done={}, failed={})
         return True
 
-    def _task_event(self, task: TileTask, result: TaskResult | Record) -> None:
+    def _task_event(self, task: TileTask, result: TaskResult | Record, path: Place | None = None) -> None:
         self._event(
             "task",
+            path,
             stage=task.stage,
             layer=task.layer,
             epoch=task.epoch,
@@ -442,10 +485,10 @@ class _Driver:
             driver=self.lock.token if isinstance(result, TaskResult) else result.driver,
         )
 
-    def _event(self, event: str, **fields: Any) -> None:
-        """Tell something, if this driver still may: who took over has told it already."""
+    def _event(self, event: str, path: Place | None = None, **fields: Any) -> None:
+        """Tell something, if this driver still may: who took over has told it already. path : of another's events."""
         self.lock.require()
-        write_event(self._events, event, **fields)
+        write_event(path or self._events, event, **fields)
 
     @property
     def _events(self) -> Place:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import cloudpickle
 import distributed
+import numpy as np
 import psutil
 import pytest
 
@@ -81,6 +83,12 @@ def nobody_left_behind(tmp_path):
     while threads_at_work() and time.monotonic() < until:
         time.sleep(0.01)
     assert not threads_at_work()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def tasks(n: int) -> list[TileTask]:
@@ -363,7 +371,7 @@ def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
     """A process is killed, a thread can only be left behind; the others go on either way."""
     noted = Noted(tmp_path, script={"k1": ["hang"], "k2": ["hang", ""]})
     deadline_s = (
-        1.0 if "thread" in name else 5.0
+        1.0 if "thread" in name else 8.0
     )  # a new process imports for seconds where much else is at work
     with opened(profile_of(name, request), deadline_s=deadline_s) as runner:
         found = {r.task.key: r for r in run(runner, noted, tasks(6))}
@@ -375,6 +383,59 @@ def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
     pids = {int(pid) for key in ("k1", "k2") for n, pid, _ in noted.attempts(key) if n == "1"}
     assert [pid for pid in pids if psutil.pid_exists(pid)] == [os.getpid()] * ("thread" in name)
     assert threads_at_work() or "thread" not in name
+
+
+def test_a_worker_that_comes_back_to_its_address_is_at_work_again(tmp_path):
+    """On Kubernetes a port is fixed: whose process was killed for a deadline has the address of its successor."""
+    noted = Noted(tmp_path, script={"k0": ["hang", ""]})
+    with distributed.LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        worker_port=free_port(),
+        dashboard_address="127.0.0.1:0",
+        host="127.0.0.1",
+    ) as cluster:
+        one = Profile(
+            name="a",
+            runner="dask-address",
+            workers=1,
+            worker=Resources(cpus=1, mem_gb=1),
+            options={"address": cluster.scheduler_address, "wait_min": 0.5},
+        )
+        with opened(one, deadline_s=5.0) as runner:
+            found = list(run(runner, noted, tasks(3)))
+
+    assert [result.status for result in found] == ["done"] * 3
+    assert noted.begun("k0") == 2
+
+
+def test_a_frozen_worker_does_not_hold_up_the_other(tmp_path, monkeypatch):
+    """Nobody waits for the end of an overdue one."""
+    monkeypatch.setattr("slidecube.cluster.dask._kill", lambda *_: time.sleep(30))
+    noted = Noted(tmp_path, script={"k0": ["hang", ""]}, seconds=0.1)
+    profile = Profile(name="d", runner="dask-local", workers=2, worker=Resources(cpus=1, mem_gb=1))
+    with opened(profile, deadline_s=8.0) as runner:
+        began = {}
+        for result in run(runner, noted, tasks(90)):
+            began[result.task.key] = time.monotonic()
+        longest = max(np.diff(sorted(began.values())))
+
+    assert len(began) == 90
+    assert longest < 20
+
+
+@pytest.mark.usefixtures("nobody_left_behind")
+@pytest.mark.parametrize("name", ["one thread", "two threads", "two processes"])
+def test_what_hangs_is_not_waited_for_beyond_its_deadline(name, request, tmp_path):
+    noted = Noted(tmp_path, script={"k0": ["hang"]})
+    with opened(profile_of(name, request), deadline_s=8.0) as runner:
+        results = run(runner, noted, tasks(40))
+        if name != "one thread":
+            next(results)
+        threading.Timer(1.0, runner.drain).start()
+        began = time.monotonic()
+        results.close() if name != "one thread" else list(results)
+        assert time.monotonic() - began < 40
 
 
 @pytest.mark.usefixtures("nobody_left_behind")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import psutil
 import pytest
 
 from slidecube.pipeline import lock as lock_module
-from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.lock import Lock, alive, born_s, holds, read_lock
+from slidecube.pipeline.errors import IncompleteError, InUseError, PipelineError
+from slidecube.pipeline.lock import Lock, Shard, alive, born_s, holds, read_lock
 
 
 @pytest.fixture
@@ -203,3 +204,79 @@ def test_a_clock_that_is_set_makes_nobody_another_process(tmp_path, monkeypatch,
         assert alive(read_lock(lock.path))
         with pytest.raises(PipelineError, match="in use by run 'a'"):
             Lock(tmp_path, run="b").__enter__()
+
+
+def test_of_many_that_start_together_one_gets_it_and_the_others_are_told(tmp_path):
+    for n in range(15):
+        folder, got, told = tmp_path / str(n), [], []
+        start, end = threading.Barrier(8), threading.Barrier(8)
+
+        def contend(folder=folder, got=got, told=told, start=start, end=end):
+            start.wait()
+            try:
+                with Lock(folder, run="a-1") as lock:
+                    got.append(lock.token)
+                    end.wait()
+                    return
+            except Exception as error:  # noqa: BLE001  anything else is what is looked for
+                told.append(type(error))
+            end.wait()
+
+        threads = [threading.Thread(target=contend) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(got) <= 1  # two that see each other may both step back
+        assert set(told) == {InUseError}
+        assert len(got) + len(told) == 8
+
+
+def shard(index: int, count: int = 2, stage: str = "cube") -> Shard:
+    return Shard(stage=stage, index=index, count=count)
+
+
+def test_shards_of_one_plan_go_side_by_side_and_of_two_plans_not(tmp_path):
+    with Lock(tmp_path, run="a-1", shard=shard(0)):
+        with (
+            Lock(tmp_path, run="a-1", shard=shard(1)),
+            Lock(tmp_path, run="a-1", shard=shard(0, 3, "detect")),
+        ):
+            pass
+        for other in (shard(1), shard(0, 3, "detect")):
+            with pytest.raises(InUseError, match="in use by shard 0/2 of cube of run 'a-1'"):
+                Lock(tmp_path, run="b-1", shard=other).__enter__()
+        with pytest.raises(InUseError):
+            Lock(tmp_path, run="a-1", shard=shard(1, 3)).__enter__()
+
+
+def test_who_waits_gets_it_when_it_is_free(tmp_path, quick):
+    with Lock(tmp_path, run="a-1"):
+        thread = threading.Thread(
+            target=lambda: Lock(tmp_path, run="b-1", patience_s=10).__enter__().__exit__(None, None, None)
+        )
+        thread.start()
+        time.sleep(0.3)
+        assert thread.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
+    with pytest.raises(InUseError), Lock(tmp_path, run="a-1"):
+        Lock(tmp_path, run="b-1", patience_s=0.2).__enter__()
+
+
+def test_a_lock_that_speaks_again_while_it_is_taken_over_stays(tmp_path, quick, monkeypatch):
+    """It was silent for long enough and its successor is about to remove it."""
+    foreign(tmp_path, host="elsewhere")
+    (tmp_path / "driver.json").rename(tmp_path / "shard-cube-0of2.json")
+    take = Lock._take
+
+    def wakes(self, found, silent):
+        lock = json.loads((tmp_path / "shard-cube-0of2.json").read_text())
+        (tmp_path / "shard-cube-0of2.json").write_text(json.dumps(lock | {"beat": lock["beat"] + 1}))
+        return take(self, found, silent)
+
+    monkeypatch.setattr(Lock, "_take", wakes)
+    with pytest.raises(InUseError, match="host elsewhere"):
+        Lock(tmp_path, run="a-1").__enter__()
+    assert (tmp_path / "shard-cube-0of2.json").exists()
+    assert not (tmp_path / "driver.json").exists()
