@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import geopandas as gpd
@@ -301,3 +302,40 @@ def test_scenes_are_counted_as_they_are_opened(desk, run, monkeypatch):
 
     assert opened == {scene for record in records for scene in record["scenes"]}
     assert all(record["scene_reads"] == len(record["scenes"]) for record in records)
+
+
+def test_a_detection_waits_for_the_cubes_beside_it_and_is_made_once(desk_in, tmp_path, command):
+    desk = desk_in(tmp_path / "desk")
+    assert command("cube", desk.toml, "--quiet", "--shard", "0/3").code == 0
+
+    early = command("detect", desk.toml, "--quiet")
+
+    assert early.code == 2
+    assert "waits for the cubes of the tile and of those beside it; run `slidecube cube`" in early.err
+    state = json.loads(command("status", desk.workspace, "--json").out)
+    assert state["tiles"]["detect"] == {"done": 0, "due": 4, "failed": 0, "running": 0}
+    assert command("run", desk.toml, "--quiet").code == 0
+    detected = [e for e in desk.events() if e["event"] == "task" and e["stage"] == "detect"]
+    assert sorted(e["tile"] for e in detected) == sorted({e["tile"] for e in detected})
+
+
+def test_who_comes_after_a_killed_shard_tells_what_it_did(desk_in, tmp_path, command):
+    desk = desk_in(tmp_path / "desk")
+    assert command("cube", desk.toml, "--quiet", "--shard", "1/3").code == 0
+    (told,) = (desk.workspace / "events").glob("*.cube-1of3.jsonl")
+    lines = told.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["event"] in {"run_started", "stage_started"}]
+    told.write_text("".join(kept))  # as if it had been killed after its last record
+    whole = [json.loads(line) for line in lines if json.loads(line)["event"] == "task"]
+    assert whole
+
+    assert command("run", desk.toml, "--quiet").code == 0
+
+    again = [e for e in desk.events() if e["event"] == "task" and e["stage"] == "cube"]
+    counted = Counter((e["layer"], e["tile"]) for e in again)
+    assert set(counted.values()) == {1}
+    assert {(e["layer"], e["tile"]) for e in whole} <= set(counted)
+    assert command("run", desk.toml, "--quiet").code == 0
+    assert sum(e["event"] == "task" and e["stage"] == "cube" for e in desk.events()) == len(again), (
+        "told twice"
+    )
