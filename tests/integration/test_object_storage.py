@@ -151,6 +151,22 @@ def test_a_bucket_holds_what_a_folder_holds(folder_run, in_bucket, s3, changes):
     assert clean(s3) == []
 
 
+def test_shards_that_start_together_make_the_stores_once(folder_run, in_bucket, s3):
+    desk = in_bucket(RULE)
+    assert desk.cli("plan", desk.toml).code == 0
+    shards = [desk.start("cube", desk.toml, "--quiet", "--shard", f"{i}/3") for i in range(3)]
+    for shard in shards:
+        out, err = shard.communicate(timeout=240)
+        assert shard.returncode == 0, (out, err)
+
+    report = run(load_config(desk.toml), progress=False)
+
+    assert report.complete
+    assert "cube" not in report.done, "the shards did it"
+    assert_equal(folder_run(RULE), place_of(s3))
+    assert status(s3)["scene_reads"] == status(folder_run(RULE))["scene_reads"]
+
+
 def test_a_changed_plan_leaves_what_clean_removes(in_bucket, s3):
     desk = in_bucket({})
     run(load_config(desk.toml), progress=False)
