@@ -130,9 +130,9 @@ class Array(_Table):
     prologue: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     scratch: str = ""
-    cube: StageRequest = Field(default_factory=lambda: StageRequest(shards=8))
+    cube: StageRequest = Field(default_factory=StageRequest)
     fit: StageRequest = Field(default_factory=StageRequest)
-    detect: StageRequest = Field(default_factory=lambda: StageRequest(shards=4))
+    detect: StageRequest = Field(default_factory=StageRequest)
     mosaic: StageRequest = Field(default_factory=StageRequest)
 
 

@@ -81,6 +81,16 @@ def test_the_profile_on_a_page_is_one(repo_root, tmp_path, page):
     assert array.cube.account == "myproject"
 
 
+@pytest.mark.parametrize("system", ["slurm", "pbs"])
+def test_a_key_of_a_stage_leaves_its_others_as_they_are(tmp_path, system):
+    path = tmp_path / "site.toml"
+    path.write_text(f'extends = "{system}-array"\n[array.cube]\nmem_gb = 32\n[array.detect]\ngpus = 1\n')
+    array = read_profile(str(path)).array
+    assert array is not None
+    assert (array.cube.mem_gb, array.cube.shards) == (32, 8)
+    assert (array.detect.gpus, array.detect.shards) == (1, 4)
+
+
 def test_a_walltime_that_is_over_before_it_begins_is_refused(desk, command):
     (desk.folder / "site.toml").write_text('extends = "slurm-array"\n[array.detect]\ntime_min = 5\n')
     refused = command("submit", desk.toml, "--profile", desk.folder / "site.toml", "--dry-run")
