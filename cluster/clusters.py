@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 
 import dask
 import psutil
-from distributed import Client, LocalCluster, WorkerPlugin
+from distributed import Client, LocalCluster, Status, WorkerPlugin
 
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import Profile
@@ -205,15 +206,59 @@ def _jobqueue(profile: Profile) -> Opened:
             f"Profile {profile.name!r} submits jobs by `{command}`, which is not on this machine; start on a login node"
         )
     dask_jobqueue = _import("dask_jobqueue", extra="hpc")
-    cluster = getattr(dask_jobqueue, _JOBQUEUE[system])(**jobqueue_arguments(profile))
-    cluster.scale(profile.workers)
+    kind, answers = getattr(dask_jobqueue, _JOBQUEUE[system]), list[str]()
+    cluster = kind(job_cls=_heard(kind.job_cls, answers), **jobqueue_arguments(profile))
+    with ExitStack() as undo:
+        undo.callback(cluster.close, timeout=_CONNECT_S)
+        cluster.scale(profile.workers)
+        _require_taken(answers, profile.workers, command)
+        client = Client(cluster, set_as_default=False)
+        undo.pop_all()
     return Opened(
-        client=Client(cluster, set_as_default=False),
+        client=client,
         cluster=cluster,
         wanted=profile.workers,
         patience_s=_wait_s(profile),
         remedy="look at the queue; raise wait_min in the profile when it is long",
     )
+
+
+def _heard(job: Any, answers: list[str]) -> Any:
+    """Class of a job whose refusal is kept as an answer, "" when it is taken: raised, it is a traceback in the log."""
+
+    class Heard(job):  # type: ignore[misc]
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except (RuntimeError, ValueError, OSError) as error:
+                answers.append(_told(str(error)))
+                self.status = Status.running
+            else:
+                answers.append("")
+
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed
+
+    return Heard
+
+
+def _require_taken(answers: list[str], jobs: int, command: str) -> None:
+    """Wait for the answers to the first jobs; some may be refused, such as those beyond a limit, but not all."""
+    until = time.monotonic() + _CONNECT_S
+    while len(answers) < jobs and time.monotonic() < until:
+        time.sleep(0.05)
+    if len(answers) >= jobs and all(answers):
+        raise ClusterError(
+            f"`{command}` refuses the jobs of the workers: {answers[0]}; change [jobqueue] in the profile"
+        )
+
+
+def _told(said: str) -> str:
+    """What a batch system's command said, out of what dask-jobqueue says of its failure."""
+    answers = re.search(r"^stdout:\n(.*)^stderr:\n(.*)", said, re.DOTALL | re.MULTILINE)
+    told = " ".join(" ".join(answers.groups()).split()) if answers else ""
+    return told or " ".join(said.split())
 
 
 def jobqueue_arguments(profile: Profile) -> dict[str, Any]:
