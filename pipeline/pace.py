@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slidecube.pipeline.storage import Place, matching
+from slidecube.pipeline.storage import Place, matching, read_many
 
 WINDOW_S = 15 * 60
 """Over so long the pace is taken: a tile takes minutes, and a nation's weather of queues changes within the hour."""
 
 _TAIL_BYTES = 1 << 20
+_TAIL_OBJECTS = 12
+"""So much is read of a driver's events, in a bucket by objects of at most 500 lines: thousands of tiles."""
 
 
 def pace(folder: Place, run: str, *, now: dt.datetime | None = None) -> dict[str, float]:
@@ -52,8 +54,9 @@ def _latest(folder: Place, run: str) -> Iterator[dict[str, Any]]:
 
 def _tail(path: Place) -> list[str]:
     if not isinstance(path, Path):
-        parts = matching(path, "*.jsonl")[-2000:]
-        return [part.read_text() for part in parts]
+        newest = matching(path, "*.jsonl")[-_TAIL_OBJECTS:]
+        contents = b"\n".join(content or b"" for content in read_many(newest))
+        return contents.decode("utf-8", errors="replace").splitlines()
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         return file.read().decode("utf-8", errors="replace").splitlines()

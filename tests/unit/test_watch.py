@@ -12,58 +12,86 @@ from prometheus_client.parser import text_string_to_metric_families
 from slidecube.pipeline import pace as pace_module
 from slidecube.pipeline.pace import pace
 from slidecube.pipeline.status import _minutes_left
+from slidecube.pipeline.storage import Place, matching, place_of, write_atomic
 from slidecube.pipeline.summaries import prometheus_text, status_summary
 
 NOW = dt.datetime(2026, 11, 21, 12, 0, tzinfo=dt.UTC)
 
 
-def tell(path: Path, *events: tuple[float, str, dict[str, str]]) -> None:
+@pytest.fixture(params=["folder", "bucket"])
+def folder(request, tmp_path) -> Place:
+    """An empty place for events."""
+    return place_of(request.getfixturevalue("s3") if request.param == "bucket" else tmp_path) / "events"
+
+
+def tell(path: Place, *events: tuple[float, str, dict[str, str]]) -> None:
+    """Append to a file, or write one more object of a folder, as the drivers do."""
+    lines = ""
+    for minutes_ago, name, fields in events:
+        when = (NOW - dt.timedelta(minutes=minutes_ago)).isoformat(timespec="milliseconds")
+        lines += json.dumps({"time": when, "event": name, **fields}) + "\n"
+    append(path, lines)
+
+
+def append(path: Place, text: str) -> None:
+    if not isinstance(path, Path):
+        write_atomic(path / f"{len(matching(path, '*')) + 1:08d}-0123.jsonl", text)
+        return
     path.parent.mkdir(exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        for minutes_ago, name, fields in events:
-            when = (NOW - dt.timedelta(minutes=minutes_ago)).isoformat(timespec="milliseconds")
-            file.write(json.dumps({"time": when, "event": name, **fields}) + "\n")
+        file.write(text)
 
 
 def task(minutes_ago: float, stage: str = "cube", status: str = "done"):
     return minutes_ago, "task", {"stage": stage, "status": status}
 
 
-def test_the_pace_is_that_of_the_last_quarter_of_an_hour(tmp_path):
-    tell(tmp_path / "a-1.jsonl", *[task(60)] * 500, *[task(m) for m in range(10)], task(1, status="failed"))
+def test_the_pace_is_that_of_the_last_quarter_of_an_hour(folder):
+    tell(folder / "a-1.jsonl", *[task(60)] * 500, *[task(m) for m in range(10)], task(1, status="failed"))
 
-    assert pace(tmp_path, "a-1", now=NOW) == {"cube": round(10 / 9, 2)}
-
-
-def test_shards_add_up_and_other_runs_do_not(tmp_path):
-    tell(tmp_path / "a-1.jsonl", task(10))
-    tell(tmp_path / "a-1.cube-0of2.jsonl", task(10), task(5))
-    tell(tmp_path / "a-1.detect-1of2.jsonl", task(2, "detect"))
-    tell(tmp_path / "a-11.jsonl", *[task(3)] * 100)
-
-    assert pace(tmp_path, "a-1", now=NOW) == {"cube": 0.3, "detect": 0.1}
+    assert pace(folder, "a-1", now=NOW) == {"cube": round(10 / 9, 2)}
 
 
-def test_a_run_that_has_just_begun_has_the_pace_since_it_began(tmp_path):
-    tell(tmp_path / "a-1.jsonl", (2, "stage_started", {"stage": "cube"}), task(0.5), task(0.25))
+def test_shards_add_up_and_other_runs_do_not(folder):
+    tell(folder / "a-1.jsonl", task(10))
+    tell(folder / "a-1.cube-0of2.jsonl", task(10), task(5))
+    tell(folder / "a-1.detect-1of2.jsonl", task(2, "detect"))
+    tell(folder / "a-11.jsonl", *[task(3)] * 100)
 
-    assert pace(tmp_path, "a-1", now=NOW) == {"cube": 1.0}
+    assert pace(folder, "a-1", now=NOW) == {"cube": 0.3, "detect": 0.1}
 
 
-def test_nothing_done_has_no_pace(tmp_path):
-    assert pace(tmp_path, "a-1", now=NOW) == {}
-    tell(tmp_path / "a-1.jsonl", (1, "run_started", {}))
-    assert pace(tmp_path, "a-1", now=NOW) == {}
+def test_a_run_that_has_just_begun_has_the_pace_since_it_began(folder):
+    tell(folder / "a-1.jsonl", (2, "stage_started", {"stage": "cube"}), task(0.5), task(0.25))
+
+    assert pace(folder, "a-1", now=NOW) == {"cube": 1.0}
+
+
+def test_nothing_done_has_no_pace(folder):
+    assert pace(folder, "a-1", now=NOW) == {}
+    tell(folder / "a-1.jsonl", (1, "run_started", {}))
+    assert pace(folder, "a-1", now=NOW) == {}
 
 
 def test_only_the_end_of_a_long_file_is_read_and_half_lines_do_no_harm(tmp_path, monkeypatch):
     tell(tmp_path / "a-1.jsonl", *[task(8)] * 50, *[task(4)] * 4)
     line = len((tmp_path / "a-1.jsonl").read_bytes()) // 54
     monkeypatch.setattr(pace_module, "_TAIL_BYTES", line * 4 + line // 2)
-    with (tmp_path / "a-1.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"time": "2026')
+    append(tmp_path / "a-1.jsonl", '{"time": "2026')
 
     assert pace(tmp_path, "a-1", now=NOW) == {"cube": 1.0}
+
+
+def test_only_the_newest_objects_of_many_are_read_and_half_lines_do_no_harm(s3, monkeypatch):
+    folder = place_of(s3)
+    for _ in range(9):
+        tell(folder / "a-1.jsonl", *[task(8)] * 50)
+    tell(folder / "a-1.jsonl", task(4), task(3))
+    append(folder / "a-1.jsonl", '{"time": "2026')
+    tell(folder / "a-1.jsonl", task(2), task(1))
+    monkeypatch.setattr(pace_module, "_TAIL_OBJECTS", 3)
+
+    assert pace(folder, "a-1", now=NOW) == {"cube": 1.0}
 
 
 @pytest.mark.parametrize(
