@@ -17,11 +17,12 @@ import random
 import re
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
@@ -48,6 +49,9 @@ CONNECT_S, SILENT_S, REQUEST_S = 5.0, 20.0, 300.0
 
 RETRIES = 10
 """Of requests that were answered with 5xx or 429, broken off or given up; with back-off and jitter."""
+
+_ABANDONED_S = 6 * 3600.0
+"""A plan is written within minutes; what was half made so long ago belongs to nobody."""
 
 _BACKOFF_S, _MAX_BACKOFF_S, _RETRY_S = 0.1, 15.0, 180.0
 _SETTINGS = (
@@ -541,11 +545,10 @@ def made_once(folder: Place, last: str) -> Iterator[Path]:
                     put_file(Path(scratch) / name, folder / name)
             create(folder / last, (Path(scratch) / last).read_bytes())
         return
-    _remove_abandoned(folder.parent)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{_pid_space()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     try:
+        _remove_abandoned(partial)
         yield partial
         with guard(folder.parent / "index.json"):
             if not (folder / last).exists():
@@ -555,12 +558,32 @@ def made_once(folder: Place, last: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what processes that are gone left half made."""
-    for stale in folder.glob(".*.partial"):
-        pid = stale.name.split(".")[-2]
-        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            remove_tree(stale)
+def _remove_abandoned(ours: Path) -> None:
+    """Remove what was left half made beside our own folder: by processes of this machine that are gone, and hours ago.
+
+    Two login nodes, or two containers, may make a plan of one workspace at the same time: of the other's processes
+    nothing is known. Ages are taken from our own folder's time, since the disk may have another clock than we.
+    """
+    now_s = ours.stat().st_mtime
+    for stale in ours.parent.glob(".*.partial"):
+        space, _, rest = stale.name.split(".")[-2].partition("-")
+        pid = rest.partition("-")[0]
+        try:
+            gone = space == _pid_space() and pid.isdigit() and not psutil.pid_exists(int(pid))
+            if gone or now_s - stale.stat().st_mtime > _ABANDONED_S:
+                remove_tree(stale)
+        except FileNotFoundError:  # its maker is through, or another one removed it
+            continue
+
+
+@functools.lru_cache(maxsize=1)
+def _pid_space() -> str:
+    """Name the space in which process numbers mean something: this host, since it was started, or this container."""
+    space = socket.gethostname()
+    with suppress(OSError):  # not Linux
+        space += Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        space += str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.blake2b(space.encode(), digest_size=6).hexdigest()
 
 
 def upload(local: Path, folder: Place) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import re
+import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -224,6 +227,34 @@ def test_a_folder_is_made_once(root):
     make("second")
 
     assert (root / "plans" / "p" / "plan.json").read_text() == "first"
+
+
+def test_half_made_folders_of_others_stay_for_hours_and_our_own_dead_go_at_once(tmp_path):
+    """The plan of another host, whose process numbers say nothing here; one of a process of ours that was killed."""
+    plans = tmp_path / "plans"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    space = storage._pid_space()
+    stay = [
+        f".p.{space}-{os.getpid()}-01.partial",
+        f".p.feed-{gone.pid}-01.partial",
+        f".q.{gone.pid}.partial",
+    ]
+    go = [f".p.{space}-{gone.pid}-01.partial", ".p.feed-1-02.partial", f".p.{space}-{os.getpid()}-02.partial"]
+    for name in stay + go:
+        (plans / name).mkdir(parents=True)
+        (plans / name / "rest").write_text("")
+    for name in go[1:]:
+        os.utime(plans / name, (time.time() - 7 * 3600,) * 2)
+
+    with made_once(plans / "p", "plan.json") as one, made_once(plans / "p", "plan.json") as other:
+        for local in (one, other):
+            (local / "plan.json").write_text(local.name)
+        assert one != other, "of one process, or of two containers in which all are number 1"
+        assert sorted(p.name for p in plans.glob("*.partial")) == sorted([*stay, one.name, other.name])
+
+    assert (plans / "p" / "plan.json").read_text() == other.name
+    assert sorted(p.name for p in plans.glob("*.partial")) == sorted(stay)
 
 
 def test_a_kept_file_goes_on_where_it_was(root):
