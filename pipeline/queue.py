@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slidecube.cluster.slurm import QueuedTask, queued
+from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.storage import Place, matching, write_atomic
 from slidecube.pipeline.store import Workspace
 
@@ -58,10 +59,21 @@ def submissions(workspace: Workspace) -> list[Submission]:
 
 
 def live_jobs(workspace: Workspace) -> list[tuple[str, str]]:
-    """Jobs of a workspace that are queued or running, each with its run."""
+    """Jobs of a workspace that are queued or running, each with its run.
+
+    Raises PipelineError when there are jobs that nobody can be asked about.
+    """
     found = []
     for sent in submissions(workspace):
-        there = {task.job for task in _asked(sent) if task.state in _LIVE}
+        tasks = _asked(sent)
+        if tasks is None:
+            ids = " ".join(job.id for job in sent.jobs)
+            raise PipelineError(
+                f"Jobs {ids} of run {sent.run!r} were submitted in this workspace, and Slurm cannot be asked whether "
+                "they are there still; submit from a login node when `squeue` answers or, if they are known to have "
+                f"ended, remove {_place(workspace, sent.run)} first"
+            )
+        there = {task.job for task in tasks if task.state in _LIVE}
         found += [(sent.run, job.id) for job in sent.jobs if job.id in there]
     return found
 
@@ -69,30 +81,29 @@ def live_jobs(workspace: Workspace) -> list[tuple[str, str]]:
 def jobs_of(workspace: Workspace, run: str) -> list[dict[str, Any]]:
     """Say what the queue knows of the jobs that were submitted last of a run.
 
-    Returns [{"stage", "id", "pending", "running", "done", "failed", "gone", "reasons"}], counts of tasks: `gone` are
-    those that no queue knows any more, `reasons` why tasks wait or failed. Empty when nothing was submitted.
+    Returns [{"stage", "id", "asked", "pending", "running", "done", "failed", "gone", "reasons"}], counts of tasks:
+    `gone` are those that no queue knows any more, `reasons` why tasks wait or failed. Not `asked` are jobs whose queue
+    does not answer: nothing is known of them. Empty when nothing was submitted.
     """
     last = [sent for sent in submissions(workspace) if sent.run == run]
-    return [
-        _state(job, [task for task in tasks if task.job == job.id])
-        for sent in last
-        for tasks in [_asked(sent)]
-        for job in sent.jobs
-    ]
+    return [_state(job, tasks) for sent in last for tasks in [_asked(sent)] for job in sent.jobs]
 
 
-def _asked(sent: Submission) -> list[QueuedTask]:
-    return (queued([job.id for job in sent.jobs]) or []) if sent.system == "slurm" else []
+def _asked(sent: Submission) -> list[QueuedTask] | None:
+    """What is known of jobs, None where nobody can be asked."""
+    return queued([job.id for job in sent.jobs]) if sent.system == "slurm" else []
 
 
-def _state(job: SentJob, tasks: list[QueuedTask]) -> dict[str, Any]:
+def _state(job: SentJob, known: list[QueuedTask] | None) -> dict[str, Any]:
+    tasks = [task for task in known or [] if task.job == job.id]
     count = Counter(task.state for task in tasks)
     reasons = Counter(task.reason for task in tasks if task.reason and task.reason != "None")
     return {
         "stage": job.stage,
         "id": job.id,
+        "asked": known is not None,
         **{state: count[state] for state in ("pending", "running", "done", "failed")},
-        "gone": max(job.tasks - len(tasks), 0),
+        "gone": 0 if known is None else max(job.tasks - len(tasks), 0),
         "reasons": [reason for reason, _ in reasons.most_common()],
     }
 

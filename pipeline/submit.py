@@ -69,7 +69,8 @@ def prepare(config: Config, *, profile: str | None = None) -> Prepared:
     """Plan a run and write the texts of its jobs; nothing is sent.
 
     profile : in place of the configuration's
-    Raises PipelineError when jobs of the workspace are queued or running, and when a tile does not fit its job.
+    Raises PipelineError when jobs of the workspace are queued or running, or may be, and when a tile does not fit its
+    job.
     """
     name, file = _profile_of(config, profile)
     array = file.array

@@ -214,7 +214,8 @@ def _job_line(job: dict[str, Any]) -> str:
         f"{job[name]} {name}" for name in ("running", "pending", "failed", "done") if job[name]
     )
     reasons = f" ({', '.join(job['reasons'])})" if job["reasons"] else ""
-    return f"{'job ' + job['stage']:<11} {job['id']}: {counts or 'not known to the queue any more'}{reasons}"
+    nothing = "not known to the queue any more" if job["asked"] else "the queue does not answer"
+    return f"{'job ' + job['stage']:<11} {job['id']}: {counts or nothing}{reasons}"
 
 
 def clean_summary(removed: Sequence[tuple[Place, int]], *, dry_run: bool) -> str:

@@ -170,12 +170,17 @@ def test_a_profile_that_is_no_array_is_refused(desk):
     assert "arrays: pbs-array, slurm-array" in refused.refusal
 
 
-def test_status_answers_without_a_queue(slurm, desk, monkeypatch):
+def test_status_answers_without_a_queue_and_submit_refuses(slurm, desk, monkeypatch):
     assert submit(desk).code == 0
     with monkeypatch.context() as without:
         without.setenv("PATH", "/nowhere")
         state = status(desk)
-    assert [job["gone"] for job in state["jobs"]] == [2, 2, 1]
+        text = desk.cli("status", desk.workspace).out
+        again = submit(desk)
+    assert [(job["asked"], job["gone"]) for job in state["jobs"]] == [(False, 0)] * 3
+    assert text.count("the queue does not answer") == 3
+    assert again.code == 1
+    assert "Slurm cannot be asked" in again.refusal
 
 
 def test_dask_workers_as_jobs_make_what_threads_make(slurm, desk_in, tmp_path, assert_same_work):

@@ -175,12 +175,35 @@ def test_what_the_queue_has_forgotten_the_accounting_tells(programs, desk, comma
     cube, mosaic = jobs_of(workspace, "r")
 
     assert cube == {
-        "stage": "cube", "id": "7", "pending": 0, "running": 1, "done": 1, "failed": 2, "gone": 0,
+        "stage": "cube", "id": "7", "asked": True, "pending": 0, "running": 1, "done": 1, "failed": 2, "gone": 0,
         "reasons": ["out of memory", "cancelled"],
     }  # fmt: skip
     assert mosaic["pending"] == 1
     assert mosaic["reasons"] == ["Dependency"]
     assert jobs_of(workspace, "another") == []
+
+
+def test_jobs_that_cannot_be_asked_about_may_be_there_still(programs, desk, command):
+    """A second set of shards would stand in their way: a queue that does not answer is not an empty one."""
+    (desk.folder / "site.toml").write_text('extends = "slurm-array"\n')
+    send = ("submit", desk.toml, "--profile", desk.folder / "site.toml")
+    stand_in(programs, "sbatch", "echo 7")
+    assert command(*send).code == 0
+    stand_in(
+        programs, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    )
+    stand_in(programs, "sacct", "exit 1")
+
+    refused = command(*send)
+
+    assert refused.code == 1
+    assert "Jobs 7 7 7 of run 'small-" in refused.refusal
+    (record,) = desk.workspace.glob("submits/*/latest.json")
+    assert f"remove {record} first" in refused.refusal
+    shown = command("status", desk.workspace)
+    assert shown.out.count("7: the queue does not answer") == 3
+    record.unlink()
+    assert command(*send).code == 0
 
 
 @pytest.mark.parametrize(
