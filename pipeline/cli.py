@@ -233,12 +233,14 @@ def run(file: Path, *, refresh: bool, **how: Any) -> None:
 )
 def status(workspace: Path, *, as_json: bool, prometheus: Path | None, watch: bool, every: float) -> None:
     """Tell what is done, due and failed in a workspace."""
+    from slidecube.pipeline.drivers import Drivers
     from slidecube.pipeline.status import status as read_status
     from slidecube.pipeline.storage import write_atomic
     from slidecube.pipeline.summaries import prometheus_text, status_summary
 
+    drivers = Drivers()
     while True:
-        state = read_status(workspace)
+        state = read_status(workspace, drivers=drivers)
         if prometheus is not None:
             write_atomic(prometheus, prometheus_text(state))
         if watch and sys.stdout.isatty():

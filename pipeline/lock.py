@@ -175,7 +175,7 @@ class Lock:
 
     def _refusal(self, other: dict[str, Any]) -> str:
         shard = f"shard {other['shard']} of " * bool(other["shard"])
-        host = f"host {other['host']}" if _elsewhere(other) else f"process {other['pid']} on {other['host']}"
+        host = f"host {other['host']}" if elsewhere(other) else f"process {other['pid']} on {other['host']}"
         return (
             f"Workspace {self.path.parent.parent} is in use by {shard}run {other['run']!r} ({host}); wait for it, or "
             "stop it"
@@ -275,10 +275,10 @@ def read_lock(path: Place) -> dict[str, Any] | None:
     return None if found is None else _parsed(found[0])
 
 
-def read_locks(folder: Place) -> list[dict[str, Any]]:
-    """Read the locks of a driver and of shards; damaged ones hold nothing."""
-    found = [read_lock(folder / name) for name in names(folder) if name.endswith(".json")]
-    return [lock for lock in found if lock is not None]
+def read_locks(folder: Place) -> dict[Place, dict[str, Any]]:
+    """Read the locks of a driver and of shards by their files; damaged ones hold nothing."""
+    places = [folder / name for name in names(folder) if name.endswith(".json")]
+    return {place: lock for place in places if (lock := read_lock(place)) is not None}
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:
@@ -302,7 +302,7 @@ def alive(lock: dict[str, Any] | None) -> bool:
 
 def _dead(lock: dict[str, Any]) -> bool | None:
     """True or False for a driver of this machine, None for one elsewhere."""
-    if _elsewhere(lock):
+    if elsewhere(lock):
         return None
     try:
         process = psutil.Process(lock["pid"])
@@ -328,7 +328,8 @@ def born_s(pid: int) -> float:
     return int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
-def _elsewhere(lock: dict[str, Any]) -> bool:
+def elsewhere(lock: dict[str, Any]) -> bool:
+    """Tell whether the driver of a lock runs where this machine cannot look: on another one, or in a container."""
     return bool(lock["host"] != socket.gethostname() or lock["machine"] != _machine())
 
 

@@ -7,12 +7,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from slidecube.pipeline.drivers import Drivers
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.events import read_events
 from slidecube.pipeline.fit_state import fit_state, unfitted
 from slidecube.pipeline.inventory import REASONS, Observability
 from slidecube.pipeline.ledger import Ledger
-from slidecube.pipeline.lock import Lock, alive, read_locks
+from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
 from slidecube.pipeline.pace import pace
 from slidecube.pipeline.plan_files import INDEX, current_run, known_runs, read_plan
@@ -91,8 +92,10 @@ def _entries(text: str) -> list[Any]:
     return [] if text == "[]" else list(json.loads(text))
 
 
-def status(where: str | Place) -> dict[str, Any]:
+def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, Any]:
     """Say where the current plan of a workspace stands.
+
+    drivers : as they were seen before, by who looks again and again
 
     Returns {"run", "inventory", "tiles": {stage: {"done", "due", "failed", "running"}}, "scene_reads",
     "scene_reads_last_run", "jobs": as of `jobs_of`,
@@ -100,6 +103,7 @@ def status(where: str | Place) -> dict[str, Any]:
     "observability": {name: pixels}, "not_observable": {reason: pixels},
     "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}],
     "substituted": [{scene, asset, source, reason}], "complete", "running", "drivers": at work,
+    "silent": [{run, shard, host, silent_s}] of drivers elsewhere whose heartbeat has stopped,
     "pace": {stage: tiles a minute}, "minutes_left": at that pace, None when it is not known,
     "used": {"bytes", "task_hours", "peak_mem_gb"}, "predicted": {"bytes", "cpu_hours", "peak_mem_gb"}}.
     `scene_reads` counts over the life of the workspace.
@@ -118,7 +122,7 @@ def status(where: str | Place) -> dict[str, Any]:
         if wanted.stage == "detect":
             keys[wanted.what] = wanted.keys
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
-    at_work = [lock for lock in read_locks(workspace.locks) if alive(lock)]
+    at_work, silent = (drivers or Drivers()).look(workspace.locks)
     fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]
     if fits:
         fit_failures = _fit_failures(made)
@@ -153,6 +157,7 @@ def status(where: str | Place) -> dict[str, Any]:
         "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
         "running": at_work[0]["run"] if at_work else None,
         "drivers": len([lock for lock in at_work if lock["run"] == made.run]),
+        "silent": [{name: lock[name] for name in ("run", "shard", "host", "silent_s")} for lock in silent],
         "pace": speed,
         "minutes_left": _minutes_left(tiles, speed),
         "used": {

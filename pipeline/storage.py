@@ -327,6 +327,16 @@ def stamp(place: Place) -> str | None:
         return None
 
 
+def modified_s(place: Place) -> float | None:
+    """When a file was written last, None where there is none; seconds since 1970 by the clock of its disk or server."""
+    try:
+        if isinstance(place, Path):
+            return place.stat().st_mtime
+        return float(asked(place, lambda: _store(place.bucket).head(place.key))["last_modified"].timestamp())
+    except FileNotFoundError:
+        return None
+
+
 def swap(place: Place, content: bytes, tag: str) -> bool:
     """Write a file if it is still the one of the tag; returns whether it was. content : no other's, see `create`."""
     if isinstance(place, Path):

@@ -114,6 +114,12 @@ def _watched(state: dict[str, Any]) -> list[str]:
         left = state["minutes_left"]
         when = f"; {_duration(left)} left" if left is not None else ""
         lines.append(f"running     {_count(state['drivers'], 'driver')}: {speed or 'no tile done yet'}{when}")
+    for lock in state["silent"]:
+        who = f"shard {lock['shard']}" if lock["shard"] else "the driver"
+        lines.append(
+            f"silent      {who} of run {lock['run']!r} on {lock['host']}, for {_duration(lock['silent_s'] / 60)}: "
+            "taken for dead, and its work for due"
+        )
     used, predicted = state["used"], state["predicted"]
     if used["task_hours"]:
         lines.append(
@@ -125,6 +131,8 @@ def _watched(state: dict[str, Any]) -> list[str]:
 
 
 def _duration(minutes: float) -> str:
+    if minutes < 1.5:
+        return f"{60 * minutes:.0f} seconds"
     if minutes < 90:
         return f"{minutes:.0f} minutes"
     return f"{minutes / 60:.1f} hours" if minutes < 60 * 48 else f"{minutes / 60 / 24:.1f} days"

@@ -277,6 +277,7 @@ STATE = {
     "jobs": [],
     "running": "hokkaido-1a2b3c4d",
     "drivers": 1,
+    "silent": [],
     "pace": {"cube": 4.0},
     "minutes_left": 30.0,
     "used": {"task_hours": 1.5, "bytes": 2e9, "peak_mem_gb": 1.1},

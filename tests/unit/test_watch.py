@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from slidecube.pipeline import drivers as drivers_module
 from slidecube.pipeline import pace as pace_module
+from slidecube.pipeline.drivers import Drivers
+from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.pace import pace
 from slidecube.pipeline.status import _minutes_left
 from slidecube.pipeline.storage import Place, matching, place_of, write_atomic
@@ -118,6 +124,7 @@ STATE = {
     "minutes_left": 200.0,
     "scene_reads": 12,
     "drivers": 2,
+    "silent": [],
     "jobs": [],
     "running": "a-1",
     "used": {"bytes": 2_000_000_000, "task_hours": 1.25, "peak_mem_gb": 3.2},
@@ -155,3 +162,84 @@ def test_the_summary_tells_pace_rest_and_use():
 
     assert "running     2 drivers: cube 1.5 tiles a minute; 3.3 hours left" in text
     assert "used        1.25 hours of tiles, 2.00 GB stored, 3.2 GB of memory (predicted 2.00 hours" in text
+
+
+BEAT_S, SILENT_S = 0.1, 1.5
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(drivers_module, "BEAT_S", BEAT_S)
+    monkeypatch.setattr(drivers_module, "SILENT_S", SILENT_S)
+
+
+def plant(locks: Place, *, beat: int = 3, **changes: object) -> Place:
+    """The lock of a shard on another machine."""
+    lock = {
+        "token": "other", "run": "a-1", "shard": "0/4 of cube", "job": "", "restarts": 0, "host": "node17",
+        "machine": "another", "pid": 1, "started": 1.0, "beat": beat, "running": 1,
+    } | changes  # fmt: skip
+    place = locks / "shard-cube-0of4.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(place, json.dumps(lock))
+    return place
+
+
+def test_a_driver_elsewhere_that_died_falls_silent(folder, quick):
+    """On the first look its file is fresh; then its beat stays the same, or the file is old when we come."""
+    plant(folder)
+    drivers = Drivers()
+    first, none = drivers.look(folder)
+    assert ([lock["host"] for lock in first], none) == (["node17"], [])
+    time.sleep(SILENT_S + 1)  # a server tells whole seconds
+
+    for looking in (drivers, Drivers(), drivers):
+        at_work, silent = looking.look(folder)
+        assert at_work == []
+        assert SILENT_S < silent[0]["silent_s"] + 0.5 < 60
+
+    plant(folder, beat=4)  # it was a network that was down
+    assert [len(locks) for locks in drivers.look(folder)] == [1, 0]
+
+
+@pytest.mark.parametrize("clock_s", [-7200, 7200])
+def test_a_clock_that_differs_kills_no_driver_and_keeps_none_alive(tmp_path, quick, clock_s):
+    """The file's time is two hours off: a beat that comes is believed, and one that does not."""
+
+    def beating(beat: int) -> None:
+        place = plant(tmp_path, beat=beat)
+        os.utime(place, (time.time() + clock_s,) * 2)
+
+    beating(3)
+    timer = threading.Timer(1.5 * BEAT_S, beating, [4])
+    timer.start()
+    alive = Drivers().look(tmp_path)
+    timer.join()
+    dead = Drivers().look(tmp_path)
+
+    assert [len(locks) for locks in alive] == [1, 0]
+    assert [len(locks) for locks in dead] == [0, 1]
+    assert dead[1][0]["silent_s"] == pytest.approx(max(-clock_s, 0), abs=2)
+
+
+def test_a_driver_of_this_machine_is_at_work_however_old_its_lock(tmp_path, quick):
+    """It was stopped, or its disk is slow: its process is there."""
+    with Lock(tmp_path, run="a-1") as lock:
+        pass
+    plant(tmp_path, **json.loads(lock._content()))
+    os.utime(tmp_path / "shard-cube-0of4.json", (1, 1))
+
+    assert [len(locks) for locks in Drivers().look(tmp_path)] == [1, 0]
+
+
+def test_a_silent_shard_is_told_and_watched_no_longer(desk, command, quick):
+    assert command("plan", desk.toml).code == 0
+    run = json.loads(command("status", desk.workspace, "--json").out)["run"]
+    os.utime(plant(desk.workspace / "locks", run=run), (time.time() - 3 * 3600,) * 2)
+
+    shown = command("status", desk.workspace, "--watch", "--every", 1)
+
+    assert shown.code == 0
+    assert f"silent      shard 0/4 of cube of run {run!r} on node17, for 3.0 hours" in shown.out
+    assert "running " not in shown.out.replace("due  running  failed", "")
+    assert json.loads(command("status", desk.workspace, "--json").out)["drivers"] == 0
