@@ -88,6 +88,18 @@ class Opened:
                 self.settings.__exit__(None, None, None)
 
 
+class _Client(Client):
+    """A client that is closed when it does not connect: at the end of the process it would try so for minutes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            with suppress(Exception):
+                self.close(timeout=_CONNECT_S)
+            raise
+
+
 class _DieWithDriver(WorkerPlugin):
     """A worker whose driver was killed must not go on writing: the kernel ends it too (Linux)."""
 
@@ -171,7 +183,7 @@ def _started(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
             **how,
         )
         undo.callback(cluster.close, timeout=_CONNECT_S)
-        client = Client(cluster, set_as_default=False)
+        client = _Client(cluster, set_as_default=False)
         undo.callback(client.close, timeout=_CONNECT_S)
         client.register_plugin(_DieWithDriver(os.getpid()))
         undo.pop_all()
@@ -181,8 +193,8 @@ def _started(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
 def _at_address(profile: Profile) -> Opened:
     address = profile.options["address"]
     try:
-        client = Client(address, timeout=_CONNECT_S, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
+        client = _Client(address, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, TimeoutError, ValueError, TypeError) as error:  # the last: TLS without its settings
         raise ClusterError(
             f"No Dask scheduler answers at {address!r} ({' '.join(str(error).split())}); start one with "
             "`dask scheduler`, or set address in the profile"
@@ -212,7 +224,7 @@ def _jobqueue(profile: Profile) -> Opened:
         undo.callback(cluster.close, timeout=_CONNECT_S)
         cluster.scale(profile.workers)
         _require_taken(answers, profile.workers, command)
-        client = Client(cluster, set_as_default=False)
+        client = _Client(cluster, set_as_default=False)
         undo.pop_all()
     return Opened(
         client=client,
@@ -314,7 +326,7 @@ def _kubernetes(profile: Profile) -> Opened:
         ) from None
     cluster.scale(profile.workers)
     return Opened(
-        client=Client(cluster, set_as_default=False),
+        client=_Client(cluster, set_as_default=False),
         cluster=cluster,
         wanted=profile.workers,
         patience_s=_wait_s(profile),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -161,7 +162,17 @@ class ProfileFile(_Table):
                 raise ValueError(f"{key} {what}, and this profile's runner is {self.runner!r}")
         return self
 
+    @pydantic.field_validator("address")
+    @classmethod
+    def _address(cls, text: str) -> str:
+        if text and not _ADDRESS.fullmatch(text):
+            raise ValueError(
+                "not the address of a scheduler; allowed: tcp://host:port, such as tcp://10.0.0.5:8786"
+            )
+        return text
 
+
+_ADDRESS = re.compile(r"((tcp|tls|wss?|ucxx?)://)?([\w.-]+|\[[\w:.%]+\]):[0-9]{1,5}")
 _OWN_TABLE = {
     "dask-address": "address",
     "dask-jobqueue": "jobqueue",

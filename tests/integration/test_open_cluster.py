@@ -57,3 +57,13 @@ def test_jobs_beyond_a_limit_leave_the_others(check, desk):
     assert ended.code == 1, ended
     assert ended.refusal.startswith("Not one of 3 workers is there, and none came in 6 s; look at the queue")
     assert (desk.folder / "cancelled").read_text().split() == ["7"]
+
+
+def test_a_client_that_cannot_connect_is_closed(check):
+    began = time.monotonic()
+    ended = check('runner = "dask-address"\naddress = "tls://127.0.0.1:9"\n')
+
+    assert ended.code == 1, ended
+    assert ended.err.count("\n") == 1, ended.err
+    assert "No Dask scheduler answers at 'tls://127.0.0.1:9' (TLS expects a `ssl_context`" in ended.refusal
+    assert time.monotonic() - began < 60
