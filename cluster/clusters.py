@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
 import os
@@ -127,11 +128,21 @@ def open_cluster(profile: Profile) -> Opened:
     settings = dask.config.set(DASK_SETTINGS)  # some are asked for while the cluster works
     try:
         opened = _OPENERS[profile.runner](profile)
-    except BaseException:
+    except BaseException as error:
         settings.__exit__(None, None, None)
-        raise
+        if isinstance(error, ClusterError | MemoryError) or not isinstance(error, Exception):
+            raise
+        raise ClusterError(
+            f"The cluster of profile {profile.name!r} does not start ({_said(error)}); look at its settings with "
+            f"`slidecube cluster show {profile.name}`"
+        ) from error
     opened.settings = settings
     return opened
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, in one line that is not endless."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _local(profile: Profile) -> Opened:
@@ -320,18 +331,37 @@ def _kubernetes(profile: Profile) -> Opened:
             quiet=True,
         )
     except Exception as error:  # noqa: BLE001  the client's own classes say no more than their text
+        _remove_half_made()
         raise ClusterError(
-            f"Kubernetes does not start the cluster of profile {profile.name!r}: {' '.join(str(error).split())[:300]}; "
+            f"Kubernetes does not start the cluster of profile {profile.name!r}: {_said(error)}; "
             "see deploy/kubernetes.md"
         ) from None
     cluster.scale(profile.workers)
     return Opened(
-        client=_Client(cluster, set_as_default=False),
+        client=_client_of(cluster),
         cluster=cluster,
         wanted=profile.workers,
         patience_s=_wait_s(profile),
         remedy="look at `kubectl get pods`; raise wait_min in the profile when the cluster is full",
     )
+
+
+def _remove_half_made() -> None:
+    """Remove what a failed start left on Kubernetes; at the end its library would, with a traceback where it cannot."""
+    from dask_kubernetes.operator.kubecluster.kubecluster import reap_clusters  # noqa: PLC0415
+
+    atexit.unregister(reap_clusters)
+    with suppress(Exception):
+        reap_clusters()
+
+
+def _client_of(cluster: Any) -> Client:
+    """A client of a cluster that we started, which ends with it where there can be none."""
+    try:
+        return _Client(cluster, set_as_default=False)
+    except BaseException:
+        cluster.close(timeout=_CONNECT_S)
+        raise
 
 
 _OPENERS: Mapping[str, Callable[[Profile], Opened]] = {

@@ -67,3 +67,28 @@ def test_a_client_that_cannot_connect_is_closed(check):
     assert ended.err.count("\n") == 1, ended.err
     assert "No Dask scheduler answers at 'tls://127.0.0.1:9' (TLS expects a `ssl_context`" in ended.refusal
     assert time.monotonic() - began < 60
+
+
+def test_an_interface_that_is_not_there_is_one_line(check):
+    ended = check(SLURM.replace('"lo"', '"ib9"'), sbatch="exit 1")
+
+    assert ended.code == 1, ended
+    assert ended.err.count("\n") == 1, ended.err
+    assert "does not start (Cluster failed to start: 'ib9' is not a valid network interface" in ended.refusal
+
+
+def test_kubernetes_without_credentials_is_one_line(check, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    ended = check('extends = "kubernetes"\n[kubernetes]\nimage = "registry.example.org/slidecube:0.1.0"\n')
+
+    assert ended.code == 1, ended
+    assert ended.err.count("\n") == 1, ended.err
+    assert ended.refusal.startswith("Kubernetes does not start the cluster of profile"), ended
+
+
+def test_workers_that_die_as_they_start_are_one_line(check):
+    ended = check('extends = "dask-local"\nworkers = 1\nmem_gb = 0.01\n')
+
+    assert ended.code == 1, ended
+    assert "raise mem_gb" in ended.refusal
