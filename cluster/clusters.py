@@ -153,7 +153,9 @@ def _cuda(profile: Profile) -> Opened:
     """One worker a GPU, each of which sees its own."""
     dask_cuda = _import("dask_cuda", extra="gpu")
     try:
-        opened = _on_this_machine(profile, dask_cuda.LocalCUDACluster, rmm_pool_size=None)
+        opened = _on_this_machine(
+            profile, dask_cuda.LocalCUDACluster, n_workers=profile.workers, rmm_pool_size=None
+        )
     except Exception as error:
         if type(error).__name__.startswith("NVMLError") or "nvml" in str(error).lower():
             raise ClusterError(

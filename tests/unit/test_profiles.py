@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
+from slidecube.cluster.clusters import open_cluster
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
 
@@ -33,3 +37,19 @@ def test_an_address_that_is_none_is_refused_before_anything_is_asked(tmp_path, a
     ) as refused:
         load_profile(written(tmp_path, f'runner = "dask-address"\naddress = "{address}"\n'))
     assert repr(address) in str(refused.value)
+
+
+def test_as_many_workers_with_gpus_as_the_profile_says(tmp_path, monkeypatch):
+    """And not one for each GPU of the machine: threads and memory were shared out among these."""
+    asked = {}
+
+    def started(**how):
+        asked.update(how)
+        raise RuntimeError("enough")
+
+    monkeypatch.setitem(sys.modules, "dask_cuda", SimpleNamespace(LocalCUDACluster=started))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    profile = load_profile(written(tmp_path, 'extends = "dask-cuda"\nworkers = 2\n'))
+    with pytest.raises(ClusterError, match="do not start"):
+        open_cluster(profile)
+    assert asked["n_workers"] == profile.workers == 2
