@@ -292,6 +292,7 @@ def jobqueue_arguments(profile: Profile) -> dict[str, Any]:
     hours, minutes = divmod(worker.time_min or 240, 60)
     kwargs: dict[str, Any] = {
         "name": "slidecube",
+        "job_name": "slidecube",
         "cores": 1,  # one task at a time; its threads are the worker's CPUs
         "processes": 1,
         "memory": f"{worker.mem_gb:g}GB",
@@ -316,6 +317,10 @@ def jobqueue_arguments(profile: Profile) -> dict[str, Any]:
         kwargs["resource_spec"] = f"select=1:ncpus={worker.cpus}:mem={worker.mem_gb:g}gb{gpus}"
     else:
         kwargs["ncpus"] = worker.cpus
+        kwargs["project"] = kwargs.pop("account")
+        kwargs["walltime"] = f"{hours:02d}:{minutes:02d}"  # with seconds it is refused
+        if worker.gpus:
+            kwargs["job_extra_directives"].append(f'-gpu "num={worker.gpus}"')
     return kwargs
 
 

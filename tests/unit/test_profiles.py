@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 
-from slidecube.cluster.clusters import open_cluster
+from slidecube.cluster.clusters import jobqueue_arguments, open_cluster
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
 
@@ -37,6 +38,45 @@ def test_an_address_that_is_none_is_refused_before_anything_is_asked(tmp_path, a
     ) as refused:
         load_profile(written(tmp_path, f'runner = "dask-address"\naddress = "{address}"\n'))
     assert repr(address) in str(refused.value)
+
+
+JOBS = {
+    "slurm": (
+        "SLURMJob",
+        [
+            "#SBATCH -J slidecube",
+            "#SBATCH -A maps",
+            "#SBATCH -p long",
+            "#SBATCH --gres=gpu:2",
+            "#SBATCH -t 02:30:00",
+        ],
+    ),
+    "pbs": (
+        "PBSJob",
+        ["#PBS -N slidecube", "#PBS -A maps", "#PBS -q long", "#PBS -l select=1:ncpus=4:mem=16gb:ngpus=2"],
+    ),
+    "lsf": (
+        "LSFJob",
+        [
+            "#BSUB -J slidecube",
+            '#BSUB -P "maps"',
+            "#BSUB -q long",
+            '#BSUB -gpu "num=2"',
+            "#BSUB -W 02:30",
+            "#BSUB -n 4",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("system", JOBS)
+def test_what_is_asked_for_stands_in_the_script_of_a_job(tmp_path, system):
+    """Out of the very class that writes it: no two of them name things alike."""
+    kind, lines = JOBS[system]
+    text = f'extends = "{system}"\ngpus = 2\ntime_min = 150\n[jobqueue]\naccount = "maps"\nqueue = "long"\n'
+    arguments = jobqueue_arguments(load_profile(written(tmp_path, text)))
+    job = getattr(import_module(f"dask_jobqueue.{system}"), kind)("tcp://127.0.0.1:1", **arguments)
+    assert set(lines) <= set(job.job_script().splitlines())
 
 
 def test_as_many_workers_with_gpus_as_the_profile_says(tmp_path, monkeypatch):
