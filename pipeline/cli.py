@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata, resources
 from pathlib import Path
 from types import FrameType
@@ -242,7 +243,8 @@ def status(workspace: Path, *, as_json: bool, prometheus: Path | None, watch: bo
     while True:
         state = read_status(workspace, drivers=drivers)
         if prometheus is not None:
-            write_atomic(prometheus, prometheus_text(state))
+            with _written(prometheus):
+                write_atomic(prometheus, prometheus_text(state))
         if watch and sys.stdout.isatty():
             click.clear()
         click.echo(json.dumps(state, indent=2) if as_json else status_summary(state))
@@ -454,8 +456,9 @@ def cluster_manifests(profile: str, *, out: Path | None) -> None:
         click.echo("\n".join(f"# ---- {name}\n---\n{text}" for name, text in texts.items()), nl=False)
         return
     for name, text in texts.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(text, encoding="utf-8")
+        with _written(out):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(text, encoding="utf-8")
     click.echo(f"wrote {len(texts)} files to {out}: {', '.join(texts)}")
 
 
@@ -479,6 +482,15 @@ def clean(workspace: Path, *, dry_run: bool) -> None:
     from slidecube.pipeline.summaries import clean_summary
 
     click.echo(clean_summary(remove_superseded(workspace, dry_run=dry_run), dry_run=dry_run))
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Tell a place where nothing can be written, which the user named, from a file of ours that is missing."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, IsADirectoryError) as error:
+        raise click.UsageError(f"{path} cannot be written: {error.strerror}; name another place") from None
 
 
 def _newest(source: str, aoi: Aoi) -> str:

@@ -304,6 +304,21 @@ def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
     assert out.endswith("incomplete: run the same command to go on\n")
 
 
+def test_a_place_where_nothing_can_be_written_is_the_users_error(slidecube, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.import_module("slidecube.pipeline.status"), "status", lambda _: STATE)
+    line = refused(slidecube("status", "ws", "--prometheus", str(tmp_path / "nofolder" / "x.prom")), 1)
+    assert f"{tmp_path}/nofolder/x.prom cannot be written: No such file or directory" in line
+    assert "Is a directory" in refused(slidecube("status", "ws", "--prometheus", str(tmp_path)), 1)
+
+    profile = tmp_path / "site.toml"
+    profile.write_text(
+        'extends = "kubernetes"\n[kubernetes]\nimage = "registry.example.org/slidecube:0.1.0"\n'
+    )
+    assert "/proc/x cannot be written" in refused(
+        slidecube("cluster", "manifests", str(profile), "--out", "/proc/x"), 1
+    )
+
+
 def test_an_incomplete_run_is_2_and_says_what_failed(slidecube, monkeypatch, tmp_path):
     run_module = importlib.import_module("slidecube.pipeline.run")
     report = run_module.RunReport(
