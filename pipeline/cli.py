@@ -225,14 +225,14 @@ def run(file: Path, *, refresh: bool, **how: Any) -> None:
 
 
 @cli.command()
-@click.argument("workspace", type=Folder)
+@click.argument("workspace")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--prometheus", type=click.Path(path_type=Path), help="Write metrics into this file, too.")
 @click.option("--watch", is_flag=True, help="Tell again and again, until nothing is at work or Ctrl-C.")
 @click.option(
     "--every", type=click.FloatRange(min=1), default=10.0, show_default=True, help="Seconds, with --watch."
 )
-def status(workspace: Path, *, as_json: bool, prometheus: Path | None, watch: bool, every: float) -> None:
+def status(workspace: str, *, as_json: bool, prometheus: Path | None, watch: bool, every: float) -> None:
     """Tell what is done, due and failed in a workspace."""
     from slidecube.pipeline.drivers import Drivers
     from slidecube.pipeline.status import status as read_status
@@ -308,11 +308,11 @@ def submit(file: Path, *, profile: str | None, dry_run: bool) -> None:
 
 
 @cli.command()
-@click.argument("workspace", type=Folder)
+@click.argument("workspace")
 @click.argument("truth", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--report", "in_report", is_flag=True, help="Show it in the report, too.")
-def evaluate(workspace: Path, truth: Path, *, as_json: bool, in_report: bool) -> None:
+def evaluate(workspace: str, truth: Path, *, as_json: bool, in_report: bool) -> None:
     """Compare an inventory with known landslides."""
     from slidecube.pipeline.report_stage import evaluate_workspace, evaluation_json, report_workspace
 
@@ -339,8 +339,8 @@ def publish(file: Path) -> None:
 
 
 @cli.command()
-@click.argument("workspace", type=Folder)
-def report(workspace: Path) -> None:
+@click.argument("workspace")
+def report(workspace: str) -> None:
     """Write the report, an HTML page that opens offline."""
     from slidecube.pipeline.report_stage import report_workspace
 
@@ -400,12 +400,16 @@ def cluster() -> None:
 @cluster.command("list")
 def cluster_list() -> None:
     """List the profiles and their files."""
+    from slidecube.cluster.errors import ClusterError
     from slidecube.cluster.resources import own_profiles, profiles, read_profile
 
     found = profiles()
     for name, path in found.items():
         own = "" if path.parent != own_profiles() else f"  ({path})"
-        click.echo(f"{name:<14}  {read_profile(name).runner:<15}{own}")
+        try:
+            click.echo(f"{name:<14}  {read_profile(name).runner:<15}{own}")
+        except ClusterError as error:  # it names the file
+            click.echo(f"{name:<14}  cannot be read: {_one_line(str(error))}")
     click.echo(f"your own: TOML files in {own_profiles()}, or any TOML by its path")
 
 
@@ -474,9 +478,9 @@ def doctor() -> int:
 
 
 @cli.command()
-@click.argument("workspace", type=Folder)
+@click.argument("workspace")
 @click.option("--dry-run", is_flag=True, help="Only list what would go.")
-def clean(workspace: Path, *, dry_run: bool) -> None:
+def clean(workspace: str, *, dry_run: bool) -> None:
     """Remove what no plan needs any more."""
     from slidecube.pipeline.status import clean as remove_superseded
     from slidecube.pipeline.summaries import clean_summary

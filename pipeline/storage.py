@@ -63,6 +63,8 @@ _SETTINGS = (
     "AWS_CONFIG_FILE",
 )
 
+_NO_CREDENTIALS = "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class ObjectPath:
@@ -256,6 +258,8 @@ def _unreachable(place: ObjectPath, said: str) -> str:
     endpoint = _endpoint(_settings())[0] or "AWS"
     if "NoSuchBucket" in said or "404" in said:
         return f"There is no bucket {place.bucket!r} at {endpoint}; make it, or name another in [output] workspace"
+    if _NO_CREDENTIALS in said:
+        return f"For {place} {_NO_CREDENTIALS}"
     if re.search(r"\b(401|403)\b|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch", said):
         return (
             f"{endpoint} refuses access to {place} with these credentials; check AWS_ACCESS_KEY_ID and "
@@ -732,7 +736,7 @@ def _credentials() -> Any:
     if found is None:
         raise PermissionError(
             errno.EACCES,
-            "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+            _NO_CREDENTIALS,
         )
     frozen = found.get_frozen_credentials()
     return {

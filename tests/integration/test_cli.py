@@ -107,6 +107,16 @@ def test_version_waits_for_no_library():
         (["plan", "missing.toml"], "missing.toml: no such file"),
         (["status", "no-workspace"], "not a workspace"),
         (["clean", "no-workspace"], "not a workspace"),
+        *(
+            ([*verb, address, *rest], f"Address '{address}' is neither a folder nor an s3://bucket/prefix")
+            for verb, rest in (
+                (["status"], []),
+                (["clean"], []),
+                (["report"], []),
+                (["evaluate"], ["t.geojson"]),
+            )
+            for address in ("http://x/y", "s3://")
+        ),
     ],
 )
 def test_user_errors_are_one_line_and_code_1(slidecube, tmp_path, monkeypatch, args, expected):
@@ -317,6 +327,26 @@ def test_a_place_where_nothing_can_be_written_is_the_users_error(slidecube, monk
     assert "/proc/x cannot be written" in refused(
         slidecube("cluster", "manifests", str(profile), "--out", "/proc/x"), 1
     )
+
+
+def test_a_broken_profile_of_the_users_own_stands_in_the_list(slidecube, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / "slidecube" / "profiles"
+    folder.mkdir(parents=True)
+    (folder / "broken.toml").write_text("runner = ")
+    (folder / "mine.toml").write_text('runner = "threads"\n')
+    (folder / "unknown.toml").write_text('runner = "threads"\nspeed = 9\n')
+
+    code, out, _ = slidecube("cluster", "list")
+
+    assert code == 0
+    said = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()}
+    assert said["mine"] == f"threads ({folder / 'mine.toml'})"
+    assert said["broken"].startswith(
+        f"cannot be read: Profile {folder / 'broken.toml'} cannot be read: Invalid value"
+    )
+    assert "unknown key speed" in said["unknown"]
+    assert said["slurm-array"] == "array"
 
 
 def test_an_incomplete_run_is_2_and_says_what_failed(slidecube, monkeypatch, tmp_path):
