@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 COMPLETE, USER_ERROR, INCOMPLETE, BUG, DRAINED, INTERRUPTED = 0, 1, 2, 70, 75, 130
 
 STAGES = ("cube", "fit", "detect", "mosaic")
+
+_GAP_S = 300.0
+"""While work is due, `status --watch` waits so long for the next driver after it saw the last one."""
 
 TomlFile = click.Path(path_type=Path)
 Folder = click.Path(path_type=Path)
@@ -228,7 +232,7 @@ def run(file: Path, *, refresh: bool, **how: Any) -> None:
 @click.argument("workspace")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--prometheus", type=click.Path(path_type=Path), help="Write metrics into this file, too.")
-@click.option("--watch", is_flag=True, help="Tell again and again, until nothing is at work or Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Tell again and again, until nothing is at work or queued.")
 @click.option(
     "--every", type=click.FloatRange(min=1), default=10.0, show_default=True, help="Seconds, with --watch."
 )
@@ -236,10 +240,11 @@ def status(workspace: str, *, as_json: bool, prometheus: Path | None, watch: boo
     """Tell what is done, due and failed in a workspace."""
     from slidecube.pipeline.drivers import Drivers
     from slidecube.pipeline.status import status as read_status
+    from slidecube.pipeline.status import under_way, work_due
     from slidecube.pipeline.storage import write_atomic
     from slidecube.pipeline.summaries import prometheus_text, status_summary
 
-    drivers = Drivers()
+    drivers, last_s = Drivers(), -math.inf
     while True:
         state = read_status(workspace, drivers=drivers)
         if prometheus is not None:
@@ -248,7 +253,10 @@ def status(workspace: str, *, as_json: bool, prometheus: Path | None, watch: boo
         if watch and sys.stdout.isatty():
             click.clear()
         click.echo(json.dumps(state, indent=2) if as_json else status_summary(state))
-        if not watch or not state["running"]:
+        last_s = time.monotonic() if state["running"] else last_s
+        # between two jobs of a scheduler that cannot be asked, nobody is at work for a while
+        gap = work_due(state) and time.monotonic() - last_s < _GAP_S
+        if not watch or not (under_way(state) or gap):
             return
         time.sleep(every)
 

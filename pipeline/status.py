@@ -173,6 +173,16 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
     }
 
 
+def under_way(state: dict[str, Any]) -> bool:
+    """Tell whether a driver is at work, or a job queued or running, by what `status` found."""
+    return bool(state["running"]) or any(job["pending"] or job["running"] for job in state["jobs"])
+
+
+def work_due(state: dict[str, Any]) -> bool:
+    """Tell whether something is due, by what `status` found."""
+    return any(counts["due"] for counts in state["tiles"].values())
+
+
 def _minutes_left(tiles: dict[str, dict[str, int]], speed: dict[str, float]) -> float | None:
     """Minutes until what is due is done; None while a stage that is due has no pace yet."""
     left = {stage: counts["due"] + counts["running"] for stage, counts in tiles.items()}

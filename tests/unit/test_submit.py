@@ -206,6 +206,26 @@ def test_jobs_that_cannot_be_asked_about_may_be_there_still(programs, desk, comm
     assert command(*send).code == 0
 
 
+def test_jobs_in_the_queue_are_watched_before_any_has_begun(programs, desk, command):
+    """Pending on the first two looks, and gone on the third."""
+    (desk.folder / "site.toml").write_text('extends = "slurm-array"\n')
+    stand_in(programs, "sbatch", "echo 7")
+    stand_in(programs, "sacct", "exit 1")
+    looks = programs / "looks"
+    stand_in(
+        programs,
+        "squeue",
+        f"echo >> {looks}; [ $(wc -l < {looks}) -gt 2 ] || echo '7|N/A|PENDING|Priority'",
+    )
+    assert command("submit", desk.toml, "--profile", desk.folder / "site.toml").code == 0
+    assert not looks.exists()
+
+    watched = command("status", desk.workspace, "--watch", "--every", 1)
+
+    assert watched.out.count("7: 1 pending (Priority)") == 2 * 3, "three stages, of one id"
+    assert watched.out.count("7: not known to the queue any more") == 3
+
+
 @pytest.mark.parametrize(
     ("squeue", "expected"),
     [

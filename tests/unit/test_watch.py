@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from slidecube.pipeline import cli
 from slidecube.pipeline import drivers as drivers_module
 from slidecube.pipeline import pace as pace_module
 from slidecube.pipeline.drivers import Drivers
@@ -243,3 +244,19 @@ def test_a_silent_shard_is_told_and_watched_no_longer(desk, command, quick):
     assert f"silent      shard 0/4 of cube of run {run!r} on node17, for 3.0 hours" in shown.out
     assert "running " not in shown.out.replace("due  running  failed", "")
     assert json.loads(command("status", desk.workspace, "--json").out)["drivers"] == 0
+
+
+@pytest.mark.parametrize(("gap_s", "idle"), [(0.0, 1), (2.5, 3)])
+def test_between_two_drivers_it_is_watched_on_for_a_while(desk, command, monkeypatch, gap_s, idle):
+    """Work is due and its driver has gone: the next one may be on its way, and does not come."""
+    monkeypatch.setattr(cli, "_GAP_S", gap_s)
+    assert command("plan", desk.toml).code == 0
+    with Lock(desk.workspace / "locks", run="a-1") as driver:
+        lock = plant(desk.workspace / "locks", **json.loads(driver._content()))
+    gone = iter([lock.unlink])
+    monkeypatch.setattr(cli.time, "sleep", lambda s, sleep=time.sleep: (next(gone, int)(), sleep(s)))
+
+    watched = command("status", desk.workspace, "--watch", "--every", 1, "--json")
+
+    looks = watched.out.replace("}\n{", "}\n\0{").split("\0")
+    assert [json.loads(look)["running"] for look in looks] == ["a-1", *[None] * idle]
