@@ -30,7 +30,8 @@ PATIENCE_S = 300
 class Soak:
     """One workspace, whatever is killed meanwhile.
 
-    site : of Dask, None where a driver has its own workers or none; killed : how often which role was
+    site : of Dask, None where a driver has its own workers or none; killed : how often which role was, here and before
+    kills : of them here
     """
 
     desk: object
@@ -38,6 +39,7 @@ class Soak:
     kind: str
     site: object = None
     killed: Counter[str] = field(default_factory=Counter)
+    kills: int = 0
     drivers: dict[tuple[str, ...], subprocess.Popen[str]] = field(default_factory=dict)
     deadline: float = 0.0
 
@@ -63,7 +65,7 @@ class Soak:
             for command in commands:
                 if not self._done(command) and not self._alive(command):
                     self._start(command)
-            if self.killed.total() < kills and self._until(self._at_work):
+            if self.kills < kills and self._until(self._at_work):
                 until = time.monotonic() + self.rng.random() * span_s
                 if self._until(lambda until=until: time.monotonic() >= until):
                     self._kill()
@@ -117,6 +119,7 @@ class Soak:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
             self.killed[role] += 1
+            self.kills += 1
             print(f"  killed {role} {victim} of {self.kind}")
         for process in [*self.drivers.values(), *(self.site.processes if self.site is not None else ())]:
             if process.pid == victim:
@@ -150,10 +153,10 @@ def workers_of(pid: int) -> list[psutil.Process]:
 
 @pytest.fixture
 def soak(desk_in, tmp_path, witness, servers):
-    """Go through one run of a kind, and hold it to the undisturbed one: `soak(kind, rng, kills)` -> roles killed."""
+    """Go through one run of a kind, and hold it to the undisturbed one; killed : counts who was."""
     number = 0
 
-    def once(kind: str, rng: random.Random, kills: int) -> Counter[str]:
+    def once(kind: str, rng: random.Random, kills: int, killed: Counter[str]) -> None:
         nonlocal number
         number += 1
         folder = tmp_path / f"{number}-{kind}"
@@ -163,18 +166,18 @@ def soak(desk_in, tmp_path, witness, servers):
                 site = stack.enter_context(servers("dask_site").DaskSite(folder / "site"))
                 profile = str(site.profile)
             desk = desk_in(folder / "desk", cluster=witness.cluster(profile), **witness.settings)
-            one = Soak(desk=desk, rng=rng, kind=kind, site=site)
+            one = Soak(desk=desk, rng=rng, kind=kind, site=site, killed=killed)
             print(f"{number}: {kind}")
             one.go_through(kills, witness.span_s * (1 if kind == "threads" else 2))
         assert "Traceback" not in one.log(), one.log()
         witness.assert_whole(desk)
-        return one.killed
 
     return once
 
 
 def test_everything_is_killed_once(soak):
-    killed = soak("site", random.Random(20181106), 6)
+    killed = Counter[str]()
+    soak("site", random.Random(20181106), 6, killed)
 
     assert set(killed) >= {"shard", "worker", "nanny", "scheduler"}
 
@@ -185,7 +188,7 @@ def test_fifty_random_kills(soak):
     rng = random.Random(20180906)
     killed = Counter[str]()
     while killed.total() < 50:
-        killed += soak(rng.choice(list(KINDS)), rng, rng.randint(3, KILLS_OF_ONE))
+        soak(rng.choice(list(KINDS)), rng, rng.randint(3, KILLS_OF_ONE), killed)
         print(f"{killed.total()} kills: {dict(killed)}", flush=True)
 
     assert set(killed) == {"shard", "driver", "worker", "nanny", "scheduler"}
