@@ -94,10 +94,10 @@ class _Client(Client):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         except BaseException:
             with suppress(Exception):
-                self.close(timeout=_CONNECT_S)
+                self.close(timeout=_CONNECT_S)  # type: ignore[no-untyped-call]
             raise
 
 
