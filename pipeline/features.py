@@ -13,7 +13,7 @@ from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.composite import reflectance
 from slidecube.pipeline.config import DEFAULT_BANDS
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.indices import dndvi, ndvi, rdndvi
+from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
 from slidecube.pipeline.mnf import Mnf
 from slidecube.pipeline.terrain import SLOPE_NODATA, SLOPE_SCALE
 
@@ -39,55 +39,88 @@ class Layers:
 class Feature:
     """One feature: how it is made, its unit, and where it comes from.
 
+    formula : as a reader writes it, of reflectances ("B04") of the image before ("pre") or after the event ("post")
     reads : "pre.B04", "terrain.slope_deg", ... : the stored variables it needs
     """
 
     build: Callable[[Layers], xr.DataArray]
+    formula: str
     unit: str
     source: str
     reads: tuple[str, ...]
 
 
-def _ndvi_of(layer: xr.Dataset) -> xr.DataArray:
-    return ndvi(reflectance(layer["B04"]), reflectance(layer["B08"]))
+def _index_of(index: Index, layer: xr.Dataset) -> xr.DataArray:
+    made: xr.DataArray = index.compute(*(reflectance(layer[band]) for band in index.bands))
+    return made
+
+
+def _index_features(name: str, index: Index) -> dict[str, Feature]:
+    """Make the four features of an index: before, after, difference and relative difference."""
+    pre, post = ([f"{side}.{band}" for band in sorted(index.bands)] for side in ("pre", "post"))
+
+    def change(of: Callable[[xr.DataArray, xr.DataArray], xr.DataArray]) -> Callable[[Layers], xr.DataArray]:
+        return lambda s: of(_index_of(index, s.pre), _index_of(index, s.post))
+
+    return {
+        f"{name}_pre": Feature(
+            build=lambda s: _index_of(index, s.pre),
+            formula=f"{index.formula}, pre",
+            unit="1",
+            source=index.source,
+            reads=tuple(pre),
+        ),
+        f"{name}_post": Feature(
+            build=lambda s: _index_of(index, s.post),
+            formula=f"{index.formula}, post",
+            unit="1",
+            source=index.source,
+            reads=tuple(post),
+        ),
+        f"d{name}": Feature(
+            build=change(difference),
+            formula=f"{name}_post - {name}_pre",
+            unit="1",
+            source="Ganerod et al. 2023, section 3.2" if name == "ndvi" else index.source,
+            reads=(*pre, *post),
+        ),
+        f"rd{name}": Feature(
+            build=change(relative_difference),
+            formula=f"100 ({name}_post - {name}_pre) / sqrt({name}_pre + {name}_post)",
+            unit="%",
+            source="Scheip & Wegmann 2021 (HazMapper), eq. 1, doi:10.5194/nhess-21-1495-2021"
+            + ("" if name == "ndvi" else f", there of NDVI; {index.source}"),
+            reads=(*pre, *post),
+        ),
+    }
 
 
 def _hundredths(stored: xr.DataArray) -> xr.DataArray:
     return (stored.astype(np.float32) * np.float32(SLOPE_SCALE)).where(stored != SLOPE_NODATA)
 
 
-_NDVI = ("B04", "B08")
-_PRE, _POST = tuple(f"pre.{b}" for b in _NDVI), tuple(f"post.{b}" for b in _NDVI)
-
 INDEX_FEATURES: Mapping[str, Feature] = {
-    "ndvi_pre": Feature(build=lambda s: _ndvi_of(s.pre), unit="1", source="Rouse et al. 1974", reads=_PRE),
-    "ndvi_post": Feature(build=lambda s: _ndvi_of(s.post), unit="1", source="Rouse et al. 1974", reads=_POST),
-    "dndvi": Feature(
-        build=lambda s: dndvi(_ndvi_of(s.pre), _ndvi_of(s.post)),
-        unit="1",
-        source="Ganerod 2023, section 3.2",
-        reads=_PRE + _POST,
-    ),
-    "rdndvi": Feature(
-        build=lambda s: rdndvi(_ndvi_of(s.pre), _ndvi_of(s.post)),
-        unit="%",
-        source="Scheip & Wegmann 2021, eq. 1",
-        reads=_PRE + _POST,
-    ),
+    **{name: made for index, of in INDICES.items() for name, made in _index_features(index, of).items()},
     "slope_deg": Feature(
         build=lambda s: _hundredths(s.terrain["slope_deg"]),
+        formula="slope of the DEM",
         unit="degree",
         source="Horn 1981",
         reads=("terrain.slope_deg",),
     ),
     "aspect_deg": Feature(
         build=lambda s: _hundredths(s.terrain["aspect_deg"]),
+        formula="direction that the slope faces",
         unit="degree",
         source="Horn 1981",
         reads=("terrain.aspect_deg",),
     ),
     "elevation": Feature(
-        build=lambda s: s.terrain["elevation"], unit="m", source="DEM", reads=("terrain.elevation",)
+        build=lambda s: s.terrain["elevation"],
+        formula="height of the DEM",
+        unit="m",
+        source="DEM",
+        reads=("terrain.elevation",),
     ),
 }
 """Features that are neither reflectances ("B04_pre", "B11_post", ...) nor MNF components ("mnf1_post", ...)."""
@@ -104,6 +137,7 @@ def feature(name: str) -> Feature:
     if side in {"pre", "post"} and band.startswith("B") and len(band) == 3:
         return Feature(
             build=lambda s: reflectance((s.pre if side == "pre" else s.post)[band]),
+            formula=f"reflectance of {band}, {side}",
             unit="1",
             source="Sentinel-2 reflectance",
             reads=(f"{side}.{band}",),
@@ -114,6 +148,7 @@ def feature(name: str) -> Feature:
         sides = ("pre", "post") if image == "change" else (image,)
         return Feature(
             build=lambda s: s.components[name],
+            formula=f"component {component[0]} of the MNF of {image}",
             unit="noise standard deviation",
             source="Green et al. 1988",
             reads=tuple(f"{side}.{b}" for side in sides for b in MNF_BANDS),

@@ -20,7 +20,7 @@ from odc.geo.geobox import GeoBox
 from rasterio.transform import from_origin
 from rasterio.warp import transform_geom
 
-from slidecube.pipeline.indices import ndvi, rdndvi
+from slidecube.pipeline.indices import ndvi, relative_difference
 from slidecube.pipeline.open import open_inventory, open_plan
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import read_window
@@ -238,7 +238,7 @@ def change(pre: dict[str, np.ndarray], post: dict[str, np.ndarray]) -> np.ndarra
     sides = [
         ndvi(*((side[band].astype(float) - 1000) / 10_000 for band in ("B04", "B08"))) for side in (pre, post)
     ]
-    return rdndvi(sides[0], sides[1])
+    return relative_difference(sides[0], sides[1])
 
 
 def slopes(plan: RunPlan) -> np.ndarray:

@@ -12,7 +12,7 @@ import xarray as xr
 
 from slidecube.models.predict import predict
 from slidecube.models.zoo import build_model
-from slidecube.pipeline.indices import rdndvi
+from slidecube.pipeline.indices import relative_difference
 
 TABLE = "kaikoura_change/df4ML.csv"
 PREVALENCES = (0.01, 0.001)
@@ -72,7 +72,7 @@ def read(shared: Path) -> pd.DataFrame:
 
 def judge(table: pd.DataFrame, *, slope: str = "slope_mean") -> pd.DataFrame:
     """Apply the model to each segment as if it were a pixel: relative change, probability, and landslide or not."""
-    change = rdndvi(table["pre"].to_numpy(), table["ndvi"].to_numpy())
+    change = relative_difference(table["pre"].to_numpy(), table["ndvi"].to_numpy())
     features = xr.Dataset(
         {"rdndvi": (("y", "x"), change[None]), "slope_deg": (("y", "x"), table[slope].to_numpy()[None])}
     )

@@ -17,7 +17,7 @@ import scipy.linalg
 from slidecube.catalog.scenes import Window
 from slidecube.pipeline.composite import MaskRule
 from slidecube.pipeline.config import load_config
-from slidecube.pipeline.indices import rdndvi
+from slidecube.pipeline.indices import relative_difference
 from slidecube.pipeline.open import open_inventory
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.tile import optical_layer
@@ -108,7 +108,7 @@ def test_the_loss_fixed_beforehand_is_the_models_limit(section):
     kaikoura = section("kaikoura")
     for before in (0.4, 0.8):
         loss = kaikoura.equivalent_loss(before, 25.0)
-        assert rdndvi(np.array(before), np.array(before - loss)) == pytest.approx(-25)
+        assert relative_difference(np.array(before), np.array(before - loss)) == pytest.approx(-25)
 
 
 def test_stripes_without_data_are_neither_found_nor_missed(section):

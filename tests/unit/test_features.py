@@ -10,6 +10,7 @@ import xarray as xr
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import INDEX_FEATURES, Layers, build_features, feature, required_variables
+from slidecube.pipeline.indices import INDICES
 
 
 def plane(*values, dtype=np.uint16):
@@ -19,8 +20,9 @@ def plane(*values, dtype=np.uint16):
 @pytest.fixture
 def layers():
     """Three pixels: a loss on a slope; the same without a clear look afterwards; and one without terrain."""
-    pre = {"B04": plane(1500, 1500, 1500), "B08": plane(5500, 5500, 5500), "B11": plane(2000, 1, 0)}
-    post = {"B04": plane(2000, 0, 2000), "B08": plane(4000, 0, 4000)}
+    pre = {band: plane(value, value, value) for band, value in PRE.items()}
+    pre["B01"] = plane(2000, 1, 0)
+    post = {band: plane(value, 0, value) for band, value in POST.items()}
     terrain = {
         "elevation": plane(812.5, 3.0, np.nan, dtype=np.float32),
         "slope_deg": plane(3021, 0, 65535),
@@ -29,10 +31,12 @@ def layers():
     return Layers(pre=xr.Dataset(pre), post=xr.Dataset(post), terrain=xr.Dataset(terrain))
 
 
+PRE = {"B02": 1300, "B03": 1600, "B04": 1500, "B08": 5500, "B11": 3000, "B12": 1900}
+POST = {"B02": 1700, "B03": 1900, "B04": 2000, "B08": 4000, "B11": 3600, "B12": 2900}
 NDVI_PRE, NDVI_POST = 0.4 / 0.5, 0.2 / 0.4
 WANT = {
     "B04_pre": [0.05, 0.05, 0.05],
-    "B11_pre": [0.1, -0.0999, np.nan],
+    "B01_pre": [0.1, -0.0999, np.nan],
     "B08_post": [0.3, np.nan, 0.3],
     "ndvi_pre": [NDVI_PRE] * 3,
     "ndvi_post": [NDVI_POST, np.nan, NDVI_POST],
@@ -42,6 +46,15 @@ WANT = {
     "slope_deg": [30.21, 0, np.nan],
     "aspect_deg": [359.99, np.nan, np.nan],
 }
+for _name, _index in INDICES.items():
+    _pre, _post = (
+        eval(_index.formula, {}, {band: (v - 1000) / 1e4 for band, v in side.items()}) for side in (PRE, POST)
+    )
+    _relative = 100 * (_post - _pre) / np.sqrt(_pre + _post) if _pre + _post > 0 else np.nan
+    WANT.setdefault(f"{_name}_pre", [_pre] * 3)
+    WANT.setdefault(f"{_name}_post", [_post, np.nan, _post])
+    WANT.setdefault(f"d{_name}", [_post - _pre, np.nan, _post - _pre])
+    WANT.setdefault(f"rd{_name}", [_relative, np.nan, _relative])
 
 
 def test_every_feature_by_hand(layers):
@@ -52,7 +65,9 @@ def test_every_feature_by_hand(layers):
     assert list(made.data_vars) == list(WANT), "in the order of the spec"
     for name, want in WANT.items():
         assert made[name].dtype == np.float32
-        np.testing.assert_allclose(made[name].values[0], np.array(want, np.float32), rtol=2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            made[name].values[0], np.array(want, np.float32), rtol=2e-6, atol=1e-7, err_msg=name
+        )
 
 
 def test_lazy_layers_stay_lazy_and_give_the_same(layers):
@@ -97,6 +112,7 @@ def test_an_unknown_feature_is_refused_with_the_known_ones(name):
 
 def test_each_feature_says_its_unit_and_source():
     for name, made in INDEX_FEATURES.items():
+        assert made.formula, name
         assert made.unit, name
         assert made.source, name
         assert all(read.split(".")[0] in ("pre", "post", "terrain") for read in made.reads), name
