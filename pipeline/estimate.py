@@ -9,6 +9,7 @@ from slidecube.catalog.grid import TileGrid
 from slidecube.models.card import ModelCard
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.features import required_variables
+from slidecube.pipeline.terrain import TERRAIN_ALWAYS
 
 BASE_GB = 0.35
 """Resident memory of a fresh worker with every import done, GDAL's caches included."""
@@ -69,7 +70,10 @@ def estimate(
     most = max((n for by in dates.values() for n in by.values()), default=0)
     bands, epochs = len(config.cube.bands), len(config.epochs)
     tile_mpx = grid.tile_px**2 / 1e6
-    stored = tiles * tile_mpx * (len(dates) * (bands + _EXTRA) * 2 + 8 + epochs * 7) / _COMPRESSION
+    shapes = len(set(required_variables(card.inputs)["terrain"]) - set(TERRAIN_ALWAYS))
+    stored = (
+        tiles * tile_mpx * (len(dates) * (bands + _EXTRA) * 2 + 8 + 2 * shapes + epochs * 7) / _COMPRESSION
+    )
     seconds = tile_mpx * (
         reads * (bands + 1) * _SECONDS_PER_MPX_BAND_DATE
         + tiles * epochs * (_SECONDS_PER_MPX_DETECT + (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK)
@@ -83,7 +87,7 @@ def estimate(
         max_dates=most,
         read_gb=round(reads * tile_mpx * (bands * 2 + 1) / 1e3, 3),
         stored_gb=round(stored / 1e3, 3),
-        files=tiles * (len(dates) * (bands + _EXTRA + 1) + 4 + epochs * 6),
+        files=tiles * (len(dates) * (bands + _EXTRA + 1) + 4 + shapes + epochs * 6),
         peak_mem_gb=round(
             BASE_GB
             + max(tile_mem_gb(grid.tile_px, bands=bands, dates=most), detect_mem_gb(grid.tile_px, card))

@@ -15,7 +15,7 @@ from slidecube.pipeline.config import DEFAULT_BANDS
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
 from slidecube.pipeline.mnf import Mnf
-from slidecube.pipeline.terrain import SLOPE_NODATA, SLOPE_SCALE
+from slidecube.pipeline.terrain import TERRAIN_VARIABLES, TerrainVariable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Layers:
     """The layers that features are made of, as stored, on one and the same window (y, x).
 
     pre, post : optical layers before and after the event; pre is empty where no scene from before is read
-    terrain : elevation, slope and aspect
+    terrain : elevation, slope, aspect, and what else of `TERRAIN_VARIABLES` is wanted
     mnf : "post", "pre" or "change" -> the frozen MNF of that image, for features that need one
     components : MNF components, by name; `build_features` makes them from `mnf`, once for all that are wanted
     """
@@ -95,33 +95,19 @@ def _index_features(name: str, index: Index) -> dict[str, Feature]:
     }
 
 
-def _hundredths(stored: xr.DataArray) -> xr.DataArray:
-    return (stored.astype(np.float32) * np.float32(SLOPE_SCALE)).where(stored != SLOPE_NODATA)
+def _terrain_feature(name: str, variable: TerrainVariable) -> Feature:
+    return Feature(
+        build=lambda s: variable.values(s.terrain[name]),
+        formula=variable.formula,
+        unit=variable.unit,
+        source=variable.source,
+        reads=(f"terrain.{name}",),
+    )
 
 
 INDEX_FEATURES: Mapping[str, Feature] = {
     **{name: made for index, of in INDICES.items() for name, made in _index_features(index, of).items()},
-    "slope_deg": Feature(
-        build=lambda s: _hundredths(s.terrain["slope_deg"]),
-        formula="slope of the DEM",
-        unit="degree",
-        source="Horn 1981",
-        reads=("terrain.slope_deg",),
-    ),
-    "aspect_deg": Feature(
-        build=lambda s: _hundredths(s.terrain["aspect_deg"]),
-        formula="direction that the slope faces",
-        unit="degree",
-        source="Horn 1981",
-        reads=("terrain.aspect_deg",),
-    ),
-    "elevation": Feature(
-        build=lambda s: s.terrain["elevation"],
-        formula="height of the DEM",
-        unit="m",
-        source="DEM",
-        reads=("terrain.elevation",),
-    ),
+    **{name: _terrain_feature(name, of) for name, of in TERRAIN_VARIABLES.items()},
 }
 """Features that are neither reflectances ("B04_pre", "B11_post", ...) nor MNF components ("mnf1_post", ...)."""
 

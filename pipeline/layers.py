@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from slidecube.pipeline.inventory import (
     CF,
     LANDSLIDE_NODATA,
@@ -11,23 +13,20 @@ from slidecube.pipeline.inventory import (
 )
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import Variable, create_arrays
+from slidecube.pipeline.terrain import TERRAIN_VARIABLES
 
 _DAYS = {"units": "days since 1970-01-01", "long_name": "date", "comment": "0 = none"}
 
-TERRAIN = {
-    "elevation": Variable(
-        dtype="float32", fill=float("nan"), attrs={"units": "m", "standard_name": "surface_altitude"}
-    ),
-    "slope_deg": Variable(
-        dtype="uint16", fill=65535, attrs={"units": "degree", "scale_factor": 0.01, "long_name": "slope"}
-    ),
-    "aspect_deg": Variable(
-        dtype="uint16",
-        fill=65535,
-        attrs={"units": "degree", "scale_factor": 0.01, "long_name": "aspect from grid north"},
-    ),
-}
-"""Stored variables of the terrain layer."""
+
+def _terrain_variables(names: Iterable[str]) -> dict[str, Variable]:
+    made = {}
+    for name in names:
+        one = TERRAIN_VARIABLES[name]
+        scale = {} if one.dtype == "float32" else {"scale_factor": one.scale}
+        attrs = {"units": one.unit, "long_name": one.formula, "source": one.source, **scale}
+        made[name] = Variable(dtype=one.dtype, fill=one.nodata, attrs=attrs)
+    return made
+
 
 INVENTORY = {
     "probability": Variable(dtype="uint16", fill=PROBABILITY_NODATA, attrs=CF["probability"]),
@@ -56,7 +55,8 @@ def create_stores(made: RunPlan) -> None:
     frame = made.grid.frame
     tile_px, block_px = made.grid.tile_px, made.grid.block_px
     for layer in made.layers:
-        variables = TERRAIN if layer.kind == "terrain" else _optical_variables(made)
+        terrain = layer.kind == "terrain"
+        variables = _terrain_variables(made.terrain_variables()) if terrain else _optical_variables(made)
         attrs = {"slidecube:layer_key": layer.key, "slidecube:window": str(layer.window or "")}
         path = made.workspace.layer(made.grid, layer.name)
         create_arrays(path, variables, geobox=frame, tile_px=tile_px, block_px=block_px, attrs=attrs)

@@ -20,8 +20,7 @@ from slidecube.pipeline.mnf import Mnf
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.tasks import layer_ledger
-
-_FILL: dict[str, float] = {"elevation": np.nan, "slope_deg": 65535, "aspect_deg": 65535}
+from slidecube.pipeline.terrain import TERRAIN_VARIABLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +120,7 @@ def features_of(
 
 def _read(plan: RunPlan, layer: str, names: list[str], window: PixelWindow) -> xr.Dataset:
     path, ledger, px = plan.workspace.layer(plan.grid, layer), layer_ledger(plan, layer), plan.grid.tile_px
-    out = {
-        name: np.full(window.shape, _FILL.get(name, 0), np.float32 if name == "elevation" else np.uint16)
-        for name in names
-    }
+    out = {name: np.full(window.shape, *_nodata_and_dtype(name)) for name in names}
     for tile in _tiles_in(plan, window):
         record = ledger.read(tile.key)
         if record is None or record.key != plan.tasks[layer][tile.key][0] or record.state != "done":
@@ -142,6 +138,11 @@ def _read(plan: RunPlan, layer: str, names: list[str], window: PixelWindow) -> x
         for name, values in part.items():
             out[name][at] = values
     return xr.Dataset({name: (("y", "x"), out[name]) for name in names})
+
+
+def _nodata_and_dtype(variable: str) -> tuple[float, str]:
+    terrain = TERRAIN_VARIABLES.get(variable)
+    return (0, "uint16") if terrain is None else (terrain.nodata, terrain.dtype)
 
 
 def _tiles_in(plan: RunPlan, window: PixelWindow) -> list[Tile]:

@@ -30,7 +30,16 @@ from slidecube.pipeline.plan_keys import (
     terrain_layer_plan,
     tile_tasks,
 )
-from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan, fit_terms, halo_px, learns, model_of
+from slidecube.pipeline.run_plan import (
+    EpochPlan,
+    LayerPlan,
+    RunPlan,
+    fit_terms,
+    halo_px,
+    learns,
+    model_of,
+    terrain_variables,
+)
 from slidecube.pipeline.statistics import load_statistics, read_manifest
 from slidecube.pipeline.storage import fetched
 from slidecube.pipeline.store import Workspace
@@ -194,7 +203,7 @@ def _assemble(
     scenes: SceneTable,
     model: Detector,
 ) -> RunPlan:
-    terrain = terrain_layer_plan(config, grid, scenes)
+    terrain = terrain_layer_plan(config, grid, scenes, terrain_variables(model.card))
     sides = [
         {side: optical_layer_plan(config, grid, w, scenes) for side, w in epoch.windows.items()}
         for epoch in config.epochs

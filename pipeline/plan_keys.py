@@ -16,6 +16,7 @@ from slidecube.models.unsupervised import Kmeans
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
 from slidecube.pipeline.run_plan import LayerPlan
+from slidecube.pipeline.terrain import TERRAIN_VERSION
 
 
 def optical_layer_plan(config: Config, grid: TileGrid, window: Window, scenes: SceneTable) -> LayerPlan:
@@ -34,10 +35,17 @@ def optical_layer_plan(config: Config, grid: TileGrid, window: Window, scenes: S
     return LayerPlan(name=f"optical-{window}-{key[:8]}", kind="optical", key=key, window=window)
 
 
-def terrain_layer_plan(config: Config, grid: TileGrid, scenes: SceneTable) -> LayerPlan:
-    """Name and key the terrain."""
+def terrain_layer_plan(
+    config: Config, grid: TileGrid, scenes: SceneTable, variables: Sequence[str]
+) -> LayerPlan:
+    """Name and key the terrain; variables : that it stores."""
     key = content_key(
-        "terrain", SCHEMA_VERSION, grid.key, _source_term(scenes.source_of("dem", config.sources.dem))
+        "terrain",
+        SCHEMA_VERSION,
+        TERRAIN_VERSION,
+        grid.key,
+        _source_term(scenes.source_of("dem", config.sources.dem)),
+        sorted(variables),
     )
     return LayerPlan(name=f"terrain-{key[:8]}", kind="terrain", key=key)
 

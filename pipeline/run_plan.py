@@ -23,6 +23,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
 from slidecube.pipeline.features import mnf_images, required_variables
 from slidecube.pipeline.store import Workspace
+from slidecube.pipeline.terrain import TERRAIN_ALWAYS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +126,10 @@ class RunPlan:
         """Stored variables of an optical layer."""
         return [*self.config.cube.bands, *DATE_VARIABLES]
 
+    def terrain_variables(self) -> tuple[str, ...]:
+        """Stored variables of the terrain layer."""
+        return terrain_variables(self.model.card)
+
 
 def model_of(config: Config) -> Detector:
     """Build the configured detector, and check that the cube will hold what it reads."""
@@ -150,6 +155,12 @@ def model_of(config: Config) -> Detector:
             )
     _require_clusters(model, detect.landslide_clusters)
     return model
+
+
+def terrain_variables(card: ModelCard) -> tuple[str, ...]:
+    """Variables of the terrain that are stored for a model: those of every layer, and what else its features read."""
+    needed = required_variables(card.inputs)["terrain"]
+    return (*TERRAIN_ALWAYS, *(name for name in needed if name not in TERRAIN_ALWAYS))
 
 
 def _require_clusters(model: Detector, chosen: Mapping[str, tuple[int, ...]] | None) -> None:

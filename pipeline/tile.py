@@ -211,7 +211,14 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
 def _terrain_data(
     plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, context: TileContext
 ) -> dict[str, np.ndarray]:
-    lazy = terrain(scenes, tile.geobox, block_px=plan.grid.block_px, log=log, loader=context.loader)
+    lazy = terrain(
+        scenes,
+        tile.geobox,
+        variables=plan.terrain_variables(),
+        block_px=plan.grid.block_px,
+        log=log,
+        loader=context.loader,
+    )
     return by_block(lazy, context.threads)
 
 

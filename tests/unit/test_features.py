@@ -27,6 +27,11 @@ def layers():
         "elevation": plane(812.5, 3.0, np.nan, dtype=np.float32),
         "slope_deg": plane(3021, 0, 65535),
         "aspect_deg": plane(35_999, 65535, 65535),
+        "profile_curvature": plane(-120, 32_767, -32_768, dtype=np.int16),
+        "plan_curvature": plane(3000, 0, -32_768, dtype=np.int16),
+        "relief_m": plane(1234, 0, 65535),
+        "tpi_m": plane(-56, 0, -32_768, dtype=np.int16),
+        "hand_m": plane(7, 0, 65535),
     }
     return Layers(pre=xr.Dataset(pre), post=xr.Dataset(post), terrain=xr.Dataset(terrain))
 
@@ -45,6 +50,11 @@ WANT = {
     "elevation": [812.5, 3, np.nan],
     "slope_deg": [30.21, 0, np.nan],
     "aspect_deg": [359.99, np.nan, np.nan],
+    "profile_curvature": [-0.0012, 0.32767, np.nan],
+    "plan_curvature": [0.03, 0, np.nan],
+    "relief_m": [123.4, 0, np.nan],
+    "tpi_m": [-5.6, 0, np.nan],
+    "hand_m": [0.7, 0, np.nan],
 }
 for _name, _index in INDICES.items():
     _pre, _post = (
