@@ -475,6 +475,29 @@ def cluster_manifests(profile: str, *, out: Path | None) -> None:
 
 
 @cli.command()
+@click.option("--list", "as_text", is_flag=True, help="List them as text; so it does without options, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--set", "name", metavar="NAME", help="Check one set, and print its features in order.")
+@click.option("--source", metavar="NAME", help="With --set: check that this source has its bands.")
+def features(*, as_text: bool, as_json: bool, name: str | None, source: str | None) -> None:
+    """List what models may read: features and sets, with sources."""
+    from slidecube.catalog.sources import find_source
+    from slidecube.pipeline.feature_sets import feature_set, listing, listing_text, require_source
+
+    if name is None and source is not None:
+        raise click.UsageError("--source needs --set NAME")
+    if as_text and as_json:
+        raise click.UsageError("--list and --json exclude each other")
+    if name is None:
+        click.echo(json.dumps(listing(), indent=2) if as_json else listing_text())
+        return
+    spec = feature_set(name)
+    if source is not None:
+        require_source(spec, source, find_source(source).bands)
+    click.echo(json.dumps(list(spec.names)) if as_json else "\n".join(spec.names))
+
+
+@cli.command()
 def doctor() -> int:
     """Check this machine and what is installed."""
     from slidecube.pipeline.doctor import checks

@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 
 from slidecube.models.card import FeatureSpec
-from slidecube.pipeline.composite import reflectance
-from slidecube.pipeline.config import DEFAULT_BANDS
+from slidecube.pipeline.composite import SCALE, reflectance
+from slidecube.pipeline.config import BANDS, DEFAULT_BANDS
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
 from slidecube.pipeline.mnf import Mnf
@@ -105,9 +105,53 @@ def _terrain_feature(name: str, variable: TerrainVariable) -> Feature:
     )
 
 
-INDEX_FEATURES: Mapping[str, Feature] = {
+L4S_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12")
+_L4S_DIVISORS = (
+    1111.81,
+    824.63,
+    663.42,
+    445.17,
+    645.86,
+    1547.74,
+    1960.44,
+    1941.32,
+    674.08,
+    9.048,
+    1113.98,
+    519.90,
+)
+_L4S_SLOPE, _L4S_ELEVATION = 20.292, 772.83
+_L4S = "Landslide4Sense (Ghorbanzadeh et al. 2022), divided by the authors' vector"
+
+
+def _l4s_band(band: str, divisor: float) -> Feature:
+    """Make a channel of Landslide4Sense: the digital number without its offset, by the authors' divisor."""
+    return Feature(
+        build=lambda s: reflectance(s.post[band]) * np.float32(SCALE / divisor),
+        formula=f"{SCALE} * {band} / {divisor}, post",
+        unit="1",
+        source=_L4S,
+        reads=(f"post.{band}",),
+    )
+
+
+def _l4s_terrain(name: str, divisor: float) -> Feature:
+    variable = TERRAIN_VARIABLES[name]
+    return Feature(
+        build=lambda s: variable.values(s.terrain[name]) / np.float32(divisor),
+        formula=f"{name} / {divisor}",
+        unit="1",
+        source=_L4S,
+        reads=(f"terrain.{name}",),
+    )
+
+
+FEATURES: Mapping[str, Feature] = {
     **{name: made for index, of in INDICES.items() for name, made in _index_features(index, of).items()},
     **{name: _terrain_feature(name, of) for name, of in TERRAIN_VARIABLES.items()},
+    **{f"l4s_{band}": _l4s_band(band, by) for band, by in zip(L4S_BANDS, _L4S_DIVISORS, strict=True)},
+    "l4s_slope": _l4s_terrain("slope_deg", _L4S_SLOPE),
+    "l4s_elevation": _l4s_terrain("elevation", _L4S_ELEVATION),
 }
 """Features that are neither reflectances ("B04_pre", "B11_post", ...) nor MNF components ("mnf1_post", ...)."""
 
@@ -117,10 +161,10 @@ MNF_BANDS = DEFAULT_BANDS
 
 def feature(name: str) -> Feature:
     """Look a feature up by its name; raises PipelineError with the known ones."""
-    if name in INDEX_FEATURES:
-        return INDEX_FEATURES[name]
+    if name in FEATURES:
+        return FEATURES[name]
     band, _, side = name.partition("_")
-    if side in {"pre", "post"} and band.startswith("B") and len(band) == 3:
+    if side in {"pre", "post"} and band in BANDS:
         return Feature(
             build=lambda s: reflectance((s.pre if side == "pre" else s.post)[band]),
             formula=f"reflectance of {band}, {side}",
@@ -135,14 +179,23 @@ def feature(name: str) -> Feature:
         return Feature(
             build=lambda s: s.components[name],
             formula=f"component {component[0]} of the MNF of {image}",
-            unit="noise standard deviation",
+            unit="noise sd",
             source="Green et al. 1988",
             reads=tuple(f"{side}.{b}" for side in sides for b in MNF_BANDS),
         )
     raise PipelineError(
-        f"No feature {name!r}; features: {', '.join(INDEX_FEATURES)}, reflectances such as B04_pre, B11_post, and MNF "
+        f"No feature {name!r}; features: {', '.join(FEATURES)}, reflectances such as B04_pre, B11_post, and MNF "
         f"components such as mnf1_post, mnf3_change (1 to {len(MNF_BANDS)}, of pre, post or change)"
     )
+
+
+def is_feature(name: str) -> bool:
+    """Tell whether this build can make a feature."""
+    try:
+        feature(name)
+    except PipelineError:
+        return False
+    return True
 
 
 def _mnf_component(name: str) -> tuple[int, str] | None:

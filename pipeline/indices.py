@@ -96,9 +96,11 @@ def _normalised(first: str, second: str, source: str) -> Index:
 
 
 def _tasselled_cap(weights: tuple[float, ...]) -> Index:
-    terms = [f"{weight:+.4f} * {band}" for weight, band in zip(weights, _CAP_BANDS, strict=True)]
+    terms = [
+        f"{'-' if w < 0 else '+'} {abs(w):.4f} * {band}" for w, band in zip(weights, _CAP_BANDS, strict=True)
+    ]
     return Index(
-        formula=" ".join(terms).removeprefix("+"),
+        formula=" ".join(terms).removeprefix("+ "),
         bands=_CAP_BANDS,
         compute=_weighted(weights),
         source="Shi & Xu 2019, doi:10.1109/JSTARS.2019.2938388, six bands; derived from reflectance at the sensor",

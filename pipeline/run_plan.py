@@ -13,6 +13,7 @@ import shapely
 from slidecube.catalog.aoi import Aoi
 from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.catalog.scenes import Scene, SceneTable, Window
+from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
@@ -21,6 +22,7 @@ from slidecube.pipeline.composite import DATE_VARIABLES
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
+from slidecube.pipeline.feature_sets import require_source
 from slidecube.pipeline.features import mnf_images, required_variables
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.terrain import TERRAIN_ALWAYS
@@ -141,6 +143,8 @@ def model_of(config: Config) -> Detector:
         parameters=detect.parameters,
     )
     needed = required_variables(model.card.inputs)
+    if config.sources.optical in SOURCES:  # of others each item says what it has
+        require_source(model.card.inputs, config.sources.optical, SOURCES[config.sources.optical].bands)
     for side in ("pre", "post"):
         for band in needed[side]:
             if band not in config.cube.bands:

@@ -37,6 +37,7 @@ VERBS = [
     "simulate",
     "demo",
     "cluster",
+    "features",
     "doctor",
     "clean",
 ]
