@@ -58,6 +58,16 @@ _DATASTRIP = re.compile(r"_DS_\w+?_(?P<made>\d{8}T\d{6})_S(?P<strip>\d{8}T\d{6})
 _DATATAKE = re.compile(r"GS2[A-D]_(?P<take>\d{8}T\d{6})_\d{6}")
 _GRANULE_FOLDER = re.compile(r"/L(?:1C|2A)_T\d{2}[A-Z]{3}_A\d{6}_(?P<strip>\d{8}T\d{6})/")
 _C1_ID = re.compile(r"S2[A-D]_T\d{2}[A-Z]{3}_(?P<strip>\d{8}T\d{6})_L(?:1C|2A)")
+# S1A_IW_GRDH_1SDV_20240419T045904_20240419T045916_053498_067DF2, then a unique id, which changes when it is processed
+# again, or the provider's own ending
+_S1_PRODUCT = re.compile(
+    r"(?P<sat>S1[A-D])_(?:IW|EW|S\d|WV)_GRD[FHM]_\dS(?:SH|SV|DH|DV)_(?P<start>\d{8}T\d{6})_\d{8}T\d{6}"
+    r"_(?P<orbit>\d{6})_(?P<take>[0-9A-F]{6})"
+)
+_OPERA = re.compile(
+    r"OPERA_L2_RTC-S1_(?P<burst>T(?P<track>\d{3})-\d{6}-IW\d)_(?P<start>\d{8}T\d{6})Z_(?P<made>\d{8}T\d{6})Z_"
+    r"(?P<sat>S1[A-D])"
+)
 _TILE = re.compile(r"(?:^|[-_])T?(?P<zone>\d{1,2})(?P<square>[C-HJ-NP-X][A-HJ-NP-Z]{2})(?:_|$|\.)")
 
 
@@ -74,7 +84,7 @@ def scene_of(item: Mapping[str, Any], source: Source, role: Role) -> Scene:
         datetime=datetime_of(item),
         identity=identity,
         datatake=datatake,
-        version=version_of(item) if role == "optical" else str(item["properties"].get("updated") or ""),
+        version=version_of(item) if role == "optical" else _version_of_other(item),
         offset=offset_of(item) if role == "optical" else None,
         bands=asset_bands(item, source),
         item=dict(item),
@@ -99,13 +109,16 @@ def identity_of(item: Mapping[str, Any], role: Role) -> tuple[str, str]:
     """Return the canonical key of the acquisition, and its datatake.
 
     Sentinel-2: platform/MGRS tile/datatake/datastrip sensing start. One tile can have two datastrips of one
-    datatake, each with a part of it: both are needed. Other items are what their id says.
+    datatake, each with a part of it: both are needed. Sentinel-1: platform/slice or burst/datatake, whatever the
+    product was processed to last. Other items are what their id says.
     Raises CatalogError naming what is missing.
     """
     name = str(item.get("id", ""))
+    if role == "radar":
+        return _radar_identity(item, name)
     if role != "optical":
         properties = item.get("properties") or {}
-        return name, str(properties.get("s1:datatake_id") or properties.get("eopf:datatake_id") or "")
+        return name, str(properties.get("eopf:datatake_id") or "")
     parts = {
         "platform": platform_of(item),
         "MGRS tile": mgrs_tile(item),
@@ -120,6 +133,25 @@ def identity_of(item: Mapping[str, Any], role: Role) -> tuple[str, str]:
         )
     datatake = f"{parts['platform']}_{parts['datatake']}"
     return "/".join(str(v) for v in parts.values()), datatake
+
+
+def _radar_identity(item: Mapping[str, Any], name: str) -> tuple[str, str]:
+    properties = item.get("properties") or {}
+    stated = str(properties.get("s1:datatake_id") or properties.get("eopf:datatake_id") or "")
+    if match := _S1_PRODUCT.search(name):
+        return f"{match['sat']}/{match['start']}/{match['take']}", stated or f"{match['sat']}_{match['take']}"
+    if match := _OPERA.search(name):
+        # bursts of one pass lie beside each other; a pass takes minutes
+        passed = f"{match['sat']}_T{match['track']}_{match['start'][:8]}"
+        return f"{match['sat']}/{match['burst']}/{match['start']}", stated or passed
+    return name, stated
+
+
+def _version_of_other(item: Mapping[str, Any]) -> str:
+    properties = item["properties"]
+    made = _OPERA.search(str(item.get("id") or ""))
+    stated = properties.get("s1:processing_datetime") or properties.get("updated")
+    return str(stated or (made["made"] if made else ""))
 
 
 def platform_of(item: Mapping[str, Any]) -> str | None:

@@ -33,7 +33,7 @@ from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import BLOCK_PX
 from slidecube.catalog.read import Asset, Pixels, Place, ReadLog, read_asset
 from slidecube.catalog.scenes import Scene
-from slidecube.catalog.sources import REFLECTANCE_BANDS, asset_bands
+from slidecube.catalog.sources import RADAR_BANDS, REFLECTANCE_BANDS, asset_bands
 
 __all__ = [
     "DTYPES",
@@ -47,10 +47,14 @@ __all__ = [
     "require_loader",
 ]
 
-DTYPES: Mapping[str, str] = {"SCL": "uint8", "elevation": "float32"}
+DTYPES: Mapping[str, str] = {
+    "SCL": "uint8",
+    "elevation": "float32",
+    **dict.fromkeys(RADAR_BANDS, "float32"),
+}
 """Band -> dtype as delivered; every other band is uint16."""
 
-NODATA: Mapping[str, float] = {"elevation": float("nan")}
+NODATA: Mapping[str, float] = dict.fromkeys(("elevation", *RADAR_BANDS), float("nan"))
 """Band -> fill value of a loaded cube; 0 for every other band."""
 
 RESAMPLING: Mapping[str, str] = {"SCL": "nearest", "*": "bilinear"}
@@ -85,8 +89,8 @@ def load(
     log : given, a failed read leaves nodata in its block and is written down there; left out, it raises
     loader : of `LOADERS`; the cubes are equal, pixel for pixel and coordinate for coordinate
 
-    Returns (time, y, x) uint16 a band (SCL uint8, elevation float32), 0 (NaN) = nodata, with the coordinates
-    `time` (UTC) and `scene` (item id).
+    Returns (time, y, x) uint16 a band (SCL uint8; elevation and radar bands float32), 0 (NaN) = nodata, with the
+    coordinates `time` (UTC) and `scene` (item id).
     Raises CatalogError for an unknown band or loader, no scenes, or a grid that the loader does not know, and, when
     computed without a log, AssetReadError.
     """
@@ -215,9 +219,10 @@ def _pixels(band: str, resampling: Mapping[str, str] | None) -> Pixels:
     return Pixels(
         dtype=DTYPES.get(band, "uint16"),
         kernel=table.get(band, table["*"]),
-        # Sentinel-2's 0 is nodata whether a file says so or not: some providers' do not, and a warp would blend it
-        nodata=None if np.isnan(fill) else fill,
+        # Sentinel's 0 is nodata whether a file says so or not: some providers' do not, and a warp would blend it
+        nodata=None if band == "elevation" else 0,
         fill=fill,
+        positive=band in RADAR_BANDS,
     )
 
 

@@ -16,23 +16,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import rasterio
 from odc.geo.geobox import GeoBox
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.session import DummySession
+from rasterio.transform import GCPTransformer
 from rasterio.vrt import WarpedVRT
-from rasterio.warp import transform_bounds
+from rasterio.warp import reproject, transform, transform_bounds
 from rasterio.windows import Window, from_bounds
 
 from slidecube.catalog.errors import PASSING, AssetReadError, CatalogError, Fault
 from slidecube.catalog.faults import fault_of, one_line, pause_asked_s, pieces_came, status_of
 from slidecube.catalog.hosts import Gate, gate_of, host_of
-from slidecube.catalog.sources import s3_options, sign_href
+from slidecube.catalog.sources import https_options, s3_options, sign_href
 from slidecube.catalog.zoom import magnification, on_binary_grid, read_magnified
 
 # these log a failed or repeated href as it is, signature included; our error names item and asset instead
@@ -72,6 +75,8 @@ _T = TypeVar("_T")
 
 # addresses of which GDAL may remember a failure; a set's own operations are whole between threads
 _failed_before: set[str] = set()
+# rasterio silences a warning about its own helper arrays in a way that two threads undo for each other
+_REPROJECT = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +110,7 @@ class Pixels:
 
     dtype : of the result; kernel : name of a rasterio resampling; band : of the file, from 1
     nodata : of a file that declares none, None = every pixel counts; fill : nodata of the result
+    positive : what is zero or below is nodata, too, whatever a file declares
     """
 
     dtype: str
@@ -112,6 +118,7 @@ class Pixels:
     nodata: float | None
     fill: float
     band: int = 1
+    positive: bool = False
 
 
 @dataclass(slots=True)
@@ -288,9 +295,11 @@ def _wait_s(failure: PlaceReadError, attempt: int, gate: Gate, href: str) -> flo
 def _environment(place: Place) -> rasterio.Env:
     """GDAL's settings for one attempt; without a session: rasterio's would look for credentials at every block."""
     forget = _FORGET if place.href in _failed_before else {}
-    return rasterio.Env(
-        DummySession(), **GDAL_OPTIONS, **s3_options(place.href, place.source, os.environ), **forget
-    )
+    access = {
+        **s3_options(place.href, place.source, os.environ),
+        **https_options(place.href, place.source, os.environ),
+    }
+    return rasterio.Env(DummySession(), **GDAL_OPTIONS, **access, **forget)
 
 
 def _opened(href: str) -> rasterio.DatasetReader:
@@ -310,6 +319,10 @@ def driver_of(href: str) -> str:
 
 
 def _moved_onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels, shift_dn: int) -> np.ndarray:
+    if asset.crs is None and asset.gcps[0]:
+        return _from_control_points(asset, geobox, pixels)
+    if pixels.positive:
+        return _positive_onto(asset, geobox, pixels)
     if not shift_dn:
         return _onto(asset, geobox, pixels)
     with _shifted(asset, geobox, pixels, shift_dn) as moved:
@@ -352,6 +365,81 @@ def _onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.n
         return found
 
 
+def _positive_onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
+    """Read what is positive by its nature: zero-filled parts are nodata even where the file declares another value.
+
+    They are taken out before a warp, which would blend them into the rim of what was seen.
+    """
+    nodata = asset.nodata if asset.nodata is not None else pixels.nodata
+    zero_filled = nodata != 0 and magnification(asset, geobox) != 1
+    if zero_filled:
+        with _rewritten(asset, geobox, pixels.band, np.nan, _without_zeros(nodata)) as cleaned:
+            found = _onto(cleaned, geobox, replace(pixels, band=1))
+    else:
+        found = _onto(asset, geobox, pixels)
+    with np.errstate(invalid="ignore"):
+        found[~(found > 0)] = pixels.fill
+    return found
+
+
+def _without_zeros(nodata: float | None) -> Callable[[np.ndarray], np.ndarray]:
+    def clean(values: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            known = (values > 0) & (values != nodata)
+        return np.where(known, values, np.nan).astype(np.float32)
+
+    return clean
+
+
+def _from_control_points(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
+    """Warp an image in radar geometry by its ground control points, as gdalwarp's polynomial does.
+
+    The points lie on the ground as the product's own coarse DEM has it: slopes between them stay misplaced.
+    """
+    points, crs = asset.gcps
+    out = np.full(geobox.shape, pixels.fill, pixels.dtype)
+    window = _window_of_points(points, crs, asset.shape, geobox)
+    if window.width <= 0 or window.height <= 0:
+        return out
+    nodata = asset.nodata if asset.nodata is not None else pixels.nodata
+    moved = [
+        GroundControlPoint(row=p.row - window.row_off, col=p.col - window.col_off, x=p.x, y=p.y, z=p.z)
+        for p in points
+    ]
+    with _REPROJECT:
+        reproject(
+            asset.read(pixels.band, window=window).astype(pixels.dtype),
+            out,
+            gcps=moved,
+            src_crs=crs,
+            src_nodata=nodata,
+            dst_transform=geobox.affine,
+            dst_crs=str(geobox.crs),
+            dst_nodata=pixels.fill,
+            resampling=Resampling[pixels.kernel],
+        )
+    if pixels.positive:
+        with np.errstate(invalid="ignore"):
+            out[~(out > 0)] = pixels.fill
+    return out
+
+
+def _window_of_points(
+    points: list[GroundControlPoint], crs: CRS, shape: tuple[int, int], geobox: GeoBox
+) -> Window:
+    """Pixels of an image in radar geometry below a block, with a margin for the kernel and for what is not linear."""
+    rows, cols = (np.linspace(0, n, 9) for n in geobox.shape)
+    col, row = (v.ravel() for v in np.meshgrid(cols, rows))
+    a = geobox.affine
+    x, y = transform(str(geobox.crs), crs, a.a * col + a.b * row + a.c, a.d * col + a.e * row + a.f)
+    with GCPTransformer(points) as there:
+        at = np.array(there.rowcol(x, y, op=float))
+    margin = 16 + 0.1 * np.ptp(at, axis=1)
+    top, left = (max(0, int(v)) for v in at.min(axis=1) - margin)
+    bottom, right = (min(n, int(v) + 1) for n, v in zip(shape, at.max(axis=1) + margin, strict=True))
+    return Window(left, top, max(0, right - left), max(0, bottom - top))
+
+
 def _with_nodata(values: np.ndarray, nodata: float, fill: float) -> np.ndarray:
     """Replace the source's nodata by the cube's."""
     if nodata == fill or (np.isnan(nodata) and np.isnan(fill)):
@@ -374,17 +462,34 @@ def _shifted(
     the reason that `_onto` gives; its unwritten tiles take no memory.
     """
     nodata = asset.nodata if asset.nodata is not None else pixels.nodata
+
+    def shift(values: np.ndarray) -> np.ndarray:
+        return shifted_dn(values, shift_dn, nodata)
+
+    with _rewritten(asset, geobox, pixels.band, nodata, shift) as moved:
+        yield moved
+
+
+@contextmanager
+def _rewritten(
+    asset: rasterio.DatasetReader,
+    geobox: GeoBox,
+    band: int,
+    nodata: float | None,
+    change: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[rasterio.DatasetReader]:
+    """Open the same raster with its pixels changed, whole around a block and empty elsewhere."""
+    dtype = "float32" if nodata is not None and np.isnan(nodata) else asset.dtypes[band - 1]
     profile = {
         "driver": "GTiff", "width": asset.width, "height": asset.height, "count": 1, "crs": asset.crs,
-        "dtype": asset.dtypes[pixels.band - 1], "transform": asset.transform, "nodata": nodata, "tiled": True,
+        "dtype": dtype, "transform": asset.transform, "nodata": nodata, "tiled": True,
         "blockxsize": 256, "blockysize": 256, "sparse_ok": True,
     }  # fmt: skip
     window = _source_window(asset, geobox)
     with rasterio.MemoryFile() as memory:
         with memory.open(**profile) as out:
             if window.width > 0 and window.height > 0:
-                read = asset.read(pixels.band, window=window)
-                out.write(shifted_dn(read, shift_dn, nodata), 1, window=window)
+                out.write(change(asset.read(band, window=window)), 1, window=window)
         with memory.open() as moved:
             yield moved
 

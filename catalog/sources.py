@@ -22,7 +22,8 @@ from slidecube.catalog.errors import CatalogError, OffsetError, SigningError
 from slidecube.catalog.scenes import Offset
 
 Kind = Literal["optical", "radar", "dem"]
-Signing = Literal["none", "planetary-computer", "aws-requester-pays", "cdse-s3"]
+Signing = Literal["none", "planetary-computer", "aws-requester-pays", "cdse-s3", "earthdata"]
+Quantity = Literal["", "gamma0", "sigma0", "dn"]
 
 # Native ground sampling distance, metres: Sentinel-2 Products Specification Document, table 1.
 BAND_RESOLUTION_M: dict[str, float] = {
@@ -87,13 +88,17 @@ _DEM_ATTRIBUTION = (
 _EARTH_SEARCH = "https://earth-search.aws.element84.com/v1"
 _PLANETARY = "https://planetarycomputer.microsoft.com/api/stac/v1"
 _PLANETARY_ACCOUNTS = ("sentinel2l2a01", "sentinel1euwest", "sentinel1euwestrtc", "elevationeuwest")
+_ASF = "https://cmr.earthdata.nasa.gov/stac/ASF"
 _CDSE = "https://stac.dataspace.copernicus.eu/v1"
 _S3_OPTIONS: dict[Signing, dict[str, str]] = {
     "none": {"AWS_NO_SIGN_REQUEST": "YES"},
     "planetary-computer": {},
     "aws-requester-pays": {"AWS_REQUEST_PAYER": "requester"},
     "cdse-s3": {"AWS_S3_ENDPOINT": "eodata.dataspace.copernicus.eu", "AWS_VIRTUAL_HOSTING": "FALSE"},
+    "earthdata": {},
 }
+RADAR_BANDS = ("VV", "VH", "HH", "HV")
+_S1_BANDS = {"VV": "vv", "VH": "vh", "HH": "hh", "HV": "hv"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +115,7 @@ class Source:
     mask_asset : canonical name of the classification band, None where there is none
     licence, attribution : of the pixels, as the provider asks
     signing : how hrefs are made readable, when they are read and never before
+    quantity : of radar backscatter: "gamma0", "sigma0", or "dn", amplitudes that nobody calibrated; "" = ask each item
     note : what a user should know
     """
 
@@ -124,7 +130,13 @@ class Source:
     licence: str = ""
     attribution: str = ""
     signing: Signing = "none"
+    quantity: Quantity = ""
     note: str = ""
+
+    @property
+    def reader_pays(self) -> bool:
+        """Whether whoever reads its files is charged for it."""
+        return self.signing == "aws-requester-pays"
 
     @property
     def is_local(self) -> bool:
@@ -162,6 +174,24 @@ def _glo30(name: str, endpoint: str, signing: Signing = "none") -> Source:
         attribution=_DEM_ATTRIBUTION,
         signing=signing,
         note="metres above the EGM2008 geoid, a surface model; tiles of open sea do not exist",
+    )
+
+
+def _s1(
+    name: str, endpoint: str, *, quantity: Quantity, signing: Signing, note: str, collection: str = ""
+) -> Source:
+    return Source(
+        name=name,
+        endpoint=endpoint,
+        collection=collection or name.split("/")[1],
+        kind="radar",
+        bands={} if collection else _S1_BANDS,
+        nodata=0.0,
+        licence=_S2_LICENCE,
+        attribution="Contains modified Copernicus Sentinel data",
+        signing=signing,
+        quantity=quantity,
+        note=note,
     )
 
 
@@ -208,6 +238,36 @@ _TABLE = (
     ),
     _glo30("earth-search/cop-dem-glo-30", _EARTH_SEARCH),
     _glo30("planetary-computer/cop-dem-glo-30", _PLANETARY, "planetary-computer"),
+    _s1(
+        "planetary-computer/sentinel-1-rtc",
+        _PLANETARY,
+        quantity="gamma0",
+        signing="planetary-computer",
+        note="gamma0, terrain corrected, 10 m; zero is nodata; lacks Sentinel-1C and some scenes",
+    ),
+    _s1(
+        "earth-search/sentinel-1-grd",
+        _EARTH_SEARCH,
+        quantity="dn",
+        signing="aws-requester-pays",
+        note="amplitudes in radar geometry, not calibrated, in a bucket whose readers pay; on slopes misplaced by "
+        "height / tan(incidence)",
+    ),
+    _s1(
+        "cdse/sentinel-1-grd",
+        _CDSE,
+        quantity="dn",
+        signing="cdse-s3",
+        note="amplitudes in radar geometry, not calibrated; reading needs CDSE S3 keys",
+    ),
+    _s1(
+        "asf/opera-rtc-s1",
+        _ASF,
+        quantity="gamma0",
+        signing="earthdata",
+        collection="OPERA_L2_RTC-S1_V1_1",
+        note="gamma0, terrain corrected, 30 m, an item a burst; reading needs an Earthdata token in EARTHDATA_TOKEN",
+    ),
 )
 SOURCES: dict[str, Source] = {source.name: source for source in _TABLE}
 
@@ -296,6 +356,8 @@ def _band_of(key: str, asset: Mapping[str, Any], item: Mapping[str, Any]) -> str
     if len(bands) > 1:
         return None
     stem = re.sub(r"(?i)([-_](jp2|\d+m))+$", "", key)
+    # OPERA's keys carry the whole product's name before the polarisation
+    stem = re.sub(r"(?i)^.*[-_](vv|vh|hh|hv)$", r"\1", stem)
     if _is_dem(item):
         return "elevation" if stem.lower() in _DEM_KEYS else None
     names = [str(bands[0].get("name", ""))] if bands else []
@@ -616,6 +678,15 @@ def s3_options(href: str, source: str, environment: Mapping[str, str]) -> dict[s
     if "AWS_SHARED_CREDENTIALS_FILE" in environment:  # every other program's name of it
         options = {**options, "CPL_AWS_CREDENTIALS_FILE": environment["AWS_SHARED_CREDENTIALS_FILE"]}
     return {k: v for k, v in options.items() if k not in environment}
+
+
+def https_options(href: str, source: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return GDAL's settings for an `https://` href of a source that wants a token; {} of any other href."""
+    known = SOURCES.get(source)
+    token = environment.get("EARTHDATA_TOKEN", "")
+    if known is None or known.signing != "earthdata" or not token or not href.startswith("https://"):
+        return {}
+    return {"GDAL_HTTP_AUTH": "BEARER", "GDAL_HTTP_BEARER": token}
 
 
 def _own_endpoint(environment: Mapping[str, str]) -> dict[str, str]:

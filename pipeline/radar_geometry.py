@@ -18,9 +18,9 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from scipy import ndimage
 
+from slidecube.catalog.radar import OrbitState
 from slidecube.pipeline.errors import PipelineError
 
-OrbitState = Literal["ascending", "descending"]
 SlopeModel = Literal["volume", "surface"]
 
 ORBITS_PER_CYCLE = 175

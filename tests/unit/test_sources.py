@@ -323,7 +323,17 @@ def test_every_source_is_whole():
         "earth-search/cop-dem-glo-30",
         "planetary-computer/cop-dem-glo-30",
     }
-    assert len(SOURCES) == 8
+    assert {s.name: s.quantity for s in SOURCES.values() if s.kind == "radar"} == {
+        "planetary-computer/sentinel-1-rtc": "gamma0",
+        "earth-search/sentinel-1-grd": "dn",
+        "cdse/sentinel-1-grd": "dn",
+        "asf/opera-rtc-s1": "gamma0",
+    }
+    assert [s.name for s in SOURCES.values() if s.reader_pays] == [
+        "earth-search/sentinel-2-l1c",
+        "earth-search/sentinel-1-grd",
+    ]
+    assert len(SOURCES) == 12
 
 
 def test_bands_of_cdse_items_are_the_native_resolution():
