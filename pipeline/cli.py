@@ -359,6 +359,7 @@ def report(workspace: str) -> None:
 @click.option("--out", type=Folder, required=True, help="Folder of the simulated archive.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulation.")
 @click.option("--size", default="default", show_default=True, help="Its extent: default, small or island.")
+@click.option("--radar", is_flag=True, help="Add Sentinel-1.")
 @click.option(
     "--into", "catalog", type=click.Path(path_type=Path), help="Implant the scars into these scenes."
 )
@@ -369,6 +370,7 @@ def simulate(
     *,
     seed: int,
     size: str,
+    radar: bool,
     catalog: Path | None,
     event: dt.datetime | None,
     dem: Path | None,
@@ -377,7 +379,7 @@ def simulate(
     from slidecube.pipeline.simulate import into, simulate_archive
 
     if catalog is None:
-        click.echo(simulate_archive(out, seed=seed, size=size))
+        click.echo(simulate_archive(out, seed=seed, size=size, radar=radar))
     elif event is None or dem is None:
         raise click.UsageError(
             "--into needs --event YYYY-MM-DD and --dem FILE, beside the catalogue of the scenes"

@@ -14,6 +14,7 @@ import numpy as np
 import shapely
 from odc.geo.geobox import GeoBox
 
+from slidecube.catalog.radar import OrbitState
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.simulate import fields, write
 from slidecube.pipeline.simulate.changes import ChangeMap, all_changes, draw, fine_geobox, to_frame
@@ -22,6 +23,8 @@ from slidecube.pipeline.simulate.landscape import Landscape, build_landscape
 from slidecube.pipeline.simulate.light import Illumination, Sun, illuminate, sun_on
 from slidecube.pipeline.simulate.optics import NATIVE_M, draw_shift, sampler, spread_px
 from slidecube.pipeline.simulate.parameters import Overpass, Parameters, Size, load_parameters
+from slidecube.pipeline.simulate.radar import RadarPass, backscatter, passes, scene_geometry
+from slidecube.pipeline.simulate.radar import look as look_radar
 from slidecube.pipeline.simulate.scene import Observed, clean, draw_sky, observe
 from slidecube.pipeline.simulate.terrain import detector_dem, scene_geobox, true_terrain
 
@@ -56,6 +59,11 @@ class SimulatedArchive:
     def optical(self) -> Path:
         """Collection of the scenes: a source of optical items."""
         return self.root / "archive" / "sentinel-2-l2a" / "collection.json"
+
+    @property
+    def radar(self) -> Path:
+        """Collection of the radar scenes, where they were asked for: a source of radar items."""
+        return self.root / "archive" / "sentinel-1-rtc" / "collection.json"
 
     @property
     def dem(self) -> Path:
@@ -93,6 +101,7 @@ def simulate_archive(
     size: str = "default",
     extent_km: float | None = None,
     overpasses: int | None = None,
+    radar: bool = False,
     parameters: Parameters | None = None,
 ) -> SimulatedArchive:
     """Simulate a Sentinel-2 archive over a real DEM, with landslides whose outlines are known.
@@ -100,6 +109,8 @@ def simulate_archive(
     out : gets archive/ (STAC catalogue, COGs) and truth/; files of an earlier simulation are overwritten
     size : "default" (16 km), "small" (3.6 km, for tests) or "island"; extent_km : another side, same centre
     overpasses : keep only so many, the clearest, a third of them after the event; 0 = truth and DEM alone (for tests)
+    radar : add Sentinel-1 of both directions, of each as many dates as `overpasses` says; nothing else changes but
+        the root catalogue's links
     Raises PipelineError if the size is unknown or the extent leaves the DEM.
     The same arguments give the same bytes on the same machine and versions.
     """
@@ -114,7 +125,12 @@ def simulate_archive(
         post=p.season.post,
     )
     _write_truth(archive, world)
-    _write_scenes(archive, world, _some(p.overpass, p.season.event, overpasses))
+    children = _write_scenes(archive, world, _some(p.overpass, p.season.event, overpasses))
+    if radar:
+        after = max(1, (overpasses or 0) // 3)
+        most = (max(1, overpasses - after), after) if overpasses else None
+        children.append(_write_radar(archive, world, passes(p, most)))
+    write.write_root(archive.catalog, children)
     return archive
 
 
@@ -170,7 +186,8 @@ def _some(all_: tuple[Overpass, ...], event: dt.date, count: int | None) -> tupl
     )
 
 
-def _write_scenes(archive: SimulatedArchive, world: World, overpasses: tuple[Overpass, ...]) -> None:
+def _write_scenes(archive: SimulatedArchive, world: World, overpasses: tuple[Overpass, ...]) -> list[Path]:
+    """Write scenes and DEM; returns their collections."""
     folder = archive.optical.parent
     jobs = [(o, baseline) for o in overpasses for baseline in o.baselines]
     large = archive.geobox.shape[0] * archive.geobox.shape[1] > _LARGE_PX
@@ -196,7 +213,32 @@ def _write_scenes(archive: SimulatedArchive, world: World, overpasses: tuple[Ove
             bbox=_outline(archive.geobox).bounds,
             days=(overpasses[0].day.isoformat(), overpasses[-1].day.isoformat()),
         )
-    write.write_root(archive.catalog, children)
+    return children
+
+
+def _write_radar(archive: SimulatedArchive, world: World, seen: list[RadarPass]) -> Path:
+    p, folder = world.parameters, archive.radar.parent
+    states: tuple[OrbitState, ...] = ("ascending", "descending")
+    geometry = {state: scene_geometry(p, world.landscape.terrain, state) for state in states}
+    items = []
+    for one in seen:
+        rasters = {
+            band: look_radar(p, clean_power, geometry[one.orbit_state], one, seed=world.seed, band=band)
+            for band, clean_power in backscatter(p, world.landscape, world.changes, one, seed=world.seed)
+        }
+        orbit = p.radar.relative_orbit[one.orbit_state]
+        item = write.RadarItem(
+            day=one.day, orbit_state=one.orbit_state, relative_orbit=orbit, looks=p.radar.looks
+        )
+        items.append(write.write_radar(folder, item, rasters, geobox=archive.geobox))
+    return write.write_collection(
+        folder,
+        write.RADAR,
+        title="SIMULATED Sentinel-1 gamma0, terrain corrected",
+        items=items,
+        bbox=_outline(archive.geobox).bounds,
+        days=(p.season.pre[0].isoformat(), p.season.post[1].isoformat()),
+    )
 
 
 def _scene(world: World, folder: Path, overpass: Overpass, baseline: str) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slidecube.catalog.radar import OrbitState
 from slidecube.pipeline.errors import PipelineError
 
 _FILE = Path(__file__).with_name("parameters.toml")
@@ -264,6 +265,30 @@ class Into(_Section):
     widest_km: float
 
 
+class Radar(_Section):
+    """Sentinel-1: tracks, speckle, backscatter by class, and what terrain correction leaves."""
+
+    relative_orbit: dict[OrbitState, int]
+    first_day: dict[OrbitState, dt.date]
+    repeat_days: int
+    looks: float
+    smear_m: float
+    noise_db: float
+    gain_sd_db: float
+    moisture_sd_db: float
+    vv_db: dict[str, float]
+    vh_db: dict[str, float]
+    leaf_db: dict[str, float]
+    texture_db: float
+    scar_db: dict[str, float]
+    scar_sd_db: dict[str, float]
+    tilled_db: dict[str, float]
+    flattening_residual: float
+    layover_sd_db: float
+    layover_smear_m: float
+    zero_filled: float
+
+
 class Parameters(_Section):
     """Everything the simulation is made of; each value's source stands beside it in the TOML."""
 
@@ -285,6 +310,7 @@ class Parameters(_Section):
     items: Items
     slope_only: SlopeOnly
     into: Into
+    radar: Radar
 
 
 @lru_cache(maxsize=4)

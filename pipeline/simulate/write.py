@@ -15,6 +15,7 @@ import rasterio
 import rasterio.shutil
 import shapely
 from affine import Affine
+from odc.geo.geobox import GeoBox
 from rasterio.io import MemoryFile
 
 from slidecube.pipeline.simulate.light import Sun
@@ -22,7 +23,9 @@ from slidecube.pipeline.simulate.optics import NATIVE_M
 from slidecube.pipeline.simulate.parameters import Overpass
 
 OPTICAL = "simulated-sentinel-2-l2a"
+RADAR = "simulated-sentinel-1-rtc"
 DEM = "simulated-dem"
+_RADAR_NODATA = -32768.0
 _COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 _DEM_CREDIT = (
     "Derived from Copernicus GLO-30: (c) DLR e.V. 2010-2014 and (c) Airbus Defence and Space GmbH 2014-2018, provided "
@@ -143,6 +146,94 @@ def write_granule(
     return write_json(home / f"{granule.id}.json", item)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RadarItem:
+    """One radar item to be written."""
+
+    day: dt.date
+    orbit_state: str
+    relative_orbit: int
+    looks: float
+
+    @property
+    def sensed(self) -> dt.datetime:
+        """When it was taken, UTC: at six local solar time, in the morning on the way down."""
+        hour = 5 if self.orbit_state == "descending" else 17
+        return dt.datetime.combine(self.day, dt.time(hour, 34, 11), dt.UTC)
+
+    @property
+    def id(self) -> str:
+        """Id of the item."""
+        return f"S1A_SIMULATED_RTC_{self.orbit_state.upper()}_{self.relative_orbit:03d}_{_stamp(self.sensed)}"
+
+
+def write_radar(folder: Path, item: RadarItem, rasters: dict[str, np.ndarray], *, geobox: GeoBox) -> Path:
+    """Write a radar item and its assets, as Planetary Computer's are laid out.
+
+    rasters : "vv", "vh" -> gamma0, float32 linear power, 0 where the processor left it out
+    Returns the item's file.
+    """
+    home, crs = folder / item.id, str(geobox.crs)
+    tags = {"SIMULATED": "YES", "DESCRIPTION": _WARNING}
+    assets = {}
+    for band, values in rasters.items():
+        write_cog(
+            home / f"{band}.tif", values, crs=crs, transform=geobox.affine, nodata=_RADAR_NODATA, tags=tags
+        )
+        assets[band] = {
+            "href": f"./{band}.tif",
+            "type": _COG,
+            "title": f"SIMULATED gamma0 {band.upper()}",
+            "roles": ["data"],
+            "raster:bands": [{"data_type": "float32", "nodata": _RADAR_NODATA, "spatial_resolution": 10.0}],
+        }
+    footprint = lonlat_outline(geobox.extent.boundingbox.bbox, crs)
+    a = geobox.affine
+    properties = {
+        "datetime": _iso(item.sensed),
+        "title": f"SIMULATED {item.id}",
+        "description": _WARNING,
+        "slidecube:simulated": True,
+        "platform": "sentinel-1a",
+        "constellation": "sentinel-1",
+        "sar:instrument_mode": "IW",
+        "sar:frequency_band": "C",
+        "sar:product_type": "RTC",
+        "sar:polarizations": [band.upper() for band in rasters],
+        "sar:looks_equivalent_number": item.looks,
+        "sat:orbit_state": item.orbit_state,
+        "sat:relative_orbit": item.relative_orbit,
+        "s1:datatake_id": f"SIMULATED-{_stamp(item.sensed)}",
+        "proj:epsg": int(crs.split(":")[1]),
+        "proj:shape": list(geobox.shape),
+        "proj:transform": [a.a, 0.0, a.c, 0.0, a.e, a.f],
+    }
+    document = {
+        "type": "Feature",
+        "stac_version": "1.0.0",
+        "stac_extensions": [
+            f"{_EXTENSION}/{name}/schema.json"
+            for name in ("sar/v1.0.0", "sat/v1.0.0", "projection/v1.1.0", "raster/v1.1.0")
+        ],
+        "id": item.id,
+        "collection": RADAR,
+        "geometry": shapely.geometry.mapping(footprint),
+        "bbox": list(footprint.bounds),
+        "properties": properties,
+        "links": _up(),
+        "assets": assets,
+    }
+    return write_json(home / f"{item.id}.json", document)
+
+
+def _up() -> list[dict[str, str]]:
+    return [
+        {"rel": "root", "href": "../../catalog.json", "type": "application/json"},
+        {"rel": "collection", "href": "../collection.json", "type": "application/json"},
+        {"rel": "parent", "href": "../collection.json", "type": "application/json"},
+    ]
+
+
 def _bounds(
     shape: tuple[int, ...], pixel_m: float, corner: tuple[float, float]
 ) -> tuple[float, float, float, float]:
@@ -191,11 +282,7 @@ def _item(
         "geometry": shapely.geometry.mapping(footprint),
         "bbox": list(footprint.bounds),
         "properties": _properties(granule) | projection,
-        "links": [
-            {"rel": "root", "href": "../../catalog.json", "type": "application/json"},
-            {"rel": "collection", "href": "../collection.json", "type": "application/json"},
-            {"rel": "parent", "href": "../collection.json", "type": "application/json"},
-        ],
+        "links": _up(),
         "assets": assets,
     }
 
