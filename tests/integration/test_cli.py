@@ -297,7 +297,9 @@ STATE = {
 
 
 def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.import_module("slidecube.pipeline.status"), "status", lambda where: STATE)
+    monkeypatch.setattr(
+        importlib.import_module("slidecube.pipeline.status"), "status", lambda where, **_: STATE
+    )
 
     assert json.loads(slidecube("status", tmp_path, "--json")[1]) == STATE
     out = slidecube("status", tmp_path)[1]
@@ -316,7 +318,9 @@ def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
 
 
 def test_a_place_where_nothing_can_be_written_is_the_users_error(slidecube, monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.import_module("slidecube.pipeline.status"), "status", lambda _: STATE)
+    monkeypatch.setattr(
+        importlib.import_module("slidecube.pipeline.status"), "status", lambda where, **_: STATE
+    )
     line = refused(slidecube("status", "ws", "--prometheus", str(tmp_path / "nofolder" / "x.prom")), 1)
     assert f"{tmp_path}/nofolder/x.prom cannot be written: No such file or directory" in line
     assert "Is a directory" in refused(slidecube("status", "ws", "--prometheus", str(tmp_path)), 1)
