@@ -13,10 +13,11 @@ from slidecube.pipeline import tasks as tasks_module
 from slidecube.pipeline import tile as tile_module
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.events import read_events
+from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.plan import plan
-from slidecube.pipeline.run import _create_stores, run
+from slidecube.pipeline.run import run
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.tasks import TileContext, tasks_of
 from slidecube.pipeline.tile import run_task
@@ -25,7 +26,7 @@ from slidecube.pipeline.tile import run_task
 @pytest.fixture
 def made(desk) -> RunPlan:
     made = plan(load_config(desk.toml))
-    _create_stores(made)
+    create_stores(made)
     return made
 
 
