@@ -53,6 +53,10 @@ RETRIES = 10
 _ABANDONED_S = 6 * 3600.0
 """A plan is written within minutes; what was half made so long ago belongs to nobody."""
 
+GUARD_S = 600.0
+"""How long a local file may be held by another process; making the stores of a nation takes seconds."""
+_LOOK_S = 0.01
+
 _BACKOFF_S, _MAX_BACKOFF_S, _RETRY_S = 0.1, 15.0, 180.0
 _SETTINGS = (
     "AWS_ENDPOINT_URL",
@@ -384,14 +388,32 @@ def _tag(content: bytes) -> str:
 
 @contextmanager
 def guard(place: Path) -> Iterator[None]:
-    """Hold a local file for the moment of looking and writing, among all processes that ask so."""
+    """Hold a local file for the moment of looking and writing, among all processes that ask so.
+
+    Raises PipelineError when another one holds it for minutes, such as a frozen one.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(place.with_name(f".{place.name}.guard"), os.O_RDWR | os.O_CREAT, 0o644)
+    held = place.with_name(f".{place.name}.guard")
+    fd, until = os.open(held, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + GUARD_S
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        while not _locked(fd):
+            if time.monotonic() > until:
+                raise PipelineError(
+                    f"Another process has held {held} for {GUARD_S:.0f} s and does not go on; end it (`fuser {held}` "
+                    "names it), and run the same command"
+                )
+            time.sleep(_LOOK_S)
         yield
     finally:
         os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sizes(folder: Place, *, deep: bool = False) -> dict[str, int]:

@@ -76,7 +76,7 @@ def moments(n: int, span_s: float, seed: int) -> list[float]:
 @pytest.mark.parametrize(
     ("profile", "whom", "times"),
     [
-        ("threads", "group", 3),
+        pytest.param("threads", "group", 3, marks=pytest.mark.slow),  # the short soak kills that way, too
         ("dask-local", "driver", 2),
         pytest.param("dask-local", "group", 3, marks=pytest.mark.slow),
     ],

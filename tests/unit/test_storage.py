@@ -351,3 +351,11 @@ def test_missing_credentials_are_named(s3, monkeypatch):
 
     assert line.startswith(f"For {s3} there are no credentials; set AWS_ACCESS_KEY_ID")
     assert "AWS_ENDPOINT_URL" not in line
+
+
+def test_who_holds_a_file_and_does_not_go_on_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "GUARD_S", 0.3)
+    refused = pytest.raises(PipelineError, match=r"has held .*\.a\.guard for 0 s and does not go on; end it")
+    with storage.guard(tmp_path / "a"), refused:
+        storage.create(tmp_path / "a", b"1")
+    assert storage.create(tmp_path / "a", b"1")
