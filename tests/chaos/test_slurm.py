@@ -131,6 +131,7 @@ def test_cancelled_in_mid_tile_and_submitted_again(slurm, site, gate, undisturbe
     assert_whole(site, undisturbed, assert_same_work)
 
 
+@pytest.mark.slow
 def test_a_node_is_lost_and_its_zombie_wakes_up(slurm, site, gate, undisturbed, assert_same_work):
     """Its jobs run on while the scheduler starts them elsewhere: what they write then must not count."""
     gate.open.clear()
