@@ -8,7 +8,7 @@ from typing import Protocol
 
 from slidecube.models.errors import ModelError
 from slidecube.models.predict import Detector
-from slidecube.models.rules import rdndvi
+from slidecube.models.rules import aldi, rdndvi
 from slidecube.models.unsupervised import cae_kmeans, cae_kmeans_change, kmeans, kmeans_change
 
 
@@ -24,6 +24,7 @@ class Builder(Protocol):
 
 ZOO: Mapping[str, Builder] = {
     "rdndvi": rdndvi,
+    "aldi": aldi,
     "cae-kmeans": cae_kmeans,
     "cae-kmeans-change": cae_kmeans_change,
     "kmeans": kmeans,

@@ -9,6 +9,7 @@ from slidecube.catalog.grid import TileGrid
 from slidecube.models.card import ModelCard
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.features import required_variables
+from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.terrain import TERRAIN_ALWAYS
 
 BASE_GB = 0.35
@@ -71,9 +72,8 @@ def estimate(
     bands, epochs = len(config.cube.bands), len(config.epochs)
     tile_mpx = grid.tile_px**2 / 1e6
     shapes = len(set(required_variables(card.inputs)["terrain"]) - set(TERRAIN_ALWAYS))
-    stored = (
-        tiles * tile_mpx * (len(dates) * (bands + _EXTRA) * 2 + 8 + 2 * shapes + epochs * 7) / _COMPRESSION
-    )
+    kept = bands + _EXTRA + _of_series(card)
+    stored = tiles * tile_mpx * (len(dates) * kept * 2 + 8 + 2 * shapes + epochs * 7) / _COMPRESSION
     seconds = tile_mpx * (
         reads * (bands + 1) * _SECONDS_PER_MPX_BAND_DATE
         + tiles * epochs * (_SECONDS_PER_MPX_DETECT + (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK)
@@ -87,10 +87,12 @@ def estimate(
         max_dates=most,
         read_gb=round(reads * tile_mpx * (bands * 2 + 1) / 1e3, 3),
         stored_gb=round(stored / 1e3, 3),
-        files=tiles * (len(dates) * (bands + _EXTRA + 1) + 4 + shapes + epochs * 6),
+        files=tiles * (len(dates) * (kept + 1) + 4 + shapes + epochs * 6),
         peak_mem_gb=round(
             BASE_GB
-            + max(tile_mem_gb(grid.tile_px, bands=bands, dates=most), detect_mem_gb(grid.tile_px, card))
+            + max(
+                tile_mem_gb(grid.tile_px, bands=kept - _EXTRA, dates=most), detect_mem_gb(grid.tile_px, card)
+            )
             + block,
             2,
         ),
@@ -98,6 +100,11 @@ def estimate(
         fit_mem_gb=round(fit_mem_gb(card), 2),
         cpu_hours=round(seconds / 3600, 3),
     )
+
+
+def _of_series(card: ModelCard) -> int:
+    needed = required_variables(card.inputs)
+    return 2 * bool({*needed["pre"], *needed["post"]} & set(SERIES_VARIABLES))
 
 
 def block_mem_gb(*, block_px: int, dates: int, bands: int) -> float:

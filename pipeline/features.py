@@ -10,11 +10,13 @@ import numpy as np
 import xarray as xr
 
 from slidecube.models.card import FeatureSpec
+from slidecube.models.rules import aldi_index
 from slidecube.pipeline.composite import SCALE, reflectance
 from slidecube.pipeline.config import BANDS, DEFAULT_BANDS
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
 from slidecube.pipeline.mnf import Mnf
+from slidecube.pipeline.series import SERIES_VARIABLES, loss_probability, series_values
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES, TerrainVariable
 
 
@@ -146,8 +148,62 @@ def _l4s_terrain(name: str, divisor: float) -> Feature:
     )
 
 
+def _series_feature(variable: str, side: str) -> Feature:
+    what = {"ndvi_mean": "mean", "ndvi_std": "standard deviation (n - 1)"}[variable]
+    return Feature(
+        build=lambda s: series_values(variable, (s.pre if side == "pre" else s.post)[variable]),
+        formula=f"{what} of NDVI over the clear observations of {side}",
+        unit="1",
+        source="Milledge et al. 2022, doi:10.5194/nhess-22-481-2022",
+        reads=(f"{side}.{variable}",),
+    )
+
+
+_WELCH = tuple(f"{side}.{name}" for side in ("pre", "post") for name in (*SERIES_VARIABLES, "clear_count"))
+
+
+def _loss_probability(layers: Layers) -> xr.DataArray:
+    sides = [
+        (*(series_values(name, side[name]) for name in SERIES_VARIABLES), side["clear_count"])
+        for side in (layers.pre, layers.post)
+    ]
+    found: xr.DataArray = xr.apply_ufunc(
+        loss_probability, *sides[0], *sides[1], dask="parallelized", output_dtypes=[np.float32]
+    )
+    return found
+
+
+def _aldi(layers: Layers) -> xr.DataArray:
+    pre, post = (series_values("ndvi_mean", side["ndvi_mean"]) for side in (layers.pre, layers.post))
+    found: xr.DataArray = xr.apply_ufunc(
+        aldi_index, pre, post, _loss_probability(layers), dask="parallelized", output_dtypes=[np.float32]
+    )
+    return found
+
+
+_SERIES_FEATURES: Mapping[str, Feature] = {
+    **{
+        f"{name}_{side}": _series_feature(name, side) for name in SERIES_VARIABLES for side in ("pre", "post")
+    },
+    "ndvi_loss_p": Feature(
+        build=_loss_probability,
+        formula="P(T < t), t = (mean_pre - mean_post) / sqrt(std_pre^2 / n_pre + std_post^2 / n_post), one-sided",
+        unit="1",
+        source="Welch 1947, doi:10.1093/biomet/34.1-2.28",
+        reads=_WELCH,
+    ),
+    "aldi": Feature(
+        build=_aldi,
+        formula="max(ndvi_mean_pre - ndvi_mean_post, 0) * (1 - max(ndvi_mean_post, 0)) * ndvi_loss_p",
+        unit="1",
+        source="after Milledge et al. 2022, doi:10.5194/nhess-22-481-2022: three factors, not the exact equation",
+        reads=_WELCH,
+    ),
+}
+
 FEATURES: Mapping[str, Feature] = {
     **{name: made for index, of in INDICES.items() for name, made in _index_features(index, of).items()},
+    **_SERIES_FEATURES,
     **{name: _terrain_feature(name, of) for name, of in TERRAIN_VARIABLES.items()},
     **{f"l4s_{band}": _l4s_band(band, by) for band, by in zip(L4S_BANDS, _L4S_DIVISORS, strict=True)},
     "l4s_slope": _l4s_terrain("slope_deg", _L4S_SLOPE),

@@ -47,7 +47,24 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
     dates = {
         name: Variable(dtype="uint16", fill=0, attrs=_DAYS) for name in ("date_first", "date_last", "date")
     }
-    return {**bands, "clear_count": count, **dates}
+    series = {
+        "ndvi_mean": ("mean of NDVI over the clear observations", -1.0001),
+        "ndvi_std": ("standard deviation of NDVI over the clear observations", -0.0001),
+    }
+    of_series = {
+        name: Variable(
+            dtype="uint16",
+            fill=0,
+            attrs={
+                "units": "1",
+                "scale_factor": 1e-4,
+                "add_offset": series[name][1],
+                "long_name": series[name][0],
+            },
+        )
+        for name in made.series_variables()
+    }
+    return {**bands, "clear_count": count, **dates, **of_series}
 
 
 def create_stores(made: RunPlan) -> None:

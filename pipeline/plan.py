@@ -38,6 +38,7 @@ from slidecube.pipeline.run_plan import (
     halo_px,
     learns,
     model_of,
+    series_variables,
     terrain_variables,
 )
 from slidecube.pipeline.statistics import load_statistics, read_manifest
@@ -204,8 +205,12 @@ def _assemble(
     model: Detector,
 ) -> RunPlan:
     terrain = terrain_layer_plan(config, grid, scenes, terrain_variables(model.card))
+    series = series_variables(model.card)
     sides = [
-        {side: optical_layer_plan(config, grid, w, scenes) for side, w in epoch.windows.items()}
+        {
+            side: optical_layer_plan(config, grid, w, scenes, series=series)
+            for side, w in epoch.windows.items()
+        }
         for epoch in config.epochs
     ]
     layers = {la.name: la for la in (terrain, *(la for by in sides for la in by.values()))}

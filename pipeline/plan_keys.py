@@ -19,15 +19,17 @@ from slidecube.pipeline.run_plan import LayerPlan
 from slidecube.pipeline.terrain import TERRAIN_VERSION
 
 
-def optical_layer_plan(config: Config, grid: TileGrid, window: Window, scenes: SceneTable) -> LayerPlan:
-    """Name and key the composite of a window."""
+def optical_layer_plan(
+    config: Config, grid: TileGrid, window: Window, scenes: SceneTable, *, series: Sequence[str] = ()
+) -> LayerPlan:
+    """Name and key the composite of a window; series : what it stores of its dates' NDVI."""
     cube = config.cube
     key = content_key(
         "optical",
         SCHEMA_VERSION,
         grid.key,
         _source_term(scenes.source_of("optical", config.sources.optical)),
-        sorted(cube.bands),
+        sorted([*cube.bands, *series]),
         {"classes": sorted(cube.mask.scl_classes), "dilation_px": cube.mask.dilation_px},
         cube.composite,
         str(window),

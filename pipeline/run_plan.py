@@ -24,6 +24,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
 from slidecube.pipeline.feature_sets import require_source
 from slidecube.pipeline.features import mnf_images, required_variables
+from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.terrain import TERRAIN_ALWAYS
 
@@ -126,7 +127,11 @@ class RunPlan:
 
     def optical_variables(self) -> list[str]:
         """Stored variables of an optical layer."""
-        return [*self.config.cube.bands, *DATE_VARIABLES]
+        return [*self.config.cube.bands, *DATE_VARIABLES, *self.series_variables()]
+
+    def series_variables(self) -> tuple[str, ...]:
+        """Stored variables of an optical layer that tell of its dates' NDVI."""
+        return series_variables(self.model.card)
 
     def terrain_variables(self) -> tuple[str, ...]:
         """Stored variables of the terrain layer."""
@@ -145,8 +150,10 @@ def model_of(config: Config) -> Detector:
     needed = required_variables(model.card.inputs)
     if config.sources.optical in SOURCES:  # of others each item says what it has
         require_source(model.card.inputs, config.sources.optical, SOURCES[config.sources.optical].bands)
+    by_dates = {*DATE_VARIABLES, *SERIES_VARIABLES}
+    of_series = {"B04", "B08"} if series_variables(model.card) else set()
     for side in ("pre", "post"):
-        for band in needed[side]:
+        for band in sorted({*needed[side], *of_series} - by_dates):
             if band not in config.cube.bands:
                 raise PipelineError(
                     f"Model {model.card.address} needs band {band}; [cube] bands holds {', '.join(config.cube.bands)}"
@@ -165,6 +172,13 @@ def terrain_variables(card: ModelCard) -> tuple[str, ...]:
     """Variables of the terrain that are stored for a model: those of every layer, and what else its features read."""
     needed = required_variables(card.inputs)["terrain"]
     return (*TERRAIN_ALWAYS, *(name for name in needed if name not in TERRAIN_ALWAYS))
+
+
+def series_variables(card: ModelCard) -> tuple[str, ...]:
+    """Mean and spread of NDVI, both or none, where a model reads one: every optical layer of a run holds the same."""
+    needed = required_variables(card.inputs)
+    wanted = {*needed["pre"], *needed["post"]} & set(SERIES_VARIABLES)
+    return SERIES_VARIABLES if wanted else ()
 
 
 def _require_clusters(model: Detector, chosen: Mapping[str, tuple[int, ...]] | None) -> None:

@@ -36,6 +36,7 @@ from slidecube.pipeline.fit import moments_tile, sample_tile
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.plan_files import read_plan
 from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.series import ndvi_series
 from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import TileContext, ledger_of, require_lock, store_tile
@@ -105,6 +106,7 @@ def optical_layer(
     mask: MaskRule,
     block_px: int,
     clear_tyx: da.Array | None = None,
+    series: bool = False,
     log: ReadLog | None = None,
     loader: Loader = "odc-stac",
 ) -> xr.Dataset:
@@ -112,6 +114,7 @@ def optical_layer(
 
     scenes : of one window of time; geobox : on the lattice's blocks; see `composite` for the rest
     clear_tyx : what may be used, when it is known already, as by `clear_observations`
+    series : add `ndvi_mean` and `ndvi_std`; see `ndvi_series`
     Returns (y, x) uint16 variables: the bands, `clear_count`, `date_first`, `date_last`, `date`.
     """
     cube = load(scenes, geobox, bands, block_px=block_px, log=log, loader=loader)
@@ -120,7 +123,10 @@ def optical_layer(
         if clear_tyx is None
         else clear_tyx
     )
-    made = composite({b: cube[b].data for b in bands}, clear, scenes=scenes, method=method)
+    data = {b: cube[b].data for b in bands}
+    made = composite(data, clear, scenes=scenes, method=method)
+    if series:
+        made |= ndvi_series(data, clear, scenes=scenes)
     coords = {name: cube.coords[name] for name in ("y", "x", "spatial_ref")}
     return xr.Dataset({name: (("y", "x"), data) for name, data in made.items()}, coords=coords)
 
@@ -239,6 +245,7 @@ def _optical_data(
         method=cube.composite,
         mask=mask,
         block_px=block_px,
+        series=bool(plan.series_variables()),
         clear_tyx=da.from_array(clear, chunks=(-1, block_px, block_px), name=False),
         log=log,
         loader=context.loader,

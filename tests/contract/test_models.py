@@ -27,6 +27,7 @@ from slidecube.pipeline.features import feature
 RANGES = {
     "rdndvi": (-120, 120),
     "slope_deg": (0, 89),
+    "ndvi_loss_p": (0, 1),
     **{f"mnf{i}_{side}": (-50, 90) for i in (1, 2, 3) for side in ("post", "change")},
 }
 QUICK = {"epochs": 2.0, "batch": 100.0}

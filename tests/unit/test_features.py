@@ -22,7 +22,17 @@ def layers():
     """Three pixels: a loss on a slope; the same without a clear look afterwards; and one without terrain."""
     pre = {band: plane(value, value, value) for band, value in PRE.items()}
     pre["B01"] = plane(2000, 1, 0)
+    pre |= {
+        "ndvi_mean": plane(18_001, 18_001, 0),
+        "ndvi_std": plane(501, 501, 0),
+        "clear_count": plane(5, 5, 0),
+    }
     post = {band: plane(value, 0, value) for band, value in POST.items()}
+    post |= {
+        "ndvi_mean": plane(14_001, 14_001, 9001),
+        "ndvi_std": plane(1001, 0, 1),
+        "clear_count": plane(4, 1, 2),
+    }
     terrain = {
         "elevation": plane(812.5, 3.0, np.nan, dtype=np.float32),
         "slope_deg": plane(3021, 0, 65535),
@@ -47,6 +57,13 @@ WANT = {
     "ndvi_post": [NDVI_POST, np.nan, NDVI_POST],
     "dndvi": [-0.3, np.nan, -0.3],
     "rdndvi": [-30 / np.sqrt(1.3), np.nan, -30 / np.sqrt(1.3)],
+    "ndvi_mean_pre": [0.8, 0.8, np.nan],
+    "ndvi_mean_post": [0.4, 0.4, -0.1],
+    "ndvi_std_pre": [0.05, 0.05, np.nan],
+    "ndvi_std_post": [0.1, np.nan, 0.0],
+    # t = .4 / sqrt(.05^2 / 5 + .1^2 / 4) = 7.30 at 4.20 degrees of freedom
+    "ndvi_loss_p": [0.99922356, np.nan, np.nan],
+    "aldi": [0.4 * 0.6 * 0.99922356, np.nan, np.nan],
     "elevation": [812.5, 3, np.nan],
     "slope_deg": [30.21, 0, np.nan],
     "aspect_deg": [359.99, np.nan, np.nan],
