@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import subprocess
 
+import dask
 import numpy as np
 import pyproj
 import pytest
@@ -324,7 +325,7 @@ def test_aspect_is_from_true_north_whatever_the_grid_of_the_dem(heights, dems, t
 
 def stored(scenes, box, variables=tuple(TERRAIN_VARIABLES), block_px=512):
     lazy = terrain(scenes, box, variables=variables, block_px=block_px)
-    return {name: array.compute(scheduler="synchronous") for name, array in lazy.items()}
+    return dask.compute(lazy, scheduler="synchronous")[0]
 
 
 def test_blocks_equal_the_window_and_asking_for_more_changes_nothing(heights, dems, tmp_path):
