@@ -86,12 +86,12 @@ def feature_set(name: str) -> FeatureSpec:
 def require_source(spec: FeatureSpec, source: str, bands: Collection[str]) -> None:
     """Refuse features of bands that a source of scenes does not have.
 
-    source : its name; bands : that it has
+    source : its name; bands : that it has, none where they are asked of each item
     Raises PipelineError, which names the set to take instead where there is one.
     """
     reads = {read.partition(".") for name in spec.names for read in feature(name).reads}
     lacking = sorted({what for _, _, what in reads if what in BANDS} - set(bands))
-    if not lacking:
+    if not lacking or not bands:
         return
     for name, found in FEATURE_SETS.items():
         if found.instead and set(found.names) <= set(spec.names):
