@@ -59,6 +59,7 @@ def calm(desk_in, tmp_path_factory):
         pytest.param(2.0, 2.0, id="ends-as-it-says", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_signatures_that_expire_in_mid_run(servers, small_archive, desk_in, tmp_path, calm, life_s, told_s):
     module = servers("signed_files")
     provider = module.SignedFiles(small_archive / "archive" / "sentinel-2-l2a", life_s=life_s, told_s=told_s)

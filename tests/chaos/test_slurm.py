@@ -116,6 +116,7 @@ def assert_whole(desk, undisturbed, assert_same_work) -> None:
     assert not list(desk.workspace.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_cancelled_in_mid_tile_and_submitted_again(slurm, site, gate, undisturbed, assert_same_work):
     gate.open.clear()
     jobs = submit(site)

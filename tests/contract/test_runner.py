@@ -413,6 +413,7 @@ def test_a_worker_that_comes_back_to_its_address_is_at_work_again(tmp_path):
     assert noted.begun("k0") == 2
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_does_not_hold_up_the_other(tmp_path, monkeypatch):
     """Nobody waits for the end of an overdue one."""
     monkeypatch.setattr("slidecube.cluster.dask._kill", lambda *_: time.sleep(30))

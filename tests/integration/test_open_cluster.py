@@ -87,6 +87,7 @@ def test_kubernetes_without_credentials_is_one_line(check, monkeypatch, tmp_path
     assert ended.refusal.startswith("Kubernetes does not start the cluster of profile"), ended
 
 
+@pytest.mark.slow
 def test_workers_that_die_as_they_start_are_one_line(check):
     ended = check('extends = "dask-local"\nworkers = 1\nmem_gb = 0.01\n')
 

@@ -108,6 +108,7 @@ def test_arrays_of_jobs_make_what_threads_make(slurm, desk_in, tmp_path, assert_
     assert "nothing is due" in nothing.out
 
 
+@pytest.mark.slow
 def test_only_what_is_due_is_submitted(slurm, desk):
     """A detection of one tile is lost: its shard, and the collector."""
     assert desk.cli("run", desk.toml, "--quiet").code == 0
