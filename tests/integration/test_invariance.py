@@ -137,7 +137,9 @@ def references(archive, tmp_path_factory):
         pytest.param("greenest", "rdndvi", DASK, id="512px-2processes"),
         pytest.param("greenest", "everything", {"tile_px": 1024, "threads": 2}, id="everything", marks=SLOW),
         pytest.param("greenest", "rdndvi", {"workers": 2}, id="512px-2tiles-at-once", marks=SLOW),
-        pytest.param("median", "rdndvi", {"tile_px": 2048, "threads": 2}, id="median-2048px-2threads"),
+        pytest.param(
+            "median", "rdndvi", {"tile_px": 2048, "threads": 2}, id="median-2048px-2threads", marks=SLOW
+        ),
         pytest.param(
             "greenest", "rdndvi", {"tile_px": 1024, "threads": 2, "loader": "stackstac"}, id="stackstac"
         ),
