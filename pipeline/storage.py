@@ -260,11 +260,14 @@ def require_reachable(place: Place) -> None:
 
 def _unreachable(place: ObjectPath, said: str) -> str:
     endpoint = _endpoint(_settings())[0] or "AWS"
-    if "NoSuchBucket" in said or "404" in said:
+    # the numbers of an address or of a time taken say nothing of what was answered
+    answered = re.search(r"status code: (\d{3})", said)
+    status = answered[1] if answered else ""
+    if "NoSuchBucket" in said or status == "404":
         return f"There is no bucket {place.bucket!r} at {endpoint}; make it, or name another in [output] workspace"
     if _NO_CREDENTIALS in said:
         return f"For {place} {_NO_CREDENTIALS}"
-    if re.search(r"\b(401|403)\b|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch", said):
+    if status in {"401", "403"} or re.search(r"AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch", said):
         return (
             f"{endpoint} refuses access to {place} with these credentials; check AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and the rights to list, read, write and delete"

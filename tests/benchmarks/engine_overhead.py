@@ -39,20 +39,19 @@ def nothing(_: object, task: TileTask) -> TaskResult:
     return TaskResult(task=task, status="done")
 
 
+def first_tiles(made: RunPlan, n: int) -> RunPlan:
+    """Cut a plan down to its first tiles, with an inventory of their extent."""
+    tiles = made.tiles[:n]
+    tasks = {name: {tile.key: by[tile.key] for tile in tiles} for name, by in made.tasks.items()}
+    return dataclasses.replace(made, tiles=tiles, tasks=tasks, inventory=f"{made.inventory}-{n}")
+
+
 def overhead(made: RunPlan, profile: str, n: int) -> float:
     """Milliseconds a tile of a run whose tiles do nothing: runner, events, heartbeat, results; without the start."""
-    few = dataclasses.replace(
-        made,
-        tiles=made.tiles[:n],
-        tasks={name: {t.key: by[t.key] for t in made.tiles[:n]} for name, by in made.tasks.items()},
-    )
-    first = dataclasses.replace(
-        few, tasks={name: dict(list(by.items())[:2]) for name, by in few.tasks.items()}
-    )
     real, run_module.run_task = run_module.run_task, nothing
     try:
         seconds = []
-        for part in (first, few):
+        for part in (first_tiles(made, 2), first_tiles(made, n)):
             began = time.monotonic()
             done = run(part, stages=("cube",), profile=profile, progress=False).done["cube"]
             seconds.append((time.monotonic() - began, done))

@@ -176,10 +176,14 @@ def soak(desk_in, tmp_path, witness, servers):
 
 
 def test_everything_is_killed_once(soak):
-    killed = Counter[str]()
-    soak("site", random.Random(20181106), 6, killed)
+    rng, killed = random.Random(20181106), Counter[str]()
+    everything = {"shard", "worker", "nanny", "scheduler"}
+    for _ in range(4):  # a run may come to its end before all have had their turn
+        soak("site", rng, 6, killed)
+        if set(killed) >= everything:
+            break
 
-    assert set(killed) >= {"shard", "worker", "nanny", "scheduler"}
+    assert set(killed) >= everything
 
 
 @pytest.mark.slow

@@ -343,6 +343,13 @@ def test_an_endpoint_that_is_down_is_named(s3, monkeypatch):
     assert re.search(r"http://127\.0\.0\.1:9 does not answer for s3://.*check AWS_ENDPOINT_URL", refusal(s3))
 
 
+@pytest.mark.parametrize("number", ["404", "403", "401"])
+def test_a_number_that_is_no_answer_says_nothing(s3, monkeypatch, number):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{number}")  # nobody listens there
+
+    assert f"127.0.0.1:{number} does not answer" in refusal(f"s3://bucket-{number}.{number}/some/{number}")
+
+
 def test_missing_credentials_are_named(s3, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
