@@ -1,8 +1,8 @@
-"""Computing lazy arrays one lattice block after another, in bounded memory."""
+"""Lattice blocks: computing lazy arrays one after another, in bounded memory, and which scenes touch them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import dask
@@ -12,6 +12,10 @@ from dask.array.optimization import optimize
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 from dask.optimization import cull
+from odc.geo.geobox import GeoBox
+
+from slidecube.catalog.load import on_lattice
+from slidecube.catalog.scenes import Scene, SceneTable
 
 
 def by_block(lazy: Mapping[str, da.Array], threads: int) -> dict[str, np.ndarray]:
@@ -51,3 +55,21 @@ def by_block(lazy: Mapping[str, da.Array], threads: int) -> dict[str, np.ndarray
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda place: one(*place), places))
     return out
+
+
+def touching(scenes: Sequence[Scene], geobox: GeoBox, blocks: da.Array, block_px: int) -> np.ndarray:
+    """Which scene's footprint touches which block: (t, rows of blocks, columns of blocks) bool.
+
+    A scene is read on a tile when its footprint touches the tile. Pixels beyond the footprint may exist; taking them
+    where the tile is large and not where it is small would make the result depend on the tiling.
+    """
+    row_ends, col_ends = (np.cumsum(sizes).tolist() for sizes in blocks.chunks[1:])
+    boxes = [
+        on_lattice(geobox[r - h : r, c - w : c], block_px)[0]
+        for r, h in zip(row_ends, blocks.chunks[1], strict=True)
+        for c, w in zip(col_ends, blocks.chunks[2], strict=True)
+    ]
+    found = SceneTable(scenes=tuple(scenes)).touching_each(boxes)
+    ids = [{id(scene) for scene in table} for table in found]
+    touches = [[id(scene) in there for there in ids] for scene in scenes]
+    return np.array(touches, bool).reshape(len(scenes), len(row_ends), len(col_ends))

@@ -176,6 +176,11 @@ class Sources(_Section):
         min_length=1,
         description="a source's name, or a local catalogue's path",
     )
+    radar: str | None = Field(
+        None,
+        min_length=1,
+        description="a source's name, or a local catalogue's path; left out, no Sentinel-1 is read",
+    )
     fallback: Fallback = Field(
         (),
         description="a list of sources, none twice: asked in this order when `optical` does not answer, and read where "
@@ -210,6 +215,23 @@ class Mask(_Section):
     )
 
 
+class Radar(_Section):
+    """How Sentinel-1 is read, where [sources] radar names it."""
+
+    orbit: Literal["descending", "ascending"] = Field(
+        "descending", description='"descending" or "ascending": the two are never mixed'
+    )
+    slope_correction: Literal["none", "volume", "surface"] = Field(
+        "none",
+        description='"none", or the model by which slopes are corrected, "volume" (vegetation) or "surface" (bare '
+        "ground), on sigma0 only: gamma0 is corrected already",
+    )
+    speckle_window_px: Annotated[int, _one_of((0, 3, 5, 7, 9, 11, 13, 15))] = Field(
+        0,
+        description="0, or an odd number of grid pixels, 3 to 15, of the window of the multitemporal speckle filter",
+    )
+
+
 class Cube(_Section):
     """How the observations of a window become one layer."""
 
@@ -221,6 +243,9 @@ class Cube(_Section):
         DEFAULT_BANDS, min_length=1, description=f"a list of bands, none twice, out of {', '.join(BANDS)}"
     )
     mask: Mask = Field(default_factory=Mask, description="a table with scl_classes and dilation_px")
+    radar: Radar = Field(
+        default_factory=Radar, description="a table with orbit, slope_correction and speckle_window_px"
+    )
     tile_px: Annotated[int, _one_of(TILE_SIZES_PX)] = Field(
         2048, description=f"one of {', '.join(map(str, TILE_SIZES_PX))}"
     )
@@ -380,11 +405,13 @@ class Config:
 
     def search_terms(self) -> dict[str, Any]:
         """Return what decides the scene search, as canonical JSON types: area, windows, sources, cloud limit."""
+        orbit = {"orbit": self.cube.radar.orbit} if self.sources.radar else {}
         return {
             "area": self._area_terms(),
             "windows": sorted({str(w) for epoch in self.epochs for w in epoch.windows.values()}),
             "sources": self._source_terms(),
             "max_cloud_pct": self.cube.max_cloud_pct,
+            **orbit,
         }
 
     def science(self) -> dict[str, Any]:
@@ -406,7 +433,8 @@ class Config:
             "area": self._area_terms(),
             "epochs": epochs,
             "sources": self._source_terms(),
-            "cube": self.cube.model_dump(mode="json"),
+            # settings of what is not read decide nothing
+            "cube": self.cube.model_dump(mode="json", exclude=set() if self.sources.radar else {"radar"}),
             "fit": self.fit.model_dump(mode="json"),
             "detect": self.detect.model_dump(mode="json"),
         }
@@ -422,7 +450,8 @@ class Config:
             for key, names in (("fallback", sources.fallback), ("fallback_dem", sources.fallback_dem))
             if names
         }
-        return {"optical": self.source(sources.optical), "dem": self.source(sources.dem), **others}
+        radar = {"radar": self.source(sources.radar)} if sources.radar else {}
+        return {"optical": self.source(sources.optical), "dem": self.source(sources.dem), **radar, **others}
 
     def _area_terms(self) -> dict[str, Any]:
         aoi = self.aoi

@@ -17,12 +17,13 @@ from slidecube.pipeline.inventory import (
     LANDSLIDE_NODATA,
     PROBABILITY_NODATA,
     PROBABILITY_SCALE,
+    RADAR_REASONS,
     REASONS,
     Observability,
 )
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
-from slidecube.pipeline.run_plan import RunPlan, halo_px, minimum_size_px
+from slidecube.pipeline.run_plan import RunPlan, halo_px, minimum_size_px, reads_radar
 from slidecube.pipeline.tasks import TileContext, fitted_statistics, layer_ledger, store_tile
 from slidecube.pipeline.terrain import SLOPE_NODATA
 
@@ -67,7 +68,8 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     }
     checksums, size = store_tile(plan, task, data, context)
     numbers = {value.name.lower(): int((observability == value).sum()) for value in Observability}
-    numbers |= {f"reason {i}": int((data["reason"] == i).sum()) for i in REASONS if i}
+    left_out = (0,) if reads_radar(card) else (0, *RADAR_REASONS)
+    numbers |= {f"reason {i}": int((data["reason"] == i).sum()) for i in REASONS if i not in left_out}
     numbers["landslide_px"] = int((data["landslide"] == 1).sum())
     return Record(
         tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size
@@ -122,10 +124,17 @@ def _quantised(probability: np.ndarray) -> np.ndarray:
 
 def _observable(layers: Layers, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which pixels could be judged, and why the others could not: bool and codes of `REASONS`."""
-    post = layers.post["clear_count"].values > 0
+    # a side that the model does not look at hides nothing
+    post = layers.post["clear_count"].values > 0 if layers.post else np.ones(probability.shape, bool)
     pre = layers.pre["clear_count"].values > 0 if layers.pre else np.ones_like(post)  # or not needed
     reason = np.zeros(probability.shape, np.uint8)
     reason[probability == PROBABILITY_NODATA] = 5
+    for side in (layers.radar_pre, layers.radar_post):
+        if side:
+            unseen = side["count"].values == 0
+            reason[unseen] = 6
+            reason[unseen & (side["shadow"].values == 1)] = 8
+            reason[unseen & (side["layover"].values == 1)] = 7
     no_terrain = np.isnan(layers.terrain["elevation"].values)
     if "slope_deg" in layers.terrain:  # the rim of a DEM has heights, and no slope
         no_terrain |= layers.terrain["slope_deg"].values == SLOPE_NODATA

@@ -23,6 +23,11 @@ _NETWORK_GB = 0.5  # torch, once it is imported
 _SECONDS_PER_MPX_NETWORK = 0.3  # of the dense encoder, units of the lattice included
 _SECONDS_PER_PATCH_EPOCH = 7e-6
 _PATCH_COPIES = 3.5  # as gathered, standardised, and one tile's beside them
+_RADAR_VARIABLES = 8
+_RADAR_STORED_BYTES = 14  # a pixel: six of two bytes, two of one
+_RADAR_GEOMETRY_GB = 0.15  # heights of a block and its surroundings, and lines through them
+_SECONDS_PER_MPX_RADAR_DATE = 0.16
+_SECONDS_PER_MPX_GEOMETRY = 2.0
 _EXTRA = 4  # clear_count and three dates beside the bands
 
 
@@ -62,12 +67,14 @@ def estimate(
     tiles: int,
     scenes: int,
     dates: Mapping[str, Mapping[str, int]],
+    radar_dates: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Estimate:
     """Estimate a run.
 
-    card : of the model; tiles, scenes : how many; dates : optical layer -> tile -> number of scenes read
+    card : of the model; tiles, scenes : how many; dates, radar_dates : layer -> tile -> number of scenes read
     """
     reads = sum(n for by in dates.values() for n in by.values())
+    radar = _radar_cost(grid, tiles, radar_dates or {})
     most = max((n for by in dates.values() for n in by.values()), default=0)
     bands, epochs = len(config.cube.bands), len(config.epochs)
     tile_mpx = grid.tile_px**2 / 1e6
@@ -79,26 +86,60 @@ def estimate(
         + tiles * epochs * (_SECONDS_PER_MPX_DETECT + (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK)
     )
     seconds += epochs * card.sample_patches * card.parameters.get("epochs", 0.0) * _SECONDS_PER_PATCH_EPOCH
-    block = block_mem_gb(block_px=grid.block_px, dates=most, bands=bands)
+    block = max(block_mem_gb(block_px=grid.block_px, dates=most, bands=bands), radar.block_gb)
     return Estimate(
         tiles=tiles,
         scenes=scenes,
-        scene_reads=reads,
-        max_dates=most,
-        read_gb=round(reads * tile_mpx * (bands * 2 + 1) / 1e3, 3),
-        stored_gb=round(stored / 1e3, 3),
-        files=tiles * (len(dates) * (kept + 1) + 4 + shapes + epochs * 6),
+        scene_reads=reads + radar.reads,
+        max_dates=max(most, radar.most),
+        read_gb=round(reads * tile_mpx * (bands * 2 + 1) / 1e3 + radar.read_gb, 3),
+        stored_gb=round(stored / 1e3 + radar.stored_gb, 3),
+        files=tiles * (len(dates) * (kept + 1) + 4 + shapes + epochs * 6) + radar.files,
         peak_mem_gb=round(
             BASE_GB
             + max(
-                tile_mem_gb(grid.tile_px, bands=kept - _EXTRA, dates=most), detect_mem_gb(grid.tile_px, card)
+                tile_mem_gb(grid.tile_px, bands=kept - _EXTRA, dates=most),
+                detect_mem_gb(grid.tile_px, card),
+                radar.tile_gb,
             )
             + block,
             2,
         ),
         thread_mem_gb=round(block, 2),
         fit_mem_gb=round(fit_mem_gb(card), 2),
-        cpu_hours=round(seconds / 3600, 3),
+        cpu_hours=round((seconds + radar.seconds) / 3600, 3),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RadarCost:
+    """What the radar layers of a run cost; all zero where there are none."""
+
+    reads: int
+    most: int
+    read_gb: float
+    stored_gb: float
+    files: int
+    tile_gb: float
+    block_gb: float
+    seconds: float
+
+
+def _radar_cost(grid: TileGrid, tiles: int, dates: Mapping[str, Mapping[str, int]]) -> _RadarCost:
+    reads = sum(n for by in dates.values() for n in by.values())
+    most = max((n for by in dates.values() for n in by.values()), default=0)
+    mpx, layers = grid.tile_px**2 / 1e6, len(dates)
+    return _RadarCost(
+        reads=reads,
+        most=most,
+        read_gb=reads * mpx * 8 / 1e3,
+        stored_gb=layers * tiles * mpx * _RADAR_STORED_BYTES / _COMPRESSION / 1e3,
+        files=layers * tiles * (_RADAR_VARIABLES + 1),
+        tile_gb=bool(layers) * grid.tile_px**2 * _RADAR_STORED_BYTES * 1.5 / 1e9,
+        # both bands as read and as power of one, as numbers of the stored scale, masks; lines for the geometry
+        block_gb=bool(layers)
+        * (grid.block_px**2 * most * (2 * 4 + 4 + 8 + 2 + 2) / 1e9 + _RADAR_GEOMETRY_GB),
+        seconds=mpx * (reads * _SECONDS_PER_MPX_RADAR_DATE + layers * tiles * _SECONDS_PER_MPX_GEOMETRY),
     )
 
 

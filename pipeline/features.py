@@ -16,8 +16,13 @@ from slidecube.pipeline.config import BANDS, DEFAULT_BANDS
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
 from slidecube.pipeline.mnf import Mnf
+from slidecube.pipeline.radar import backscatter_db, cross_ratio_db, db_change
+from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.series import SERIES_VARIABLES, loss_probability, series_values
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES, TerrainVariable
+
+SIDES = ("pre", "post", "terrain", "radar_pre", "radar_post")
+"""Layers that features are made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +31,7 @@ class Layers:
 
     pre, post : optical layers before and after the event; pre is empty where no scene from before is read
     terrain : elevation, slope, aspect, and what else of `TERRAIN_VARIABLES` is wanted
+    radar_pre, radar_post : radar layers of one orbit direction; empty where no radar is read
     mnf : "post", "pre" or "change" -> the frozen MNF of that image, for features that need one
     components : MNF components, by name; `build_features` makes them from `mnf`, once for all that are wanted
     """
@@ -33,6 +39,8 @@ class Layers:
     pre: xr.Dataset
     post: xr.Dataset
     terrain: xr.Dataset
+    radar_pre: xr.Dataset = field(default_factory=xr.Dataset)
+    radar_post: xr.Dataset = field(default_factory=xr.Dataset)
     mnf: Mapping[str, Mnf] = field(default_factory=dict)
     components: xr.Dataset = field(default_factory=xr.Dataset)
 
@@ -105,6 +113,87 @@ def _terrain_feature(name: str, variable: TerrainVariable) -> Feature:
         source=variable.source,
         reads=(f"terrain.{name}",),
     )
+
+
+def _db(layer: xr.Dataset, band: str) -> xr.DataArray:
+    return backscatter_db(layer[band])
+
+
+def _ratio(layer: xr.Dataset) -> xr.DataArray:
+    return cross_ratio_db(_db(layer, "VH"), _db(layer, "VV"))
+
+
+def _mask(s: Layers, name: str) -> xr.DataArray:
+    """1 where either side has the mask, NaN where no scene looked at one of them."""
+    pre, post = (
+        side[name].astype(np.float32).where(side[name] != MASK_NODATA) for side in (s.radar_pre, s.radar_post)
+    )
+    return pre.where(pre > post, post).where(pre.notnull() & post.notnull())
+
+
+def _angle(stored: xr.DataArray) -> xr.DataArray:
+    return (stored.astype(np.float32) * np.float32(0.01)).where(stored != ANGLE_NODATA)
+
+
+_ENS_S1 = "Ganerod et al. 2023, table 2"
+
+
+def _of_band(band: str) -> dict[str, Feature]:
+    """Make the three features of a polarisation: before, after, and the change."""
+    name, pre, post = band.lower(), f"radar_pre.{band}", f"radar_post.{band}"
+
+    def made(build: Callable[[Layers], xr.DataArray], formula: str, *reads: str) -> Feature:
+        return Feature(build=build, formula=formula, unit="dB", source=_ENS_S1, reads=reads)
+
+    median = f"median {band} of the window"
+    return {
+        f"{name}_pre": made(lambda s: _db(s.radar_pre, band), f"{median}, pre", pre),
+        f"{name}_post": made(lambda s: _db(s.radar_post, band), f"{median}, post", post),
+        f"d{name}": made(
+            lambda s: db_change(_db(s.radar_pre, band), _db(s.radar_post, band)),
+            f"{name}_post - {name}_pre",
+            pre,
+            post,
+        ),
+    }
+
+
+def _radar_features() -> dict[str, Feature]:
+    """Make what is read of Sentinel-1."""
+
+    def ratio(side: str, of: Callable[[Layers], xr.Dataset]) -> Feature:
+        return Feature(
+            build=lambda s: _ratio(of(s)),
+            formula=f"vh_{side} - vv_{side}",
+            unit="dB",
+            source="VH / VV as power",
+            reads=(f"radar_{side}.VH", f"radar_{side}.VV"),
+        )
+
+    def mask(name: str) -> Feature:
+        return Feature(
+            build=lambda s: _mask(s, name),
+            formula=f"1 in radar {name} before or after, on every track",
+            unit="1",
+            source=_ENS_S1,
+            reads=(f"radar_pre.{name}", f"radar_post.{name}"),
+        )
+
+    return {
+        **_of_band("VV"),
+        **_of_band("VH"),
+        "vhvv_pre": ratio("pre", lambda s: s.radar_pre),
+        "vhvv_post": ratio("post", lambda s: s.radar_post),
+        "layover": mask("layover"),
+        "shadow": mask("shadow"),
+        "lia_deg": Feature(
+            build=lambda s: _angle(s.radar_post["lia_deg"]),
+            formula="angle between the line of sight and the ground's normal, post",
+            unit="degree",
+            source=f"{_ENS_S1}; geometry of the track and the DEM",
+            reads=("radar_post.lia_deg",),
+        ),
+    }
 
 
 L4S_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12")
@@ -205,6 +294,7 @@ FEATURES: Mapping[str, Feature] = {
     **{name: made for index, of in INDICES.items() for name, made in _index_features(index, of).items()},
     **_SERIES_FEATURES,
     **{name: _terrain_feature(name, of) for name, of in TERRAIN_VARIABLES.items()},
+    **_radar_features(),
     **{f"l4s_{band}": _l4s_band(band, by) for band, by in zip(L4S_BANDS, _L4S_DIVISORS, strict=True)},
     "l4s_slope": _l4s_terrain("slope_deg", _L4S_SLOPE),
     "l4s_elevation": _l4s_terrain("elevation", _L4S_ELEVATION),
@@ -296,23 +386,22 @@ def build_features(spec: FeatureSpec, layers: Layers) -> xr.Dataset:
     Returns (y, x) float32 variables in the spec's order, NaN = unknown.
     Raises PipelineError for an unknown feature, or one whose band the layer does not hold.
     """
-    held = {
-        f"{side}.{name}" for side in ("pre", "post", "terrain") for name in getattr(layers, side).data_vars
-    }
+    held = {f"{side}.{name}" for side in SIDES for name in getattr(layers, side).data_vars}
     made = {name: feature(name) for name in spec.names}
     for name, one in made.items():
         missing = [v for v in one.reads if v not in held]
         if missing:
             raise PipelineError(
-                f"Feature {name!r} needs {', '.join(missing)}, which the layers do not hold; add it to [cube] bands"
+                f"Feature {name!r} needs {', '.join(missing)}, which the layers do not hold; add it to [cube] bands, "
+                "or name [sources] radar"
             )
     whole = _with_components(layers, spec)
     return xr.Dataset({name: one.build(whole).astype(np.float32) for name, one in made.items()})
 
 
 def required_variables(spec: FeatureSpec) -> dict[str, list[str]]:
-    """Stored variables that a spec reads: side ("pre", "post", "terrain") -> names, sorted."""
-    needed: dict[str, set[str]] = {"pre": set(), "post": set(), "terrain": set()}
+    """Stored variables that a spec reads: side, of `SIDES` -> names, sorted."""
+    needed: dict[str, set[str]] = {side: set() for side in SIDES}
     for name in spec.names:
         for read in feature(name).reads:
             side, _, variable = read.partition(".")

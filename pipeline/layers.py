@@ -11,7 +11,9 @@ from slidecube.pipeline.inventory import (
     Observability,
     finish_inventory,
 )
-from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.radar import DB_PER_STEP, DB_SHIFT
+from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
+from slidecube.pipeline.run_plan import RunPlan, reads_radar
 from slidecube.pipeline.store import Variable, create_arrays
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
 
@@ -27,6 +29,29 @@ def _terrain_variables(names: Iterable[str]) -> dict[str, Variable]:
         made[name] = Variable(dtype=one.dtype, fill=one.nodata, attrs=attrs)
     return made
 
+
+_BACKSCATTER = {
+    "units": "dB",
+    "scale_factor": DB_PER_STEP,
+    "add_offset": -DB_SHIFT * DB_PER_STEP,
+    "long_name": "backscatter, median of the window",
+}
+_SEEN = {"flag_values": [0, 1], "comment": "1 = on every track; 255 = no scene looked"}
+RADAR = {
+    "VV": Variable(dtype="uint16", fill=0, attrs=_BACKSCATTER),
+    "VH": Variable(dtype="uint16", fill=0, attrs=_BACKSCATTER),
+    "count": Variable(dtype="uint16", fill=0, attrs={"units": "1", "long_name": "number of observations"}),
+    "date_first": Variable(dtype="uint16", fill=0, attrs=_DAYS),
+    "date_last": Variable(dtype="uint16", fill=0, attrs=_DAYS),
+    "lia_deg": Variable(
+        dtype="uint16",
+        fill=ANGLE_NODATA,
+        attrs={"units": "degree", "scale_factor": 0.01, "long_name": "local incidence angle"},
+    ),
+    "layover": Variable(dtype="uint8", fill=MASK_NODATA, attrs={"long_name": "radar layover", **_SEEN}),
+    "shadow": Variable(dtype="uint8", fill=MASK_NODATA, attrs={"long_name": "radar shadow", **_SEEN}),
+}
+"""Stored variables of a radar layer."""
 
 INVENTORY = {
     "probability": Variable(dtype="uint16", fill=PROBABILITY_NODATA, attrs=CF["probability"]),
@@ -71,10 +96,16 @@ def create_stores(made: RunPlan) -> None:
     """Make the arrays that are missing; what is there stays."""
     frame = made.grid.frame
     tile_px, block_px = made.grid.tile_px, made.grid.block_px
+    by_kind = {
+        "terrain": _terrain_variables(made.terrain_variables()),
+        "radar": RADAR,
+        "optical": _optical_variables(made),
+    }
     for layer in made.layers:
-        terrain = layer.kind == "terrain"
-        variables = _terrain_variables(made.terrain_variables()) if terrain else _optical_variables(made)
+        variables = by_kind[layer.kind]
         attrs = {"slidecube:layer_key": layer.key, "slidecube:window": str(layer.window or "")}
+        if layer.orbit:
+            attrs["slidecube:orbit"] = layer.orbit
         path = made.workspace.layer(made.grid, layer.name)
         create_arrays(path, variables, geobox=frame, tile_px=tile_px, block_px=block_px, attrs=attrs)
     rows, cols = [t.row for t in made.tiles], [t.col for t in made.tiles]
@@ -97,4 +128,9 @@ def create_stores(made: RunPlan) -> None:
             "slidecube:model": made.model.card.address,
         },
     )
-    finish_inventory(inventory, geobox=extent, epochs=[e.name for e in made.epochs])
+    finish_inventory(
+        inventory,
+        geobox=extent,
+        epochs=[e.name for e in made.epochs],
+        radar=reads_radar(made.model.card),
+    )

@@ -151,7 +151,13 @@ def lineage(plan: RunPlan) -> Lineage:
     several = len(plan.epochs) > 1
     scenes: dict[tuple[str, str], LineageScene] = {}
     for epoch in plan.epochs:
-        for use, layer in (("pre", epoch.pre), ("post", epoch.post), ("dem", epoch.terrain)):
+        for use, layer in (
+            ("pre", epoch.pre),
+            ("post", epoch.post),
+            ("dem", epoch.terrain),
+            ("radar pre", epoch.radar_pre),
+            ("radar post", epoch.radar_post),
+        ):
             if layer is None:
                 continue
             label = f"{use} {epoch.name}" if several and use != "dem" else use

@@ -15,12 +15,19 @@ from slidecube.catalog.grid import Tile, TileGrid, cuts
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.features import Layers, build_features, required_variables
+from slidecube.pipeline.features import SIDES, Layers, build_features, required_variables
 from slidecube.pipeline.mnf import Mnf
+from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.tasks import layer_ledger
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
+
+_RADAR_FILL: dict[str, tuple[float, str]] = {
+    "lia_deg": (ANGLE_NODATA, "uint16"),
+    "layover": (MASK_NODATA, "uint8"),
+    "shadow": (MASK_NODATA, "uint8"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +86,20 @@ def read_layers(
     What it does not need is not read: `pre` is empty for a model of a single image.
 
     mnf : the frozen MNF of each image that the features need one of
-    also : further variables by side, "pre", "post" or "terrain"
+    also : further variables by side, of `features.SIDES`
     """
     made = plan.by_epoch[epoch]
     needed = required_variables(plan.model.card.inputs)
     read = {}
-    for side, name in (("pre", made.pre), ("post", made.post), ("terrain", made.terrain)):
+    radar_alone = not needed["pre"] and not needed["post"] and bool(needed["radar_post"])
+    for side in SIDES:
+        name = getattr(made, side)
         wanted = {*needed[side], *(also or {}).get(side, ())}
         if side == "terrain":
             wanted.add("elevation")
-        elif side == "post" or wanted:
+        elif side.startswith("radar"):
+            wanted |= {"count", "layover", "shadow"} if wanted else set()
+        elif wanted or (side == "post" and not radar_alone):
             wanted.add("clear_count")
         read[side] = _read(plan, name, sorted(wanted), window) if name and wanted else xr.Dataset()
     return Layers(**read, mnf=mnf or {})
@@ -107,12 +118,8 @@ def features_of(
 ) -> xr.Dataset:
     """Build features in memory, one lattice block after another, `threads` at a time: (y, x) float32, NaN = unknown."""
     chunks = window.chunks(block_px)
-    lazy = Layers(
-        pre=layers.pre.chunk(chunks) if layers.pre else layers.pre,
-        post=layers.post.chunk(chunks),
-        terrain=layers.terrain.chunk(chunks),
-        mnf=layers.mnf,
-    )
+    sides = {side: getattr(layers, side) for side in SIDES}
+    lazy = Layers(**{side: d.chunk(chunks) if d else d for side, d in sides.items()}, mnf=layers.mnf)
     built = build_features(spec, lazy)
     made = by_block({str(name): array.data for name, array in built.items()}, threads)
     return xr.Dataset({name: (("y", "x"), values) for name, values in made.items()})
@@ -142,7 +149,9 @@ def _read(plan: RunPlan, layer: str, names: list[str], window: PixelWindow) -> x
 
 def _nodata_and_dtype(variable: str) -> tuple[float, str]:
     terrain = TERRAIN_VARIABLES.get(variable)
-    return (0, "uint16") if terrain is None else (terrain.nodata, terrain.dtype)
+    if terrain is None:
+        return _RADAR_FILL.get(variable, (0, "uint16"))
+    return terrain.nodata, terrain.dtype
 
 
 def _tiles_in(plan: RunPlan, window: PixelWindow) -> list[Tile]:

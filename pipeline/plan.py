@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import compress
-from typing import Any
+from typing import Any, Literal
 
 import shapely
 
@@ -26,10 +26,12 @@ from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_pl
 from slidecube.pipeline.plan_keys import (
     detect_key_of,
     optical_layer_plan,
+    radar_layer_plan,
     stat_key_of,
     terrain_layer_plan,
     tile_tasks,
 )
+from slidecube.pipeline.plan_radar import around_tiles, search_radar
 from slidecube.pipeline.run_plan import (
     EpochPlan,
     LayerPlan,
@@ -38,6 +40,7 @@ from slidecube.pipeline.run_plan import (
     halo_px,
     learns,
     model_of,
+    reads_radar,
     series_variables,
     terrain_variables,
 )
@@ -161,7 +164,11 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
             f"Source {_as_written(config, heights.sourcing.used)!r} has no DEM over {aoi.name!r}; name another one "
             "in [sources]"
         )
-    return SceneTable(scenes=(*optical, *dem), sourcing=(found.sourcing, heights.sourcing))
+    sourcing = (found.sourcing, heights.sourcing)
+    radar = search_radar(config, aoi, tiled) if sources.radar else None
+    if radar is not None:
+        return SceneTable(scenes=(*optical, *dem, *radar.scenes), sourcing=(*sourcing, radar.sourcing))
+    return SceneTable(scenes=(*optical, *dem), sourcing=sourcing)
 
 
 def _as_written(config: Config, source: str) -> str:
@@ -213,14 +220,25 @@ def _assemble(
         }
         for epoch in config.epochs
     ]
-    layers = {la.name: la for la in (terrain, *(la for by in sides for la in by.values()))}
+    radar = [
+        {f"radar_{side}": radar_layer_plan(config, grid, w, scenes) for side, w in epoch.windows.items()}
+        if config.sources.radar
+        else {}
+        for epoch in config.epochs
+    ]
+    layers = {la.name: la for la in (terrain, *(la for by in (*sides, *radar) for la in by.values()))}
     touching = list(scenes.touching_each([tile.geobox for tile in tiles]))
-    tasks = {layer.name: tile_tasks(layer, tiles, scenes, touching) for layer in layers.values()}
+    around = [] if not config.sources.radar else around_tiles(grid, tiles, scenes, touching)
+    tasks = {
+        layer.name: tile_tasks(layer, tiles, scenes, around if layer.kind == "radar" else touching)
+        for layer in layers.values()
+    }
     # the outline counts, too: it decides what is looked at, and another one is another inventory
     outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
     epochs = []
-    for epoch, by in zip(config.epochs, sides, strict=True):
-        read = (*by.values(), terrain)
+    for epoch, optical, seen in zip(config.epochs, sides, radar, strict=True):
+        by = {**optical, **(seen if reads_radar(model.card) else {})}
+        read = _read_layers(by, terrain)
         contributing = [[tasks[layer.name][tile.key][0] for layer in read] for tile in tiles]
         epochs.append(
             _epoch_plan(config, epoch.name, by, terrain, model=model, terms=[contributing, outline])
@@ -250,11 +268,31 @@ def _assemble(
             card=model.card,
             tiles=len(tiles),
             scenes=len(scenes),
-            dates={
-                n: {t: len(s) for t, (_, s) in by.items()} for n, by in tasks.items() if n != terrain.name
-            },
+            dates=_dates(layers, tasks, scenes, "optical"),
+            radar_dates=_dates(layers, tasks, scenes, "radar"),
         ),
     )
+
+
+def _dates(
+    layers: Mapping[str, LayerPlan],
+    tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
+    scenes: SceneTable,
+    kind: Literal["optical", "radar"],
+) -> dict[str, dict[str, int]]:
+    """Count the scenes of a role that each tile of each layer of a kind reads."""
+    of_kind = [scene.role == kind for scene in scenes]
+    return {
+        name: {tile: sum(of_kind[i] for i in read) for tile, (_, read) in by.items()}
+        for name, by in tasks.items()
+        if layers[name].kind == kind
+    }
+
+
+def _read_layers(sides: Mapping[str, LayerPlan], terrain: LayerPlan) -> tuple[LayerPlan, ...]:
+    """Layers that an epoch reads, in the order of its keys: optical, terrain, radar."""
+    optical = [layer for layer in sides.values() if layer.kind == "optical"]
+    return (*optical, terrain, *(layer for layer in sides.values() if layer.kind == "radar"))
 
 
 def _epoch_plan(
@@ -267,7 +305,7 @@ def _epoch_plan(
     terms: list[Any],
 ) -> EpochPlan:
     """Key an epoch; terms : what its statistics are made of beside the layers."""
-    read = (*sides.values(), terrain)
+    read = _read_layers(sides, terrain)
     stat_key = ""
     if learns(model.card):
         stat_key = config.fit.statistics or stat_key_of(read, model, terms)
@@ -276,6 +314,8 @@ def _epoch_plan(
         name=name,
         pre=sides["pre"].name if "pre" in sides else None,
         post=sides["post"].name,
+        radar_pre=sides["radar_pre"].name if "radar_pre" in sides else None,
+        radar_post=sides["radar_post"].name if "radar_post" in sides else None,
         terrain=terrain.name,
         stat_key=stat_key,
         detect_key=detect_key_of(read, model.card, stat_key, chosen, device=config.detect.device),

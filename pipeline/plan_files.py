@@ -183,7 +183,10 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
     return {
         "aoi": made.aoi.name,
         "base": str(made.config.base),
-        "epochs": [asdict(epoch) for epoch in made.epochs],
+        "epochs": [
+            {name: v for name, v in asdict(epoch).items() if v is not None or not name.startswith("radar")}
+            for epoch in made.epochs
+        ],
         "estimate": asdict(made.estimate),
         "grid": {
             "crs": grid.crs,
@@ -198,6 +201,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
                 "kind": la.kind,
                 "key": la.key,
                 "window": None if la.window is None else str(la.window),
+                **({"orbit": la.orbit} if la.orbit else {}),
             }
             for la in made.layers
         ],
@@ -217,4 +221,6 @@ def _layer_from(entry: dict[str, Any]) -> LayerPlan:
 
         start, end = (dt.date.fromisoformat(day) for day in entry["window"].split("_"))
         window = Window(start=start, end=end)
-    return LayerPlan(name=entry["name"], kind=entry["kind"], key=entry["key"], window=window)
+    return LayerPlan(
+        name=entry["name"], kind=entry["kind"], key=entry["key"], window=window, orbit=entry.get("orbit")
+    )

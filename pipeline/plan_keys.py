@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from slidecube.catalog.grid import Tile, TileGrid
-from slidecube.catalog.scenes import SceneTable, Window
+from slidecube.catalog.scenes import Scene, SceneTable, Window
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device
@@ -17,6 +17,9 @@ from slidecube.pipeline.config import Config
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
 from slidecube.pipeline.run_plan import LayerPlan
 from slidecube.pipeline.terrain import TERRAIN_VERSION
+
+RADAR_VERSION = 1
+"""Version of what radar layers hold and how it is made; a change makes every tile of them due, and of no others."""
 
 
 def optical_layer_plan(
@@ -52,6 +55,23 @@ def terrain_layer_plan(
     return LayerPlan(name=f"terrain-{key[:8]}", kind="terrain", key=key)
 
 
+def radar_layer_plan(config: Config, grid: TileGrid, window: Window, scenes: SceneTable) -> LayerPlan:
+    """Name and key the radar composite of a window and one orbit direction."""
+    assert config.sources.radar is not None
+    radar = config.cube.radar
+    key = content_key(
+        "radar",
+        RADAR_VERSION,
+        grid.key,
+        _source_term(scenes.source_of("radar", config.sources.radar)),
+        _source_term(scenes.source_of("dem", config.sources.dem)),
+        radar.model_dump(mode="json"),
+        str(window),
+    )
+    name = f"radar-{window}-{radar.orbit}-{key[:8]}"
+    return LayerPlan(name=name, kind="radar", key=key, window=window, orbit=radar.orbit)
+
+
 def _source_term(name: str) -> str:
     """What of a source counts in a key: its name; a local one may move or be gone, its scenes count themselves."""
     return name if name in SOURCES else "local"
@@ -72,6 +92,15 @@ def stat_key_of(layers: tuple[LayerPlan, ...], model: Detector, terms: list[Any]
         smallest_m2,
         *terms,
     )
+
+
+def _pool(layer: LayerPlan, scenes: SceneTable) -> list[Scene]:
+    """Scenes that a layer may read."""
+    if layer.window is None:
+        return list(scenes.role("dem"))
+    if layer.kind == "optical":
+        return list(scenes.role("optical").within(layer.window))
+    return [*scenes.role("radar").within(layer.window), *scenes.role("dem")]
 
 
 def detect_key_of(
@@ -107,10 +136,10 @@ def tile_tasks(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Key of each tile of a layer, and the positions in `scenes` of what it reads.
 
-    touching : those of `scenes` that touch each tile, for all layers at once: outlines of tiles are dear
+    touching : those of `scenes` that touch each tile, for all layers at once: outlines of tiles are dear; of a radar
+        layer, for which the DEM around a tile counts, too, those that touch it and its surroundings
     """
-    pool = scenes.role("dem") if layer.window is None else scenes.role("optical").within(layer.window)
-    chosen = {id(scene) for scene in pool}
+    chosen = {id(scene) for scene in _pool(layer, scenes)}
     position = {id(scene): i for i, scene in enumerate(scenes.scenes)}
     out = {}
     for tile, there in zip(tiles, touching, strict=True):

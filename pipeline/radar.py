@@ -122,7 +122,7 @@ def radar_composite(
     `date_first`, `date_last` in days since 1970-01-01, 0 = none.
     Source: Ganerod 2023 (median composites before and after).
     """
-    days = np.array([(s.datetime.date() - _EPOCH).days for s in scenes], np.uint16)
+    days = days_of(scenes)
     groups = observations(scenes)
     names = list(bands_tyx)
 
@@ -164,6 +164,11 @@ def radar_block(
     out[n + 1] = np.where(known_oyx, days_oyx, 65535).min(axis=0)
     out[n + 1][out[n] == 0] = 0
     return out
+
+
+def days_of(scenes: Sequence[Scene]) -> np.ndarray:
+    """Sensing days of scenes, in days since 1970-01-01: (t,) uint16."""
+    return np.array([(s.datetime.date() - _EPOCH).days for s in scenes], np.uint16)
 
 
 def known_everywhere(bands_btyx: Sequence[np.ndarray], usable_tyx: np.ndarray) -> np.ndarray:

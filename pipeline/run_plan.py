@@ -12,6 +12,7 @@ import shapely
 
 from slidecube.catalog.aoi import Aoi
 from slidecube.catalog.grid import Tile, TileGrid
+from slidecube.catalog.radar import OrbitState
 from slidecube.catalog.scenes import Scene, SceneTable, Window
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
@@ -33,13 +34,14 @@ from slidecube.pipeline.terrain import TERRAIN_ALWAYS
 class LayerPlan:
     """One layer of the run.
 
-    name : of its store, key included; key : layer_key; window : None for terrain
+    name : of its store, key included; key : layer_key; window : None for terrain; orbit : of radar, None of others
     """
 
     name: str
-    kind: Literal["optical", "terrain"]
+    kind: Literal["optical", "radar", "terrain"]
     key: str
     window: Window | None = None
+    orbit: OrbitState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class EpochPlan:
     """One epoch: its layers by name, and the keys of its statistics and its detection.
 
     pre : None where no scene from before the event is read; stat_key : "" where the model learns nothing from the cube
+    radar_pre, radar_post : None where the model reads no radar, though the plan may make such layers
     """
 
     name: str
@@ -55,11 +58,14 @@ class EpochPlan:
     terrain: str
     stat_key: str
     detect_key: str
+    radar_pre: str | None = None
+    radar_post: str | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that it reads."""
-        return tuple(name for name in (self.pre, self.post, self.terrain) if name is not None)
+        names = (self.pre, self.post, self.terrain, self.radar_pre, self.radar_post)
+        return tuple(name for name in names if name is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +164,13 @@ def model_of(config: Config) -> Detector:
                 raise PipelineError(
                     f"Model {model.card.address} needs band {band}; [cube] bands holds {', '.join(config.cube.bands)}"
                 )
+    if reads_radar(model.card) and config.sources.radar is None:
+        raise PipelineError(
+            f"Model {model.card.address} reads Sentinel-1; name a source of it as radar in [sources], such as "
+            "'planetary-computer/sentinel-1-rtc'"
+        )
     for epoch in config.epochs:
-        if needed["pre"] and epoch.pre is None:
+        if (needed["pre"] or needed["radar_pre"]) and epoch.pre is None:
             raise PipelineError(
                 f"Model {model.card.address} compares with scenes from before the event, and epoch {epoch.name!r} has "
                 "no pre window; give it one, or choose a model of a single image, such as 'cae-kmeans'"
@@ -200,6 +211,12 @@ def fit_terms(config: Config) -> dict[str, Any]:
     """What of a cube must agree for statistics of one to hold for another, as canonical JSON types."""
     cube = config.cube.model_dump(mode="json", include={"composite", "mask"})
     return {"resolution_m": config.area.resolution_m, **cube}
+
+
+def reads_radar(card: ModelCard) -> bool:
+    """Tell whether a model reads a radar layer."""
+    needed = required_variables(card.inputs)
+    return bool(needed["radar_pre"] or needed["radar_post"])
 
 
 def learns(card: ModelCard) -> bool:

@@ -26,7 +26,16 @@ FALSE_POSITIVE = "#ffa600"
 OBSERVABILITY = {0: "#9aa0a6", 1: "#eceff1", 2: "#6a51a3", 3: "#cfe8d5"}
 """By the value of the observability byte."""
 
-REASONS = {1: "#54278f", 2: "#9e5bb5", 3: "#2b1055", 4: "#8d6e63", 5: "#5b8fc7", 6: "#c62828"}
+REASONS = {
+    1: "#54278f",
+    2: "#9e5bb5",
+    3: "#2b1055",
+    4: "#8d6e63",
+    5: "#5b8fc7",
+    6: "#c62828",
+    7: "#ef8a62",
+    8: "#7a0019",
+}
 """By the value of the reason byte, where a pixel is not observable."""
 
 CLUSTERS = ("#d55e00", "#f0c419", "#9467bd", "#56b4e9", "#00795c", "#8c564b", "#cc79a7", "#7f7f7f")

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from slidecube.catalog.search import Newest, scenes_by_tile
+from slidecube.catalog.sources import SOURCES
 from slidecube.cluster.resources import Profile, ProfileFile
 from slidecube.pipeline.lineage import sourcing_lines
 from slidecube.pipeline.probe import Found
+from slidecube.pipeline.radar_layer import track_of
 from slidecube.pipeline.run import RunReport
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place
@@ -34,12 +36,32 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         *["warning     `slidecube plan --refresh` asks again"]
         * any(entry.unsearched for entry in made.scenes.sourcing),
         *_table(("  window", "tile", "scenes", "first", "last", "cloud"), _scene_rows(made)),
+        *_radar_lines(made),
+        *_charged(made),
         f"reads       {_count(cost.scene_reads, 'scene')} times tile, {cost.read_gb:.1f} GB of pixels",
         f"writes      {cost.stored_gb:.1f} GB in {_count(cost.files, 'file')}",
         f"needs       {cost.peak_mem_gb:.1f} GB of memory a worker, {cost.cpu_hours:.1f} hours of one core"
         + (f"; the fit {cost.fit_mem_gb:.1f} GB where it is started" if cost.fit_mem_gb else ""),
     ]
     return "\n".join(lines)
+
+
+def _radar_lines(made: RunPlan) -> list[str]:
+    """Describe the radar scenes: direction, tracks, and how many each window has."""
+    scenes = made.scenes.role("radar")
+    if not len(scenes):
+        return []
+    tracks = ", ".join(str(n) for n in sorted({track_of(scene).relative_orbit for scene in scenes}))
+    windows = {w: f"{e.name} {side}" for e in made.config.epochs for side, w in e.windows.items()}
+    counts = ", ".join(f"{name} {len(scenes.within(w))}" for w, name in windows.items())
+    return [f"radar       {made.config.cube.radar.orbit}, relative orbits {tracks}; scenes: {counts}"]
+
+
+def _charged(made: RunPlan) -> list[str]:
+    """Say which sources charge whoever reads them."""
+    used = sorted({scene.source for scene in made.scenes})
+    paying = [name for name in used if name in SOURCES and SOURCES[name].reader_pays]
+    return [f"charged     reading {name} is charged to your account (requester pays)" for name in paying]
 
 
 def newest_line(newest: Newest | None) -> str:

@@ -23,18 +23,20 @@ from odc.geo.geobox import GeoBox
 
 from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import Tile
-from slidecube.catalog.load import Loader, ReadLog, load, on_lattice
-from slidecube.catalog.scenes import Scene, SceneTable
+from slidecube.catalog.load import Loader, ReadLog, load
+from slidecube.catalog.scenes import Scene
 from slidecube.cluster.faults import Fault, fault_of
 from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.errors import ModelError
-from slidecube.pipeline.blocks import by_block
+from slidecube.pipeline.blocks import by_block, touching
 from slidecube.pipeline.composite import MaskRule, Method, clear_mask, composite
 from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PassingError, PipelineError
 from slidecube.pipeline.fit import moments_tile, sample_tile
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.plan_files import read_plan
+from slidecube.pipeline.radar import SpeckleFilter
+from slidecube.pipeline.radar_layer import RadarSettings, radar_layer
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.series import ndvi_series
 from slidecube.pipeline.storage import Place
@@ -148,43 +150,28 @@ def clear_observations(
     around = geobox.pad(halo) if halo else geobox
     scl = load(scenes, around, ["SCL"], block_px=block_px, log=log, loader=loader)["SCL"].data
     clear = clear_mask(scl, mask, halo_px=halo)
-    touches_tji = _touching(scenes, geobox, clear, block_px)
+    touches_tji = touching(scenes, geobox, clear, block_px)
     only: da.Array = clear.map_blocks(
         lambda part, block_id: part & touches_tji[:, block_id[1], block_id[2], None, None], dtype=bool
     )
     return only
 
 
-def _touching(scenes: Sequence[Scene], geobox: GeoBox, blocks: da.Array, block_px: int) -> np.ndarray:
-    """Which scene's footprint touches which block: (t, rows of blocks, columns of blocks) bool.
-
-    A scene is read on a tile when its footprint touches the tile. Pixels beyond the footprint may exist; taking them
-    where the tile is large and not where it is small would make the result depend on the tiling.
-    """
-    row_ends, col_ends = (np.cumsum(sizes).tolist() for sizes in blocks.chunks[1:])
-    boxes = [
-        on_lattice(geobox[r - h : r, c - w : c], block_px)[0]
-        for r, h in zip(row_ends, blocks.chunks[1], strict=True)
-        for c, w in zip(col_ends, blocks.chunks[2], strict=True)
-    ]
-    found = SceneTable(scenes=tuple(scenes)).touching_each(boxes)
-    ids = [{id(scene) for scene in table} for table in found]
-    touches = [[id(scene) in there for there in ids] for scene in scenes]
-    return np.array(touches, bool).reshape(len(scenes), len(row_ends), len(col_ends))
-
-
 def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     tile, layer = plan.by_tile[task.tile], plan.by_layer[task.layer]
     scenes = plan.scenes_of(task.layer, task.tile)
-    if not scenes:
+    role = _ROLES[layer.kind]
+    if not any(scene.role == role for scene in scenes):
         store_tile(plan, task, {}, context)
-        what = "DEM" if layer.window is None else f"scene between {layer.window.start} and {layer.window.end}"
-        return Record(tile=task.tile, key=task.key, state="empty", reason=f"no {what} touches this tile")
+        between = f" between {layer.window.start} and {layer.window.end}" if layer.window else ""
+        what = {"optical": "scene", "radar": f"{layer.orbit} radar scene", "terrain": "DEM"}[layer.kind]
+        return Record(
+            tile=task.tile, key=task.key, state="empty", reason=f"no {what}{between} touches this tile"
+        )
     log = ReadLog()
-    make = _terrain_data if layer.window is None else _optical_data
-    data = make(plan, tile, scenes, log, context)
-    _within_budget(plan, task, log, scenes)
-    seen = ~np.isnan(data["elevation"]) if layer.window is None else data["clear_count"] > 0
+    data = _MAKERS[layer.kind](plan, tile, scenes, log, context)
+    _within_budget(plan, task, log, [scene for scene in scenes if scene.role == role])
+    seen = _seen(layer.kind, data)
     checksums, size = store_tile(plan, task, data, context)
     common: dict[str, Any] = {
         "scenes": tuple(s.id for s in scenes),
@@ -195,11 +182,12 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     }
     numbers = {"px": int(seen.size), "seen_px": int(seen.sum())}
     if not seen.any():
-        reason = (
-            "the DEM has no height here"
-            if layer.window is None
-            else f"no clear observation in {len(scenes)} scenes"
-        )
+        n = sum(scene.role == role for scene in scenes)
+        reason = {
+            "terrain": "the DEM has no height here",
+            "optical": f"no clear observation in {n} scenes",
+            "radar": f"no radar observation in {n} scenes",
+        }[layer.kind]
         return Record(
             tile=task.tile,
             key=task.key,
@@ -253,6 +241,37 @@ def _optical_data(
     return by_block({name: layer[name].data for name in plan.optical_variables()}, context.threads)
 
 
+def _radar_data(
+    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, context: TileContext
+) -> dict[str, np.ndarray]:
+    radar = plan.config.cube.radar
+    lazy = radar_layer(
+        [scene for scene in scenes if scene.role == "radar"],
+        [scene for scene in scenes if scene.role == "dem"],
+        tile.geobox,
+        settings=RadarSettings(
+            slope_correction=radar.slope_correction, speckle=SpeckleFilter(window_px=radar.speckle_window_px)
+        ),
+        block_px=plan.grid.block_px,
+        log=log,
+        loader=context.loader,
+    )
+    return by_block(lazy, context.threads)
+
+
+def _seen(kind: str, data: dict[str, np.ndarray]) -> np.ndarray:
+    """Pixels of which a layer knows something."""
+    if kind == "terrain":
+        return np.asarray(~np.isnan(data["elevation"]))
+    return np.asarray(data["clear_count" if kind == "optical" else "count"] > 0)
+
+
+_ROLES = {"optical": "optical", "radar": "radar", "terrain": "dem"}
+_MAKERS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
+    "optical": _optical_data,
+    "radar": _radar_data,
+    "terrain": _terrain_data,
+}
 _STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {
     "cube": _cube,
     "moments": moments_tile,

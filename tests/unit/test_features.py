@@ -9,12 +9,29 @@ import xarray as xr
 
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.features import FEATURES, Layers, build_features, feature, required_variables
+from slidecube.pipeline.features import (
+    FEATURES,
+    SIDES,
+    Layers,
+    build_features,
+    feature,
+    required_variables,
+)
 from slidecube.pipeline.indices import INDICES
 
 
 def plane(*values, dtype=np.uint16):
     return (("y", "x"), np.array([values], dtype))
+
+
+def masks(*values):
+    """A radar layer's masks, shadow where layover is not, and its angle, unknown where nothing looked."""
+    shadow = [v if v == 255 else 1 - v for v in values]
+    return {
+        "layover": plane(*values, dtype=np.uint8),
+        "shadow": plane(*shadow, dtype=np.uint8),
+        "lia_deg": plane(*[4123 if v != 255 else 65535 for v in values]),
+    }
 
 
 @pytest.fixture
@@ -43,7 +60,15 @@ def layers():
         "tpi_m": plane(-56, 0, -32_768, dtype=np.int16),
         "hand_m": plane(7, 0, 65535),
     }
-    return Layers(pre=xr.Dataset(pre), post=xr.Dataset(post), terrain=xr.Dataset(terrain))
+    radar_pre = {"VV": plane(9000, 9000, 0), "VH": plane(8400, 8400, 0), **masks(0, 1, 255)}
+    radar_post = {"VV": plane(9150, 0, 9150), "VH": plane(8100, 0, 8100), **masks(0, 1, 0)}
+    return Layers(
+        pre=xr.Dataset(pre),
+        post=xr.Dataset(post),
+        terrain=xr.Dataset(terrain),
+        radar_pre=xr.Dataset(radar_pre),
+        radar_post=xr.Dataset(radar_post),
+    )
 
 
 PRE = {"B02": 1300, "B03": 1600, "B04": 1500, "B08": 5500, "B11": 3000, "B12": 1900}
@@ -64,6 +89,17 @@ WANT = {
     # t = .4 / sqrt(.05^2 / 5 + .1^2 / 4) = 7.30 at 4.20 degrees of freedom
     "ndvi_loss_p": [0.99922356, np.nan, np.nan],
     "aldi": [0.4 * 0.6 * 0.99922356, np.nan, np.nan],
+    "vv_pre": [-10, -10, np.nan],
+    "vv_post": [-8.5, np.nan, -8.5],
+    "dvv": [1.5, np.nan, np.nan],
+    "vh_pre": [-16, -16, np.nan],
+    "vh_post": [-19, np.nan, -19],
+    "dvh": [-3, np.nan, np.nan],
+    "vhvv_pre": [-6, -6, np.nan],
+    "vhvv_post": [-10.5, np.nan, -10.5],
+    "layover": [0, 1, np.nan],
+    "shadow": [1, 0, np.nan],
+    "lia_deg": [41.23, 41.23, 41.23],
     "elevation": [812.5, 3, np.nan],
     "slope_deg": [30.21, 0, np.nan],
     "aspect_deg": [359.99, np.nan, np.nan],
@@ -100,7 +136,7 @@ def test_every_feature_by_hand(layers):
 
 def test_lazy_layers_stay_lazy_and_give_the_same(layers):
     names = FeatureSpec(names=tuple(WANT))
-    lazy = Layers(pre=layers.pre.chunk(x=2), post=layers.post.chunk(x=2), terrain=layers.terrain.chunk(x=2))
+    lazy = Layers(**{side: getattr(layers, side).chunk(x=2) for side in SIDES})
 
     made = build_features(names, lazy)
 
@@ -129,6 +165,8 @@ def test_rdndvi_reads_two_bands_a_side_and_the_slope():
         "pre": ["B04", "B08"],
         "post": ["B04", "B08"],
         "terrain": ["slope_deg"],
+        "radar_pre": [],
+        "radar_post": [],
     }
 
 
@@ -143,4 +181,4 @@ def test_each_feature_says_its_unit_and_source():
         assert made.formula, name
         assert made.unit, name
         assert made.source, name
-        assert all(read.split(".")[0] in ("pre", "post", "terrain") for read in made.reads), name
+        assert all(read.split(".")[0] in SIDES for read in made.reads), name

@@ -71,6 +71,7 @@ def test_items_are_found_say_how_they_were_taken_and_that_they_are_simulated(arc
             assert (file.dtypes, file.nodata) == (("float32",), -32768.0)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_radar(tmp_path, archives):
     again = simulate_archive(tmp_path, seed=2, size="small", extent_km=1.8, overpasses=2, radar=True)
     assert files(again.root) == files(archives[1].root)

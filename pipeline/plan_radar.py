@@ -1,0 +1,102 @@
+"""Planning Sentinel-1: which scenes a run may read, refused now where every tile would fail later."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import compress
+
+import shapely
+
+from slidecube.catalog.aoi import Aoi
+from slidecube.catalog.failover import Sought, seek
+from slidecube.catalog.grid import Tile, TileGrid
+from slidecube.catalog.radar import acquisition_of
+from slidecube.catalog.scenes import Scene, SceneTable, footprints
+from slidecube.pipeline.config import Config
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.radar_geometry import HALO_M
+from slidecube.pipeline.radar_layer import BANDS, track_of
+
+_MARGIN_M = 1_000.0  # beyond the halo: what the kernels of a warp from the DEM's own pixels reach
+
+
+def search_radar(config: Config, aoi: Aoi, tiled: Aoi) -> Sought:
+    """Find the radar scenes of all tiles: of the wanted orbit direction, with both polarisations.
+
+    Raises PipelineError where a window has none over the area, where the numbers are not calibrated, where gamma0 and
+    sigma0 are mixed, and where a slope correction would correct gamma0 twice.
+    """
+    assert config.sources.radar is not None
+    windows = sorted({w for e in config.epochs for w in e.windows.values()}, key=str)
+    found = seek([config.source(config.sources.radar)], tiled, windows, role="radar")
+    kept, left_out = _usable(config, found.scenes)
+    _require_one_quantity(config, kept)
+    area = aoi.to_crs("EPSG:4326")
+    over = list(compress(kept, shapely.intersects(area, footprints(kept)))) if kept else []
+    for epoch in config.epochs:
+        for side, window in epoch.windows.items():
+            if any(scene.datetime in window for scene in over):
+                continue
+            others = [f"{n} {why}" for (why, which), n in left_out.items() if which == str(window)]
+            raise PipelineError(
+                f"Epoch {epoch.name!r} has no {side}-event radar scene between {window.start} and {window.end} in "
+                f"{config.sources.radar!r} over {aoi.name!r} of {config.cube.radar.orbit} orbits with VV and VH"
+                f"{' (left out: ' + ', '.join(others) + ')' if others else ''}; widen the window, set [cube] "
+                "radar.orbit, or leave [sources] radar out"
+            )
+    return Sought(scenes=tuple(kept), sourcing=found.sourcing)
+
+
+def _usable(config: Config, scenes: Sequence[Scene]) -> tuple[list[Scene], Counter[tuple[str, str]]]:
+    """Split scenes into those that are read, and counts of the others by reason and window."""
+    kept, left_out = [], Counter[tuple[str, str]]()
+    windows = {str(w): w for e in config.epochs for w in e.windows.values()}
+    for scene in scenes:
+        why = _reason_against(config, scene)
+        if not why:
+            kept.append(scene)
+        left_out.update((why, name) for name, window in windows.items() if why and scene.datetime in window)
+    return kept, left_out
+
+
+def _reason_against(config: Config, scene: Scene) -> str:
+    if any(band not in scene.bands for band in BANDS):
+        return f"with {' and '.join(acquisition_of(scene).polarisations) or 'no band'} only"
+    state = track_of(scene).orbit_state
+    return "" if state == config.cube.radar.orbit else f"of {state} orbits"
+
+
+def _require_one_quantity(config: Config, scenes: Sequence[Scene]) -> None:
+    quantities = {acquisition_of(scene).quantity: scene.id for scene in scenes}
+    if "dn" in quantities:
+        raise PipelineError(
+            f"Scene {quantities['dn']!r} of {config.sources.radar!r} holds amplitudes that nobody calibrated; use "
+            "gamma0, such as 'planetary-computer/sentinel-1-rtc', or a local catalogue of calibrated sigma0"
+        )
+    if len(quantities) > 1:
+        raise PipelineError(
+            f"Source {config.sources.radar!r} mixes gamma0 (as {quantities['gamma0']!r}) and sigma0 (as "
+            f"{quantities['sigma0']!r}), which cannot be compared; leave one of them out"
+        )
+    if "gamma0" in quantities and config.cube.radar.slope_correction != "none":
+        raise PipelineError(
+            f"slope_correction = {config.cube.radar.slope_correction!r} would correct slopes twice: scene "
+            f"{quantities['gamma0']!r} is gamma0, terrain corrected already; set [cube] radar.slope_correction to "
+            "'none'"
+        )
+
+
+def around_tiles(
+    grid: TileGrid, tiles: Sequence[Tile], scenes: SceneTable, touching: Sequence[SceneTable]
+) -> list[SceneTable]:
+    """Scenes that each tile of a radar layer reads: radar scenes that touch it, and the DEM as far as it throws shadow.
+
+    touching : scenes that touch each tile
+    """
+    halo_px = int((HALO_M + _MARGIN_M) / grid.resolution_m) + 1
+    dem = scenes.role("dem").touching_each([tile.geobox.pad(halo_px) for tile in tiles])
+    return [
+        SceneTable(scenes=(*(s for s in there if s.role != "dem"), *heights))
+        for there, heights in zip(touching, dem, strict=True)
+    ]
