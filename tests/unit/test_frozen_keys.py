@@ -1,0 +1,56 @@
+"""Keys of runs without radar, written down before radar layers existed: what was made then is still done."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+
+from slidecube.catalog.grid import TileGrid
+from slidecube.catalog.scenes import SceneTable, Window
+from slidecube.pipeline.config import load_config
+from slidecube.pipeline.keys import content_key
+from slidecube.pipeline.plan_keys import optical_layer_plan, radar_layer_plan, terrain_layer_plan
+
+PRE = Window(start=dt.date(2018, 6, 1), end=dt.date(2018, 9, 6))
+POST = Window(start=dt.date(2018, 9, 8), end=dt.date(2018, 11, 20))
+NONE = SceneTable(scenes=())
+GRID = TileGrid(crs="EPSG:32632", resolution_m=10.0, tile_px=512)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(sources='optical = "mine"\ndem = "mine"', more=""):
+        (tmp_path / "run.toml").write_text(
+            '[area]\nbbox = [6.4, 0.0, 6.8, 0.4]\ncrs = "EPSG:32632"\n'
+            f'[[epoch]]\nname = "e"\npre = ["{PRE.start}", "{PRE.end}"]\npost = ["{POST.start}", "{POST.end}"]\n'
+            f"[sources]\n{sources}\n[cube]\ntile_px = 512\n{more}"
+        )
+        return load_config(tmp_path / "run.toml")
+
+    return make
+
+
+def test_layers(config):
+    made = config()
+    assert terrain_layer_plan(made, GRID, NONE).name == "terrain-c46b125c"
+    assert optical_layer_plan(made, GRID, PRE, NONE).key == "2ed8992224347aa2"
+    assert optical_layer_plan(made, GRID, POST, NONE).key == "5f1ac7bf0696a319"
+
+
+def test_what_decides_the_results(config):
+    assert content_key(config().science()) == "ff7a53bbad4a94c1"
+    assert content_key(config().search_terms()) == "13689b53a393f6b8"
+
+
+def test_settings_of_radar_decide_nothing_without_it_and_everything_of_it_with_it(config):
+    settings = '[cube.radar]\norbit = "ascending"\nspeckle_window_px = 7\n'
+    assert config(more=settings).science() == config().science()
+    sources = 'optical = "mine"\ndem = "mine"\nradar = "mine"'
+    plain, other = config(sources), config(sources, more=settings)
+    assert plain.science() != other.science()
+    one, two = (radar_layer_plan(c, GRID, PRE, NONE) for c in (plain, other))
+    assert one.name.startswith("radar-2018-06-01_2018-09-06-descending-")
+    assert two.name.startswith("radar-2018-06-01_2018-09-06-ascending-")
+    assert (one.orbit, two.orbit) == ("descending", "ascending")
+    assert optical_layer_plan(plain, GRID, PRE, NONE) == optical_layer_plan(other, GRID, PRE, NONE)
