@@ -10,7 +10,7 @@ from slidecube.catalog.grid import TileGrid
 from slidecube.catalog.scenes import SceneTable, Window
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.keys import content_key
-from slidecube.pipeline.plan_keys import optical_layer_plan, radar_layer_plan, terrain_layer_plan
+from slidecube.pipeline.plan_keys import optical_layer_plan, radar_layer_plan
 
 PRE = Window(start=dt.date(2018, 6, 1), end=dt.date(2018, 9, 6))
 POST = Window(start=dt.date(2018, 9, 8), end=dt.date(2018, 11, 20))
@@ -33,7 +33,6 @@ def config(tmp_path):
 
 def test_layers(config):
     made = config()
-    assert terrain_layer_plan(made, GRID, NONE).name == "terrain-c46b125c"
     assert optical_layer_plan(made, GRID, PRE, NONE).key == "2ed8992224347aa2"
     assert optical_layer_plan(made, GRID, POST, NONE).key == "5f1ac7bf0696a319"
 
