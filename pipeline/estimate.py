@@ -136,9 +136,9 @@ def _radar_cost(grid: TileGrid, tiles: int, dates: Mapping[str, Mapping[str, int
         stored_gb=layers * tiles * mpx * _RADAR_STORED_BYTES / _COMPRESSION / 1e3,
         files=layers * tiles * (_RADAR_VARIABLES + 1),
         tile_gb=bool(layers) * grid.tile_px**2 * _RADAR_STORED_BYTES * 1.5 / 1e9,
-        # both bands as read and as power of one, as numbers of the stored scale, masks; lines for the geometry
+        # both bands as read, one as power of its overpasses, in float64 on its way to the stored scale, and masks
         block_gb=bool(layers)
-        * (grid.block_px**2 * most * (2 * 4 + 4 + 8 + 2 + 2) / 1e9 + _RADAR_GEOMETRY_GB),
+        * (grid.block_px**2 * most * (2 * 4 + 4 + 2 * 8 + 2) / 1e9 + _RADAR_GEOMETRY_GB),
         seconds=mpx * (reads * _SECONDS_PER_MPX_RADAR_DATE + layers * tiles * _SECONDS_PER_MPX_GEOMETRY),
     )
 
