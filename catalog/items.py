@@ -328,7 +328,7 @@ def _safe_href(href: str, what: str, folder: Path | None, root: Path | None) -> 
         )
     parts = urlsplit(href)
     if parts.scheme in _REMOTE_SCHEMES and parts.netloc:
-        return _remote_href(href, what)
+        return remote_href(href, what)
     if folder is None or root is None:
         raise CatalogError(
             f"Asset {what} points to {href[:200]!r}; a remote catalogue may give http, https and s3 only"
@@ -345,7 +345,11 @@ def _safe_href(href: str, what: str, folder: Path | None, root: Path | None) -> 
     return str(path)
 
 
-def _remote_href(href: str, what: str) -> str:
+def remote_href(href: str, what: str) -> str:
+    """Return a remote address as it is kept, unsigned; raises CatalogError for one that is not read.
+
+    what : of whose asset, for the message
+    """
     parts = urlsplit(href)
     if parts.username or parts.password:
         raise CatalogError(

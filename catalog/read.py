@@ -111,6 +111,7 @@ class Pixels:
     dtype : of the result; kernel : name of a rasterio resampling; band : of the file, from 1
     nodata : of a file that declares none, None = every pixel counts; fill : nodata of the result
     positive : what is zero or below is nodata, too, whatever a file declares
+    holes : further values that are nodata, taken out before a warp, which would blend them into the rim
     """
 
     dtype: str
@@ -119,6 +120,7 @@ class Pixels:
     fill: float
     band: int = 1
     positive: bool = False
+    holes: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -323,6 +325,8 @@ def _moved_onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels, s
         return _from_control_points(asset, geobox, pixels)
     if pixels.positive:
         return _positive_onto(asset, geobox, pixels)
+    if pixels.holes:
+        return _without_holes(asset, geobox, pixels)
     if not shift_dn:
         return _onto(asset, geobox, pixels)
     with _shifted(asset, geobox, pixels, shift_dn) as moved:
@@ -380,6 +384,16 @@ def _positive_onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels
     with np.errstate(invalid="ignore"):
         found[~(found > 0)] = pixels.fill
     return found
+
+
+def _without_holes(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.ndarray:
+    none = [v for v in (*pixels.holes, asset.nodata) if v is not None]
+
+    def clean(values: np.ndarray) -> np.ndarray:
+        return np.where(np.isin(values, none), np.nan, values).astype(np.float32)
+
+    with _rewritten(asset, geobox, pixels.band, np.nan, clean) as cleaned:
+        return _onto(cleaned, geobox, replace(pixels, band=1, holes=()))
 
 
 def _without_zeros(nodata: float | None) -> Callable[[np.ndarray], np.ndarray]:

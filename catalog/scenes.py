@@ -26,7 +26,7 @@ from shapely.geometry.base import BaseGeometry
 from slidecube.catalog.aoi import split_at_antimeridian
 from slidecube.catalog.errors import CatalogError
 
-Role = Literal["optical", "radar", "dem"]
+Role = Literal["optical", "radar", "dem", "layer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from slidecube.catalog.errors import CatalogError, OffsetError, SigningError
 from slidecube.catalog.scenes import Offset
 
-Kind = Literal["optical", "radar", "dem"]
+Kind = Literal["optical", "radar", "dem", "layer"]
 Signing = Literal["none", "planetary-computer", "aws-requester-pays", "cdse-s3", "earthdata"]
 Quantity = Literal["", "gamma0", "sigma0", "dn"]
 
@@ -108,7 +108,7 @@ class Source:
     name : "provider/collection", or the path of a local catalogue as the user wrote it
     endpoint : STAC API, or the local folder or file
     collection : id of the STAC collection; "" takes every collection of a local catalogue
-    kind : optical, radar or dem
+    kind : optical, radar, dem, or layer, any other raster
     bands : canonical band name -> asset key; {} = ask each item
     scale : physical value = DN * scale + offset (the offset is decided item by item)
     nodata : DN of missing pixels; None = the file says
@@ -634,7 +634,8 @@ def sign_href(href: str, source: Source | str, *, refused: str = "") -> str:
     """
     name = source if isinstance(source, str) else source.name
     known = SOURCES.get(name)
-    signs = known.signing == "planetary-computer" if known else _account(href) in _PLANETARY_ACCOUNTS
+    ours = _account(href) in _PLANETARY_ACCOUNTS or name.startswith(_PLANETARY)
+    signs = known.signing == "planetary-computer" if known else ours
     if not signs or not _account(href):
         return href
     try:

@@ -116,6 +116,18 @@ class Kmeans:
     landslide: tuple[int, ...] = ()
     device: Device = "cpu"
 
+    def reading(self, features: tuple[str, ...]) -> Self:
+        """Return it with other inputs, of which one must order the clusters; classes count as the numbers they are.
+
+        Raises ModelError where none does.
+        """
+        if not _VEGETATION & set(features):
+            raise ModelError(
+                f"Model {self.card.address} orders its clusters by vegetation; name {' or '.join(sorted(_VEGETATION))} "
+                "among its features"
+            )
+        return replace(self, card=replace(self.card, inputs=FeatureSpec(names=features)))
+
     def on(self, device: Device) -> Self:
         """Return it with its network, where it has one, on a device; see `Detector.on`."""
         if self.fitted is None or not self.fitted.network:

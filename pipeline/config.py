@@ -201,6 +201,75 @@ class Sources(_Section):
         return self
 
 
+LAYER_NAME = r"^[a-z][a-z0-9_]{0,62}$"
+"""What a layer may be called."""
+
+Kernel = Literal["mode", "nearest", "bilinear", "cubic", "average"]
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "categorical": ("mode", "nearest"),
+    "continuous": ("bilinear", "nearest", "cubic", "average"),
+}
+"""Kind of a layer -> kernels that fit it, the default first."""
+
+
+class Layer(_Section):
+    """A raster of your own, brought onto the grid and read as a feature by its name; repeat the table for more."""
+
+    name: str = Field(
+        pattern=LAYER_NAME,
+        description="lower-case letters, digits and '_', at most 63, no name of a feature, such as 'climate'",
+    )
+    href: str | None = Field(
+        None,
+        min_length=1,
+        description="a GeoTIFF's path from the TOML's folder, or its address (http, https, s3)",
+    )
+    mirrors: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_distinct)] = Field(
+        (), description="a list of places of the very same file, none twice: read where `href` cannot be"
+    )
+    source: str | None = Field(
+        None,
+        min_length=1,
+        description="instead of href, a local catalogue's path, or the address of a STAC API's collection",
+    )
+    asset: str = Field("data", min_length=1, description="key of the asset of the source's items")
+    band: int = Field(1, ge=1, description="the whole number of the file's band, from 1")
+    kind: Literal["categorical", "continuous"] = Field(
+        description='"categorical" (classes, whole numbers 0 to 65534) or "continuous" (quantities)'
+    )
+    resampling: Kernel | None = Field(
+        None,
+        description='"mode" or "nearest" of classes, "bilinear", "nearest", "cubic" or "average" of quantities; left '
+        "out, the first of them",
+    )
+    units: str = Field("1", min_length=1, max_length=40, description="the unit of a quantity, such as 'm'")
+    nodata: Annotated[tuple[float, ...], BeforeValidator(_distinct)] = Field(
+        (), description="a list of numbers, none twice, that mean nothing, beside what the file says itself"
+    )
+    year: int | None = Field(
+        None, ge=1900, le=2200, description="the year of the data; of a source it chooses the items"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Layer:
+        if (self.href is None) == (self.source is None):
+            got = "neither" if self.href is None else "both"
+            raise ValueError(f"got {got} of href and source; allowed: exactly one of them")
+        if self.mirrors and self.href is None:
+            raise ValueError("mirrors are other places of an href; of a source leave them out")
+        if self.resampling is not None and self.resampling not in KERNELS[self.kind]:
+            raise ValueError(
+                f"resampling {self.resampling!r} does not fit {self.kind} values; "
+                f"allowed: {', '.join(KERNELS[self.kind])}"
+            )
+        return self
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel by which it is brought onto the grid."""
+        return self.resampling or KERNELS[self.kind][0]
+
+
 class Mask(_Section):
     """Which pixels of a scene are not looked at."""
 
@@ -270,6 +339,16 @@ class Detect(_Section):
     parameters: dict[str, float] = Field(
         default_factory=dict,
         description="a table of numbers, the model's own parameters; its card names them",
+    )
+    features: (
+        Annotated[
+            tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_distinct)
+        ]
+        | None
+    ) = Field(
+        None,
+        description="a list of features, none twice, layers of [[layer]] among them, of models that cluster; left out, "
+        "the model's own",
     )
     device: Device = Field(
         "cpu", description='"cpu" or "cuda", on which a network detects; a GPU gives other last digits'
@@ -350,6 +429,9 @@ class Sections(_Section):
     )
     sources: Sources = Field(default_factory=Sources, description="a table")
     cube: Cube = Field(default_factory=Cube, description="a table")
+    layers: Annotated[tuple[Layer, ...], BeforeValidator(_tuple)] = Field(
+        (), validation_alias="layer", description="[[layer]] tables, each with name, kind, and href or source"
+    )
     fit: Fit = Field(default_factory=Fit, description="a table")
     detect: Detect = Field(default_factory=Detect, description="a table")
     output: Output = Field(default_factory=Output, description="a table")
@@ -370,6 +452,7 @@ class Config:
     epochs: tuple[Epoch, ...]
     sources: Sources
     cube: Cube
+    layers: tuple[Layer, ...]
     fit: Fit
     detect: Detect
     output: Output
@@ -412,6 +495,7 @@ class Config:
             "sources": self._source_terms(),
             "max_cloud_pct": self.cube.max_cloud_pct,
             **orbit,
+            **({"layers": self._layer_terms()} if self.layers else {}),
         }
 
     def science(self) -> dict[str, Any]:
@@ -436,7 +520,11 @@ class Config:
             # settings of what is not read decide nothing
             "cube": self.cube.model_dump(mode="json", exclude=set() if self.sources.radar else {"radar"}),
             "fit": self.fit.model_dump(mode="json"),
-            "detect": self.detect.model_dump(mode="json"),
+            # whoever names no features and no layers has the keys of before they could be named
+            "detect": self.detect.model_dump(
+                mode="json", exclude=set() if self.detect.features else {"features"}
+            ),
+            **({"layers": self._layer_terms()} if self.layers else {}),
         }
 
     def _source_terms(self) -> dict[str, str | list[str]]:
@@ -453,10 +541,29 @@ class Config:
         radar = {"radar": self.source(sources.radar)} if sources.radar else {}
         return {"optical": self.source(sources.optical), "dem": self.source(sources.dem), **radar, **others}
 
+    def _layer_terms(self) -> list[dict[str, Any]]:
+        """Layers of the TOML; a local file counts by its content, so that a moved one is the same."""
+        terms = []
+        for layer in self.layers:
+            said = layer.model_dump(mode="json", exclude={"mirrors", "href"})
+            if layer.source is not None:
+                said["source"] = self.source(layer.source)
+            else:
+                place = self.place(layer.href or "")
+                what = f"{self.path}: layer {layer.name!r}"
+                said["href"] = place if "://" in place else file_digest(Path(place), what)
+                said["mirrors"] = [self.place(text) for text in layer.mirrors]
+            terms.append(said)
+        return terms
+
+    def place(self, href: str) -> str:
+        """Return an href as it is read: a path made absolute, an address as it is."""
+        return href if "://" in href else str(self.resolve(href))
+
     def _area_terms(self) -> dict[str, Any]:
         aoi = self.aoi
         if isinstance(aoi, Path):
-            aoi = _file_digest(aoi, self)
+            aoi = _aoi_digest(aoi, self)
         return {
             "aoi": list(aoi) if isinstance(aoi, tuple) else aoi,
             **self.area.model_dump(mode="json", include={"crs", "resolution_m"}),
@@ -513,6 +620,9 @@ def _check_across(path: Path, config: Config) -> None:
             raise PipelineError(
                 f"{path}: epoch.name: got {name!r} {names.count(name)} times; allowed: each name once"
             )
+    for layer in config.layers:
+        if sum(other.name == layer.name for other in config.layers) > 1:
+            raise PipelineError(f"{path}: layer.name: got {layer.name!r} twice; allowed: each name once")
     if area.crs is not None:
         try:
             TileGrid(crs=area.crs, resolution_m=area.resolution_m, tile_px=config.cube.tile_px)
@@ -529,7 +639,19 @@ def _is_geometry(text: str) -> bool:
     return re.match(r"\s*(\{|(SRID=\d+;\s*)?[A-Z]+\s*(Z\s*)?(\(|EMPTY))", text, re.IGNORECASE) is not None
 
 
-def _file_digest(path: Path, config: Config) -> str:
+def file_digest(path: Path, what: str) -> str:
+    """Digest of a file's content; raises PipelineError when there is none. what : it is read for, for the message."""
+    try:
+        with path.open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise PipelineError(
+            f"{what}: {str(path)!r} cannot be read ({error.strerror or error}){did_you_mean(path.name, near)}"
+        ) from None
+
+
+def _aoi_digest(path: Path, config: Config) -> str:
     """Digest of an AOI file; a shapefile's projection lies beside it and counts too."""
     digest = hashlib.sha256()
     try:

@@ -28,6 +28,8 @@ _RADAR_STORED_BYTES = 14  # a pixel: six of two bytes, two of one
 _RADAR_GEOMETRY_GB = 0.15  # heights of a block and its surroundings, and lines through them
 _SECONDS_PER_MPX_RADAR_DATE = 0.16
 _SECONDS_PER_MPX_GEOMETRY = 2.0
+_RASTER_BYTES = 4  # a pixel of a layer of the TOML, as read; at most this as stored
+_SECONDS_PER_MPX_RASTER = 0.2
 _EXTRA = 4  # clear_count and three dates beside the bands
 
 
@@ -68,13 +70,16 @@ def estimate(
     scenes: int,
     dates: Mapping[str, Mapping[str, int]],
     radar_dates: Mapping[str, Mapping[str, int]] | None = None,
+    rasters: Mapping[str, int] | None = None,
 ) -> Estimate:
     """Estimate a run.
 
     card : of the model; tiles, scenes : how many; dates, radar_dates : layer -> tile -> number of scenes read
+    rasters : layer of the TOML -> number of rasters that its tiles read, in all
     """
     reads = sum(n for by in dates.values() for n in by.values())
     radar = _radar_cost(grid, tiles, radar_dates or {})
+    own, own_reads = len(rasters or {}), sum((rasters or {}).values())
     most = max((n for by in dates.values() for n in by.values()), default=0)
     bands, epochs = len(config.cube.bands), len(config.epochs)
     tile_mpx = grid.tile_px**2 / 1e6
@@ -85,16 +90,23 @@ def estimate(
         reads * (bands + 1) * _SECONDS_PER_MPX_BAND_DATE
         + tiles * epochs * (_SECONDS_PER_MPX_DETECT + (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK)
     )
+    stored += tiles * tile_mpx * own * _RASTER_BYTES / _COMPRESSION
+    seconds += tile_mpx * own_reads * _SECONDS_PER_MPX_RASTER
     seconds += epochs * card.sample_patches * card.parameters.get("epochs", 0.0) * _SECONDS_PER_PATCH_EPOCH
     block = max(block_mem_gb(block_px=grid.block_px, dates=most, bands=bands), radar.block_gb)
     return Estimate(
         tiles=tiles,
         scenes=scenes,
-        scene_reads=reads + radar.reads,
+        scene_reads=reads + radar.reads + own_reads,
         max_dates=max(most, radar.most),
-        read_gb=round(reads * tile_mpx * (bands * 2 + 1) / 1e3 + radar.read_gb, 3),
+        read_gb=round(
+            reads * tile_mpx * (bands * 2 + 1) / 1e3
+            + own_reads * tile_mpx * _RASTER_BYTES / 1e3
+            + radar.read_gb,
+            3,
+        ),
         stored_gb=round(stored / 1e3 + radar.stored_gb, 3),
-        files=tiles * (len(dates) * (kept + 1) + 4 + shapes + epochs * 6) + radar.files,
+        files=tiles * (len(dates) * (kept + 1) + 4 + shapes + epochs * 6 + own * 2) + radar.files,
         peak_mem_gb=round(
             BASE_GB
             + max(

@@ -9,14 +9,15 @@ from typing import Any
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.config import BANDS
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.features import FEATURES, L4S_BANDS, MNF_BANDS, Feature, feature, is_feature
+from slidecube.pipeline.features import FEATURES, L4S_BANDS, MNF_BANDS, Feature, feature, is_built_in
+from slidecube.pipeline.refusals import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureSet:
     """The inputs of a published model.
 
-    names : its features in the published order, whether this build can make them or not; source : the paper
+    names : its features in the published order; source : the paper
     note : what a user must know; instead : the set to take where the source is of Level 2A and lacks a band
     """
 
@@ -26,15 +27,15 @@ class FeatureSet:
     instead: str = ""
 
     @property
-    def missing(self) -> tuple[str, ...]:
-        """Features that this build cannot make."""
-        return tuple(name for name in self.names if not is_feature(name))
+    def layers(self) -> tuple[str, ...]:
+        """Features that the TOML must bring."""
+        return tuple(name for name in self.names if not is_built_in(name))
 
 
 _ENS = "Ganerod et al. 2023, Automating global landslide detection, table 2"
 _L4S = "Ghorbanzadeh et al. 2022, doi:10.1109/TGRS.2022.3215209; divisors: Landslide4Sense-2022, issue 4"
 _RADAR = ("vv_pre", "vv_post", "dvv", "vh_pre", "vh_post", "dvh", "layover", "shadow", "lia_deg")
-_OPTICAL = ("landcover", "dndvi")
+_OPTICAL = ("land_cover", "dndvi")
 _L4S_TERRAIN = ("l4s_slope", "l4s_elevation")
 
 FEATURE_SETS: Mapping[str, FeatureSet] = {
@@ -66,21 +67,35 @@ FEATURE_SETS: Mapping[str, FeatureSet] = {
         note="published at .3 to .8 m: on pixels of 10 m the architecture only",
     ),
 }
-"""Sets by name. What they name of radar, land cover, climate and canopy counts as missing until it is in `FEATURES`."""
+"""Sets by name."""
 
 
 def feature_set(name: str) -> FeatureSpec:
-    """Return the features of a set; raises PipelineError for an unknown set, or one that this build cannot make."""
+    """Return the features of a set; raises PipelineError for an unknown set."""
     if name not in FEATURE_SETS:
         raise PipelineError(f"No feature set {name!r}; sets: {', '.join(FEATURE_SETS)}")
-    found = FEATURE_SETS[name]
-    if found.missing:
-        whole = ", ".join(n for n, s in FEATURE_SETS.items() if not s.missing)
-        raise PipelineError(
-            f"Feature set {name!r} needs {', '.join(found.missing)}, which are not available in this build; "
-            f"sets that are: {whole}"
-        )
-    return FeatureSpec(names=found.names)
+    return FeatureSpec(names=FEATURE_SETS[name].names)
+
+
+def require_known(spec: FeatureSpec, layers: Collection[str]) -> None:
+    """Refuse features that neither this build nor a TOML's layers make, and layers that hide a feature.
+
+    layers : names of a TOML's layers
+    Raises PipelineError.
+    """
+    for name in layers:
+        if is_built_in(name):
+            raise PipelineError(
+                f"Layer {name!r} has the name of a feature ({feature(name).formula}); give it another one"
+            )
+    held = f"the layers {', '.join(layers)}" if layers else "no [[layer]]"
+    for name in spec.names:
+        if not is_built_in(name) and name not in layers:
+            raise PipelineError(
+                f"No feature {name!r}{did_you_mean(name, FEATURES)}: `slidecube features` lists those of this build, "
+                f"and the TOML has {held}; add a [[layer]] "
+                "of this name"
+            )
 
 
 def require_source(spec: FeatureSpec, source: str, bands: Collection[str]) -> None:
@@ -115,7 +130,7 @@ def listing() -> dict[str, Any]:
             {
                 "name": name,
                 "features": list(found.names),
-                "missing": list(found.missing),
+                "layers": list(found.layers),
                 "note": found.note,
                 "instead": found.instead,
                 "source": found.source,
@@ -138,10 +153,8 @@ def listing_text() -> str:
     lines += ["", "families, by their first and last", *map(line, said["families"]), "", "sets"]
     for found in said["sets"]:
         lines.append(f"{found['name']:<{wide['name']}}  {', '.join(found['features'])}  [{found['source']}]")
-        if found["missing"]:
-            lines.append(
-                f"{'':<{wide['name']}}  not available in this build: lacks {', '.join(found['missing'])}"
-            )
+        if found["layers"]:
+            lines.append(f"{'':<{wide['name']}}  wants [[layer]] {', '.join(found['layers'])}")
         if found["note"]:
             lines.append(f"{'':<{wide['name']}}  {found['note']}")
     return "\n".join(lines)

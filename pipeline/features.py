@@ -11,8 +11,9 @@ import xarray as xr
 
 from slidecube.models.card import FeatureSpec
 from slidecube.models.rules import aldi_index
+from slidecube.pipeline.auxiliary import values_of
 from slidecube.pipeline.composite import SCALE, reflectance
-from slidecube.pipeline.config import BANDS, DEFAULT_BANDS
+from slidecube.pipeline.config import BANDS, DEFAULT_BANDS, LAYER_NAME
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
 from slidecube.pipeline.mnf import Mnf
@@ -21,7 +22,7 @@ from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.series import SERIES_VARIABLES, loss_probability, series_values
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES, TerrainVariable
 
-SIDES = ("pre", "post", "terrain", "radar_pre", "radar_post")
+SIDES = ("pre", "post", "terrain", "radar_pre", "radar_post", "auxiliary")
 """Layers that features are made of."""
 
 
@@ -32,6 +33,7 @@ class Layers:
     pre, post : optical layers before and after the event; pre is empty where no scene from before is read
     terrain : elevation, slope, aspect, and what else of `TERRAIN_VARIABLES` is wanted
     radar_pre, radar_post : radar layers of one orbit direction; empty where no radar is read
+    auxiliary : layers of the TOML, by their names
     mnf : "post", "pre" or "change" -> the frozen MNF of that image, for features that need one
     components : MNF components, by name; `build_features` makes them from `mnf`, once for all that are wanted
     """
@@ -41,6 +43,7 @@ class Layers:
     terrain: xr.Dataset
     radar_pre: xr.Dataset = field(default_factory=xr.Dataset)
     radar_post: xr.Dataset = field(default_factory=xr.Dataset)
+    auxiliary: xr.Dataset = field(default_factory=xr.Dataset)
     mnf: Mapping[str, Mnf] = field(default_factory=dict)
     components: xr.Dataset = field(default_factory=xr.Dataset)
 
@@ -306,7 +309,23 @@ MNF_BANDS = DEFAULT_BANDS
 
 
 def feature(name: str) -> Feature:
-    """Look a feature up by its name; raises PipelineError with the known ones."""
+    """Look a feature up by its name: one of this build, or a layer of the TOML.
+
+    Whether a TOML has such a layer is its plan's to say. Raises PipelineError for what can be neither.
+    """
+    if is_built_in(name) or not re.fullmatch(LAYER_NAME, name):
+        return built_in(name)
+    return Feature(
+        build=lambda s: values_of(s.auxiliary[name]),
+        formula=f"layer {name!r} of the TOML",
+        unit="its own",
+        source="[[layer]]",
+        reads=(f"auxiliary.{name}",),
+    )
+
+
+def built_in(name: str) -> Feature:
+    """Look a feature of this build up; raises PipelineError with the known ones."""
     if name in FEATURES:
         return FEATURES[name]
     band, _, side = name.partition("_")
@@ -335,10 +354,10 @@ def feature(name: str) -> Feature:
     )
 
 
-def is_feature(name: str) -> bool:
-    """Tell whether this build can make a feature."""
+def is_built_in(name: str) -> bool:
+    """Tell whether this build makes a feature by itself; all other names are free for layers of the TOML."""
     try:
-        feature(name)
+        built_in(name)
     except PipelineError:
         return False
     return True
@@ -393,7 +412,7 @@ def build_features(spec: FeatureSpec, layers: Layers) -> xr.Dataset:
         if missing:
             raise PipelineError(
                 f"Feature {name!r} needs {', '.join(missing)}, which the layers do not hold; add it to [cube] bands, "
-                "or name [sources] radar"
+                "name [sources] radar, or add a [[layer]]"
             )
     whole = _with_components(layers, spec)
     return xr.Dataset({name: one.build(whole).astype(np.float32) for name, one in made.items()})

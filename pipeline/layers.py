@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from slidecube.pipeline.auxiliary import dtype_of, nodata_of
+from slidecube.pipeline.config import Layer
 from slidecube.pipeline.inventory import (
     CF,
     LANDSLIDE_NODATA,
@@ -92,6 +94,12 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
     return {**bands, "clear_count": count, **dates, **of_series}
 
 
+def _auxiliary_variables(layer: Layer) -> dict[str, Variable]:
+    year = {"slidecube:year": layer.year} if layer.year else {}
+    attrs = {"units": layer.units, "long_name": layer.name, "slidecube:resampling": layer.kernel, **year}
+    return {layer.name: Variable(dtype=dtype_of(layer), fill=nodata_of(layer), attrs=attrs)}
+
+
 def create_stores(made: RunPlan) -> None:
     """Make the arrays that are missing; what is there stays."""
     frame = made.grid.frame
@@ -102,7 +110,8 @@ def create_stores(made: RunPlan) -> None:
         "optical": _optical_variables(made),
     }
     for layer in made.layers:
-        variables = by_kind[layer.kind]
+        own = made.layer_settings(layer.name)
+        variables = by_kind[layer.kind] if own is None else _auxiliary_variables(own)
         attrs = {"slidecube:layer_key": layer.key, "slidecube:window": str(layer.window or "")}
         if layer.orbit:
             attrs["slidecube:orbit"] = layer.orbit

@@ -157,10 +157,11 @@ def lineage(plan: RunPlan) -> Lineage:
             ("dem", epoch.terrain),
             ("radar pre", epoch.radar_pre),
             ("radar post", epoch.radar_post),
+            *((f"layer {name}", layer) for name, layer in epoch.auxiliary.items()),
         ):
             if layer is None:
                 continue
-            label = f"{use} {epoch.name}" if several and use != "dem" else use
+            label = f"{use} {epoch.name}" if several and use not in {"dem", *_of_any_epoch(epoch)} else use
             for positions in plan.tasks[layer].values():
                 for i in positions[1]:
                     scene = plan.scenes.scenes[i]
@@ -221,6 +222,11 @@ def lineage(plan: RunPlan) -> Lineage:
         attributions=tuple(dict.fromkeys(attributions)),
         simulated=any(is_simulated(scene.item) for scene in plan.scenes),
     )
+
+
+def _of_any_epoch(epoch: EpochPlan) -> set[str]:
+    """Uses of what does not belong to one epoch."""
+    return {f"layer {name}" for name in epoch.auxiliary}
 
 
 def _clusters(plan: RunPlan) -> dict[str, str]:

@@ -13,6 +13,7 @@ from odc.geo.geobox import GeoBox
 
 from slidecube.catalog.grid import Tile, TileGrid, cuts
 from slidecube.models.card import FeatureSpec
+from slidecube.pipeline.auxiliary import dtype_of, nodata_of
 from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import SIDES, Layers, build_features, required_variables
@@ -92,7 +93,7 @@ def read_layers(
     needed = required_variables(plan.model.card.inputs)
     read = {}
     radar_alone = not needed["pre"] and not needed["post"] and bool(needed["radar_post"])
-    for side in SIDES:
+    for side in (side for side in SIDES if side != "auxiliary"):
         name = getattr(made, side)
         wanted = {*needed[side], *(also or {}).get(side, ())}
         if side == "terrain":
@@ -102,6 +103,9 @@ def read_layers(
         elif wanted or (side == "post" and not radar_alone):
             wanted.add("clear_count")
         read[side] = _read(plan, name, sorted(wanted), window) if name and wanted else xr.Dataset()
+    read["auxiliary"] = xr.Dataset()
+    for name in needed["auxiliary"]:
+        read["auxiliary"].update(_read(plan, made.auxiliary[name], [name], window))
     return Layers(**read, mnf=mnf or {})
 
 
@@ -127,7 +131,11 @@ def features_of(
 
 def _read(plan: RunPlan, layer: str, names: list[str], window: PixelWindow) -> xr.Dataset:
     path, ledger, px = plan.workspace.layer(plan.grid, layer), layer_ledger(plan, layer), plan.grid.tile_px
-    out = {name: np.full(window.shape, *_nodata_and_dtype(name)) for name in names}
+    own = plan.layer_settings(layer)
+    out = {
+        name: np.full(window.shape, *((nodata_of(own), dtype_of(own)) if own else _nodata_and_dtype(name)))
+        for name in names
+    }
     for tile in _tiles_in(plan, window):
         record = ledger.read(tile.key)
         if record is None or record.key != plan.tasks[layer][tile.key][0] or record.state != "done":

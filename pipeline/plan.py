@@ -21,9 +21,11 @@ from slidecube.models.predict import Detector
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import estimate
+from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_plan
 from slidecube.pipeline.plan_keys import (
+    auxiliary_layer_plan,
     detect_key_of,
     optical_layer_plan,
     radar_layer_plan,
@@ -31,6 +33,7 @@ from slidecube.pipeline.plan_keys import (
     terrain_layer_plan,
     tile_tasks,
 )
+from slidecube.pipeline.plan_layers import search_layers
 from slidecube.pipeline.plan_radar import around_tiles, search_radar
 from slidecube.pipeline.run_plan import (
     EpochPlan,
@@ -165,10 +168,13 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
             "in [sources]"
         )
     sourcing = (found.sourcing, heights.sourcing)
+    rasters = search_layers(config, tiled)
     radar = search_radar(config, aoi, tiled) if sources.radar else None
     if radar is not None:
-        return SceneTable(scenes=(*optical, *dem, *radar.scenes), sourcing=(*sourcing, radar.sourcing))
-    return SceneTable(scenes=(*optical, *dem), sourcing=sourcing)
+        return SceneTable(
+            scenes=(*optical, *dem, *radar.scenes, *rasters), sourcing=(*sourcing, radar.sourcing)
+        )
+    return SceneTable(scenes=(*optical, *dem, *rasters), sourcing=sourcing)
 
 
 def _as_written(config: Config, source: str) -> str:
@@ -226,7 +232,8 @@ def _assemble(
         else {}
         for epoch in config.epochs
     ]
-    layers = {la.name: la for la in (terrain, *(la for by in (*sides, *radar) for la in by.values()))}
+    own = [auxiliary_layer_plan(grid, layer) for layer in config.layers]
+    layers = {la.name: la for la in (terrain, *(la for by in (*sides, *radar) for la in by.values()), *own)}
     touching = list(scenes.touching_each([tile.geobox for tile in tiles]))
     around = [] if not config.sources.radar else around_tiles(grid, tiles, scenes, touching)
     tasks = {
@@ -237,7 +244,9 @@ def _assemble(
     outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
     epochs = []
     for epoch, optical, seen in zip(config.epochs, sides, radar, strict=True):
-        by = {**optical, **(seen if reads_radar(model.card) else {})}
+        wanted = required_variables(model.card.inputs)["auxiliary"]
+        read_too = {la.feature: la for la in sorted(own, key=lambda la: la.feature) if la.feature in wanted}
+        by = {**optical, **(seen if reads_radar(model.card) else {}), **read_too}
         read = _read_layers(by, terrain)
         contributing = [[tasks[layer.name][tile.key][0] for layer in read] for tile in tiles]
         epochs.append(
@@ -270,6 +279,7 @@ def _assemble(
             scenes=len(scenes),
             dates=_dates(layers, tasks, scenes, "optical"),
             radar_dates=_dates(layers, tasks, scenes, "radar"),
+            rasters=_rasters(layers, tasks),
         ),
     )
 
@@ -289,10 +299,24 @@ def _dates(
     }
 
 
+def _rasters(
+    layers: Mapping[str, LayerPlan], tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
+) -> dict[str, int]:
+    """Count the rasters that the tiles of each layer of the TOML read."""
+    return {
+        name: sum(len(read) for _, read in by.values())
+        for name, by in tasks.items()
+        if layers[name].kind == "auxiliary"
+    }
+
+
 def _read_layers(sides: Mapping[str, LayerPlan], terrain: LayerPlan) -> tuple[LayerPlan, ...]:
-    """Layers that an epoch reads, in the order of its keys: optical, terrain, radar."""
-    optical = [layer for layer in sides.values() if layer.kind == "optical"]
-    return (*optical, terrain, *(layer for layer in sides.values() if layer.kind == "radar"))
+    """Layers that an epoch reads, in the order of its keys: optical, terrain, radar, those of the TOML."""
+    of_kind = {
+        kind: [layer for layer in sides.values() if layer.kind == kind]
+        for kind in ("optical", "radar", "auxiliary")
+    }
+    return (*of_kind["optical"], terrain, *of_kind["radar"], *of_kind["auxiliary"])
 
 
 def _epoch_plan(
@@ -317,6 +341,7 @@ def _epoch_plan(
         radar_pre=sides["radar_pre"].name if "radar_pre" in sides else None,
         radar_post=sides["radar_post"].name if "radar_post" in sides else None,
         terrain=terrain.name,
+        auxiliary={layer.feature: layer.name for layer in sides.values() if layer.kind == "auxiliary"},
         stat_key=stat_key,
         detect_key=detect_key_of(read, model.card, stat_key, chosen, device=config.detect.device),
     )

@@ -202,6 +202,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
                 "key": la.key,
                 "window": None if la.window is None else str(la.window),
                 **({"orbit": la.orbit} if la.orbit else {}),
+                **({"feature": la.feature} if la.feature else {}),
             }
             for la in made.layers
         ],
@@ -222,5 +223,10 @@ def _layer_from(entry: dict[str, Any]) -> LayerPlan:
         start, end = (dt.date.fromisoformat(day) for day in entry["window"].split("_"))
         window = Window(start=start, end=end)
     return LayerPlan(
-        name=entry["name"], kind=entry["kind"], key=entry["key"], window=window, orbit=entry.get("orbit")
+        name=entry["name"],
+        kind=entry["kind"],
+        key=entry["key"],
+        window=window,
+        orbit=entry.get("orbit"),
+        feature=entry.get("feature", ""),
     )

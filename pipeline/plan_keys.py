@@ -13,13 +13,16 @@ from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
-from slidecube.pipeline.config import Config
+from slidecube.pipeline.config import Config, Layer
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
 from slidecube.pipeline.run_plan import LayerPlan
 from slidecube.pipeline.terrain import TERRAIN_VERSION
 
 RADAR_VERSION = 1
 """Version of what radar layers hold and how it is made; a change makes every tile of them due, and of no others."""
+
+AUXILIARY_VERSION = 1
+"""The same of the layers that the TOML names."""
 
 
 def optical_layer_plan(
@@ -72,6 +75,18 @@ def radar_layer_plan(config: Config, grid: TileGrid, window: Window, scenes: Sce
     return LayerPlan(name=name, kind="radar", key=key, window=window, orbit=radar.orbit)
 
 
+def auxiliary_layer_plan(grid: TileGrid, layer: Layer) -> LayerPlan:
+    """Name and key a layer of the TOML; which rasters it reads counts tile by tile."""
+    key = content_key(
+        "auxiliary",
+        AUXILIARY_VERSION,
+        grid.key,
+        layer.model_dump(mode="json", include={"name", "kind", "band", "nodata"}),
+        layer.kernel,
+    )
+    return LayerPlan(name=f"auxiliary-{layer.name}-{key[:8]}", kind="auxiliary", key=key, feature=layer.name)
+
+
 def _source_term(name: str) -> str:
     """What of a source counts in a key: its name; a local one may move or be gone, its scenes count themselves."""
     return name if name in SOURCES else "local"
@@ -96,6 +111,8 @@ def stat_key_of(layers: tuple[LayerPlan, ...], model: Detector, terms: list[Any]
 
 def _pool(layer: LayerPlan, scenes: SceneTable) -> list[Scene]:
     """Scenes that a layer may read."""
+    if layer.kind == "auxiliary":
+        return [scene for scene in scenes.role("layer") if layer.feature in scene.bands]
     if layer.window is None:
         return list(scenes.role("dem"))
     if layer.kind == "optical":

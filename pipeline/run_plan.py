@@ -20,10 +20,10 @@ from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.models.zoo import build_model
 from slidecube.pipeline.composite import DATE_VARIABLES
-from slidecube.pipeline.config import Config
+from slidecube.pipeline.config import Config, Layer
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
-from slidecube.pipeline.feature_sets import require_source
+from slidecube.pipeline.feature_sets import require_known, require_source
 from slidecube.pipeline.features import mnf_images, required_variables
 from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.store import Workspace
@@ -35,13 +35,15 @@ class LayerPlan:
     """One layer of the run.
 
     name : of its store, key included; key : layer_key; window : None for terrain; orbit : of radar, None of others
+    feature : name of a layer of the TOML, by which features read it
     """
 
     name: str
-    kind: Literal["optical", "radar", "terrain"]
+    kind: Literal["optical", "radar", "terrain", "auxiliary"]
     key: str
     window: Window | None = None
     orbit: OrbitState | None = None
+    feature: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class EpochPlan:
 
     pre : None where no scene from before the event is read; stat_key : "" where the model learns nothing from the cube
     radar_pre, radar_post : None where the model reads no radar, though the plan may make such layers
+    auxiliary : name in the TOML -> layer, of those that the model reads
     """
 
     name: str
@@ -60,11 +63,13 @@ class EpochPlan:
     detect_key: str
     radar_pre: str | None = None
     radar_post: str | None = None
+    auxiliary: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that it reads."""
-        names = (self.pre, self.post, self.terrain, self.radar_pre, self.radar_post)
+        own = (layer for _, layer in sorted(self.auxiliary.items()))
+        names = (self.pre, self.post, self.terrain, self.radar_pre, self.radar_post, *own)
         return tuple(name for name in names if name is not None)
 
 
@@ -139,6 +144,11 @@ class RunPlan:
         """Stored variables of an optical layer that tell of its dates' NDVI."""
         return series_variables(self.model.card)
 
+    def layer_settings(self, layer: str) -> Layer | None:
+        """Settings of a layer of the TOML; None for every other layer."""
+        name = self.by_layer[layer].feature
+        return next((own for own in self.config.layers if own.name == name), None)
+
     def terrain_variables(self) -> tuple[str, ...]:
         """Stored variables of the terrain layer."""
         return terrain_variables(self.model.card)
@@ -152,7 +162,9 @@ def model_of(config: Config) -> Detector:
         threshold=detect.threshold,
         min_area_m2=detect.min_area_m2,
         parameters=detect.parameters,
+        features=detect.features,
     )
+    require_known(model.card.inputs, [layer.name for layer in config.layers])
     needed = required_variables(model.card.inputs)
     if config.sources.optical in SOURCES:  # of others each item says what it has
         require_source(model.card.inputs, config.sources.optical, SOURCES[config.sources.optical].bands)

@@ -28,6 +28,7 @@ from slidecube.catalog.scenes import Scene
 from slidecube.cluster.faults import Fault, fault_of
 from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.errors import ModelError
+from slidecube.pipeline.auxiliary import CLASS_NODATA, auxiliary
 from slidecube.pipeline.blocks import by_block, touching
 from slidecube.pipeline.composite import MaskRule, Method, clear_mask, composite
 from slidecube.pipeline.detect import detect_tile
@@ -37,7 +38,7 @@ from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.plan_files import read_plan
 from slidecube.pipeline.radar import SpeckleFilter
 from slidecube.pipeline.radar_layer import RadarSettings, radar_layer
-from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.run_plan import LayerPlan, RunPlan
 from slidecube.pipeline.series import ndvi_series
 from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import Workspace
@@ -164,14 +165,22 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     if not any(scene.role == role for scene in scenes):
         store_tile(plan, task, {}, context)
         between = f" between {layer.window.start} and {layer.window.end}" if layer.window else ""
-        what = {"optical": "scene", "radar": f"{layer.orbit} radar scene", "terrain": "DEM"}[layer.kind]
+        what = {
+            "optical": "scene",
+            "radar": f"{layer.orbit} radar scene",
+            "terrain": "DEM",
+            "auxiliary": f"raster of layer {layer.feature!r}",
+        }[layer.kind]
         return Record(
             tile=task.tile, key=task.key, state="empty", reason=f"no {what}{between} touches this tile"
         )
     log = ReadLog()
-    data = _MAKERS[layer.kind](plan, tile, scenes, log, context)
+    if layer.kind == "auxiliary":
+        data = _auxiliary_data(plan, task, scenes, log, context)
+    else:
+        data = _MAKERS[layer.kind](plan, tile, scenes, log, context)
     _within_budget(plan, task, log, [scene for scene in scenes if scene.role == role])
-    seen = _seen(layer.kind, data)
+    seen = _seen(layer, data)
     checksums, size = store_tile(plan, task, data, context)
     common: dict[str, Any] = {
         "scenes": tuple(s.id for s in scenes),
@@ -187,6 +196,7 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
             "terrain": "the DEM has no height here",
             "optical": f"no clear observation in {n} scenes",
             "radar": f"no radar observation in {n} scenes",
+            "auxiliary": f"layer {layer.feature!r} has no value here",
         }[layer.kind]
         return Record(
             tile=task.tile,
@@ -259,14 +269,26 @@ def _radar_data(
     return by_block(lazy, context.threads)
 
 
-def _seen(kind: str, data: dict[str, np.ndarray]) -> np.ndarray:
+def _auxiliary_data(
+    plan: RunPlan, task: TileTask, scenes: list[Scene], log: ReadLog, context: TileContext
+) -> dict[str, np.ndarray]:
+    settings = plan.layer_settings(task.layer)
+    assert settings is not None
+    lazy = auxiliary(scenes, plan.by_tile[task.tile].geobox, settings, block_px=plan.grid.block_px, log=log)
+    return by_block({settings.name: lazy}, context.threads)
+
+
+def _seen(layer: LayerPlan, data: dict[str, np.ndarray]) -> np.ndarray:
     """Pixels of which a layer knows something."""
-    if kind == "terrain":
+    if layer.kind == "auxiliary":
+        values = data[layer.feature]
+        return np.asarray(~np.isnan(values) if values.dtype == np.float32 else values != CLASS_NODATA)
+    if layer.kind == "terrain":
         return np.asarray(~np.isnan(data["elevation"]))
-    return np.asarray(data["clear_count" if kind == "optical" else "count"] > 0)
+    return np.asarray(data["clear_count" if layer.kind == "optical" else "count"] > 0)
 
 
-_ROLES = {"optical": "optical", "radar": "radar", "terrain": "dem"}
+_ROLES = {"optical": "optical", "radar": "radar", "terrain": "dem", "auxiliary": "layer"}
 _MAKERS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
     "optical": _optical_data,
     "radar": _radar_data,

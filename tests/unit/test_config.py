@@ -21,6 +21,7 @@ from slidecube.pipeline.config import (
     Detect,
     Epoch,
     Fit,
+    Layer,
     Mask,
     Output,
     Radar,
@@ -333,7 +334,7 @@ def test_an_aoi_that_is_not_there_is_one_line(write):
 
 def test_every_key_says_what_it_allows():
     """The description is the error's sentence: a field without one would refuse without a reason."""
-    for section in (Sections, Area, Epoch, Sources, Cube, Mask, Detect, Output, Cluster):
+    for section in (Sections, Area, Epoch, Sources, Cube, Mask, Layer, Detect, Output, Cluster):
         assert [name for name, field in section.model_fields.items() if not field.description] == []
 
 
@@ -376,6 +377,7 @@ def test_the_documented_keys_are_those_of_the_code(repo_root):
         "[cube]": Cube,
         "[cube.mask]": Mask,
         "[cube.radar]": Radar,
+        "[[layer]]": Layer,
         "[fit]": Fit,
         "[detect]": Detect,
         "[output]": Output,

@@ -18,8 +18,15 @@ from slidecube.models.zoo import ZOO
 from slidecube.pipeline.cli import cli
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.feature_sets import FEATURE_SETS, feature_set, listing, listing_text, require_source
-from slidecube.pipeline.features import FEATURES, Layers, build_features, feature, is_feature
+from slidecube.pipeline.feature_sets import (
+    FEATURE_SETS,
+    feature_set,
+    listing,
+    listing_text,
+    require_known,
+    require_source,
+)
+from slidecube.pipeline.features import FEATURES, Layers, build_features, feature, is_built_in
 from slidecube.pipeline.run_plan import model_of
 
 L1C, L2A = "earth-search/sentinel-2-l1c", "earth-search/sentinel-2-l2a"
@@ -103,26 +110,29 @@ def test_the_scale_is_that_of_the_real_patches(shared_data):
 
 
 @pytest.mark.parametrize("name", FEATURE_SETS)
-def test_a_set_is_whole_or_is_refused_in_one_line(name):
-    found = FEATURE_SETS[name]
-    if found.missing:
-        with pytest.raises(
-            PipelineError, match=f"^Feature set '{name}' needs .*{found.missing[0]}.* not available"
-        ) as e:
-            feature_set(name)
-        assert "\n" not in str(e.value)
-    else:
-        assert feature_set(name) == FeatureSpec(names=found.names)
-        assert all(is_feature(one) for one in found.names)
+def test_what_a_set_wants_beside_this_build_s_features_are_layers_of_the_toml(name):
+    found, spec = FEATURE_SETS[name], feature_set(name)
+
+    assert spec == FeatureSpec(names=found.names)
+    assert all(is_built_in(one) for one in found.names if one not in found.layers)
+    require_known(spec, found.layers)
+    for lacking in found.layers:
+        rest = [one for one in found.layers if one != lacking]
+        with pytest.raises(PipelineError, match=f"^No feature '{lacking}'.*add a .*layer") as caught:
+            require_known(spec, rest)
+        assert "\n" not in str(caught.value)
 
 
-def test_a_set_becomes_whole_when_its_features_are_entered(monkeypatch):
-    lacking = FEATURE_SETS["ens-all"].missing
-    assert lacking, "then this test has had its day"
-    entered = {**FEATURES, **dict.fromkeys(lacking, FEATURES["elevation"])}
-    monkeypatch.setattr("slidecube.pipeline.features.FEATURES", entered)
+def test_the_layers_of_ens_are_those_of_the_paper():
+    assert FEATURE_SETS["ens-s2"].layers == FEATURE_SETS["ens-s1s2"].layers == ("land_cover",)
+    assert FEATURE_SETS["ens-all"].layers == ("land_cover", "climate", "canopy_height")
+    assert not any(FEATURE_SETS[name].layers for name in ("cae", "l4s", "l4s-l2a", "ens-s1", "fstf"))
 
-    assert feature_set("ens-all").names == FEATURE_SETS["ens-all"].names
+
+def test_a_layer_may_not_have_the_name_of_a_feature():
+    for name in ("ndvi_post", "elevation", "mnf3_change", "vv_pre"):
+        with pytest.raises(PipelineError, match=f"Layer '{name}' has the name of a feature"):
+            require_known(FeatureSpec(names=()), [name])
 
 
 def test_an_unknown_set_is_refused_with_the_known_ones():
@@ -167,8 +177,8 @@ def test_the_list_says_formula_unit_and_source_of_everything():
         made = feature(one["name"])
         assert (one["formula"], one["unit"], one["source"]) == (made.formula, made.unit, made.source)
         assert all((one["formula"], one["unit"], one["source"], one["reads"])), one["name"]
-    assert {one["name"]: one["missing"] for one in said["sets"]} == {
-        n: list(s.missing) for n, s in FEATURE_SETS.items()
+    assert {one["name"]: one["layers"] for one in said["sets"]} == {
+        n: list(s.layers) for n, s in FEATURE_SETS.items()
     }
     text = listing_text()
     for name, made in FEATURES.items():

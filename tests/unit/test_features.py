@@ -136,7 +136,7 @@ def test_every_feature_by_hand(layers):
 
 def test_lazy_layers_stay_lazy_and_give_the_same(layers):
     names = FeatureSpec(names=tuple(WANT))
-    lazy = Layers(**{side: getattr(layers, side).chunk(x=2) for side in SIDES})
+    lazy = Layers(**{side: d.chunk(x=2) if (d := getattr(layers, side)) else d for side in SIDES})
 
     made = build_features(names, lazy)
 
@@ -167,13 +167,31 @@ def test_rdndvi_reads_two_bands_a_side_and_the_slope():
         "terrain": ["slope_deg"],
         "radar_pre": [],
         "radar_post": [],
+        "auxiliary": [],
     }
 
 
-@pytest.mark.parametrize("name", ["ndwi", "B04", "B4_pre", "B04_during", "_pre", "", "slope"])
+@pytest.mark.parametrize("name", ["B04", "B4_pre", "B04_during", "_pre", "", "Slope", "slope-deg"])
 def test_an_unknown_feature_is_refused_with_the_known_ones(name):
     with pytest.raises(PipelineError, match=f"No feature '{name}'; features: ndvi_pre, .*B04_pre"):
         feature(name)
+
+
+def test_any_other_name_is_a_layer_of_the_toml_and_its_nodata_is_unknown():
+    stored = xr.Dataset(
+        {
+            "lithology": (("y", "x"), np.array([[3, 65535]], np.uint16)),
+            "canopy_height": (("y", "x"), np.array([[2.5, np.nan]], np.float32)),
+        }
+    )
+    layers = Layers(pre=xr.Dataset(), post=xr.Dataset(), terrain=xr.Dataset(), auxiliary=stored)
+
+    made = build_features(FeatureSpec(names=("canopy_height", "lithology")), layers)
+
+    np.testing.assert_array_equal(made["lithology"], np.array([[3, np.nan]], np.float32))
+    np.testing.assert_array_equal(made["canopy_height"], np.array([[2.5, np.nan]], np.float32))
+    with pytest.raises(PipelineError, match=r"'roads' needs auxiliary\.roads, .*add a \[\[layer\]\]"):
+        build_features(FeatureSpec(names=("roads",)), layers)
 
 
 def test_each_feature_says_its_unit_and_source():
