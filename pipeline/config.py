@@ -301,6 +301,34 @@ class Radar(_Section):
     )
 
 
+class Coregistration(_Section):
+    """How the images before and after the event are held to one place, where a model compares them."""
+
+    check: bool = Field(True, description="true or false: whether the shift between them is measured")
+    band: Band = Field("B08", description="the band that it is measured on, one of [cube] bands")
+    warn_px: float = Field(
+        0.5, ge=0, le=8, description="the shift in grid pixels, 0 to 8, above which a block is warned of"
+    )
+    exclude_px: float = Field(
+        1.5,
+        gt=0,
+        le=8,
+        description="the shift in grid pixels, above 0, to 8, above which a block is not observable; not below warn_px",
+    )
+    correct: bool = Field(
+        False,
+        description="true or false: whether blocks above warn_px are moved onto the image after the event",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _in_order(self) -> Coregistration:
+        if self.warn_px > self.exclude_px:
+            raise ValueError(
+                f"warn_px {self.warn_px:g} is above exclude_px {self.exclude_px:g}; warn at a smaller shift"
+            )
+        return self
+
+
 class Cube(_Section):
     """How the observations of a window become one layer."""
 
@@ -314,6 +342,10 @@ class Cube(_Section):
     mask: Mask = Field(default_factory=Mask, description="a table with scl_classes and dilation_px")
     radar: Radar = Field(
         default_factory=Radar, description="a table with orbit, slope_correction and speckle_window_px"
+    )
+    coregistration: Coregistration = Field(
+        default_factory=Coregistration,
+        description="a table with check, band, warn_px, exclude_px and correct",
     )
     tile_px: Annotated[int, _one_of(TILE_SIZES_PX)] = Field(
         2048, description=f"one of {', '.join(map(str, TILE_SIZES_PX))}"

@@ -11,19 +11,19 @@ import xarray as xr
 from slidecube.cluster.runner import TileTask
 from slidecube.models.predict import Detector, predict
 from slidecube.pipeline.blocks import by_block
+from slidecube.pipeline.coregistration import shift_numbers
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import Layers
 from slidecube.pipeline.inventory import (
     LANDSLIDE_NODATA,
     PROBABILITY_NODATA,
     PROBABILITY_SCALE,
-    RADAR_REASONS,
-    REASONS,
     Observability,
+    Reason,
 )
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
-from slidecube.pipeline.run_plan import RunPlan, halo_px, minimum_size_px, reads_radar
+from slidecube.pipeline.run_plan import RunPlan, coregistration_of, halo_px, minimum_size_px
 from slidecube.pipeline.tasks import TileContext, fitted_statistics, layer_ledger, store_tile
 from slidecube.pipeline.terrain import SLOPE_NODATA
 
@@ -47,7 +47,8 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     probability = _quantised(
         _probability(plan, detector, layers, window, inside=inside, threads=context.threads)
     )
-    seen, reason = _observable(layers, probability)
+    held = coregistration_of(plan.config, card)
+    seen, reason = _observable(layers, probability, exclude_px=held.exclude_px if held else 0.0)
     probability[~(seen & inside)] = PROBABILITY_NODATA
     hit = (probability != PROBABILITY_NODATA) & (
         probability >= math.ceil(card.threshold / PROBABILITY_SCALE - 1e-9)
@@ -68,9 +69,17 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     }
     checksums, size = store_tile(plan, task, data, context)
     numbers = {value.name.lower(): int((observability == value).sum()) for value in Observability}
-    left_out = (0,) if reads_radar(card) else (0, *RADAR_REASONS)
-    numbers |= {f"reason {i}": int((data["reason"] == i).sum()) for i in REASONS if i not in left_out}
+    counts = np.bincount(data["reason"].ravel(), minlength=len(Reason))
+    numbers |= {f"reason {i:d}": int(counts[i]) for i in Reason if i and counts[i]}
     numbers["landslide_px"] = int((data["landslide"] == 1).sum())
+    if layers.shifts is not None:
+        per_tile = plan.grid.tile_px // plan.grid.block_px
+        own = {
+            at: shift
+            for at, shift in layers.shifts.by_block.items()
+            if (at[0] // per_tile, at[1] // per_tile) == (tile.row, tile.col)
+        }
+        numbers |= shift_numbers(own)
     return Record(
         tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size
     )
@@ -122,24 +131,28 @@ def _quantised(probability: np.ndarray) -> np.ndarray:
     return out
 
 
-def _observable(layers: Layers, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels could be judged, and why the others could not: bool and codes of `REASONS`."""
+def _observable(
+    layers: Layers, probability: np.ndarray, *, exclude_px: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels could be judged, and why the others could not: bool and codes of `Reason`."""
     # a side that the model does not look at hides nothing
     post = layers.post["clear_count"].values > 0 if layers.post else np.ones(probability.shape, bool)
     pre = layers.pre["clear_count"].values > 0 if layers.pre else np.ones_like(post)  # or not needed
     reason = np.zeros(probability.shape, np.uint8)
-    reason[probability == PROBABILITY_NODATA] = 5
+    reason[probability == PROBABILITY_NODATA] = Reason.INDEX_UNDEFINED
+    if layers.shifts is not None:
+        reason[layers.shifts.excluded_yx(exclude_px)] = Reason.MISREGISTERED
     for side in (layers.radar_pre, layers.radar_post):
         if side:
             unseen = side["count"].values == 0
-            reason[unseen] = 6
-            reason[unseen & (side["shadow"].values == 1)] = 8
-            reason[unseen & (side["layover"].values == 1)] = 7
+            reason[unseen] = Reason.NO_RADAR
+            reason[unseen & (side["shadow"].values == 1)] = Reason.RADAR_SHADOW
+            reason[unseen & (side["layover"].values == 1)] = Reason.RADAR_LAYOVER
     no_terrain = np.isnan(layers.terrain["elevation"].values)
     if "slope_deg" in layers.terrain:  # the rim of a DEM has heights, and no slope
         no_terrain |= layers.terrain["slope_deg"].values == SLOPE_NODATA
-    reason[no_terrain] = 4
-    reason[pre & ~post] = 2
-    reason[~pre & post] = 1
-    reason[~pre & ~post] = 3
+    reason[no_terrain] = Reason.NO_TERRAIN
+    reason[pre & ~post] = Reason.NO_CLEAR_POST
+    reason[~pre & post] = Reason.NO_CLEAR_PRE
+    reason[~pre & ~post] = Reason.NO_CLEAR_PRE_NOR_POST
     return reason == 0, reason

@@ -18,6 +18,7 @@ BASE_GB = 0.35
 _COMPRESSION = 2.2  # of stored layers by zstd, on composites
 _SECONDS_PER_MPX_BAND_DATE = 0.028  # reading, masking and compositing on one core
 _SECONDS_PER_MPX_DETECT = 0.6
+_SECONDS_PER_MPX_SHIFT = 0.6  # of the blocks under a tile and around it
 _DETECT_BYTES_PER_PX = 30  # masks, probabilities and their graph, beside layers and features
 _NETWORK_GB = 0.5  # torch, once it is imported
 _SECONDS_PER_MPX_NETWORK = 0.3  # of the dense encoder, units of the lattice included
@@ -92,6 +93,9 @@ def estimate(
     )
     stored += tiles * tile_mpx * own * _RASTER_BYTES / _COMPRESSION
     seconds += tile_mpx * own_reads * _SECONDS_PER_MPX_RASTER
+    if config.cube.coregistration.check and compares_images(card):
+        around = (grid.tile_px / grid.block_px + 2) ** 2 * grid.block_px**2 / 1e6
+        seconds += tiles * epochs * around * _SECONDS_PER_MPX_SHIFT
     seconds += epochs * card.sample_patches * card.parameters.get("epochs", 0.0) * _SECONDS_PER_PATCH_EPOCH
     block = max(block_mem_gb(block_px=grid.block_px, dates=most, bands=bands), radar.block_gb)
     return Estimate(
@@ -153,6 +157,12 @@ def _radar_cost(grid: TileGrid, tiles: int, dates: Mapping[str, Mapping[str, int
         * (grid.block_px**2 * most * (2 * 4 + 4 + 2 * 8 + 2) / 1e9 + _RADAR_GEOMETRY_GB),
         seconds=mpx * (reads * _SECONDS_PER_MPX_RADAR_DATE + layers * tiles * _SECONDS_PER_MPX_GEOMETRY),
     )
+
+
+def compares_images(card: ModelCard) -> bool:
+    """Tell whether a model compares an optical image before the event with the one after it."""
+    needed = required_variables(card.inputs)
+    return bool(needed["pre"] and needed["post"])
 
 
 def _of_series(card: ModelCard) -> int:

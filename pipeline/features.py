@@ -14,6 +14,7 @@ from slidecube.models.rules import aldi_index
 from slidecube.pipeline.auxiliary import values_of
 from slidecube.pipeline.composite import SCALE, reflectance
 from slidecube.pipeline.config import BANDS, DEFAULT_BANDS, LAYER_NAME
+from slidecube.pipeline.coregistration import BlockShifts
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
 from slidecube.pipeline.mnf import Mnf
@@ -36,6 +37,7 @@ class Layers:
     auxiliary : layers of the TOML, by their names
     mnf : "post", "pre" or "change" -> the frozen MNF of that image, for features that need one
     components : MNF components, by name; `build_features` makes them from `mnf`, once for all that are wanted
+    shifts : of `pre` against `post`, where they are compared and the shift is measured
     """
 
     pre: xr.Dataset
@@ -46,6 +48,7 @@ class Layers:
     auxiliary: xr.Dataset = field(default_factory=xr.Dataset)
     mnf: Mapping[str, Mnf] = field(default_factory=dict)
     components: xr.Dataset = field(default_factory=xr.Dataset)
+    shifts: BlockShifts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

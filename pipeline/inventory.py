@@ -36,6 +36,21 @@ class Observability(IntEnum):
     OBSERVED = 3
 
 
+class Reason(IntEnum):
+    """Why a pixel is not observable, as the `reason` byte says it."""
+
+    NONE = 0
+    NO_CLEAR_PRE = 1
+    NO_CLEAR_POST = 2
+    NO_CLEAR_PRE_NOR_POST = 3
+    NO_TERRAIN = 4
+    INDEX_UNDEFINED = 5
+    NO_RADAR = 6
+    RADAR_LAYOVER = 7
+    RADAR_SHADOW = 8
+    MISREGISTERED = 9
+
+
 REASONS: dict[int, str] = {
     0: "none",
     1: "no clear observation before the event",
@@ -46,6 +61,7 @@ REASONS: dict[int, str] = {
     6: "no radar observation on one side of the event",
     7: "radar layover",
     8: "radar shadow",
+    9: "images before and after the event do not lie on each other",
 }
 """Why a pixel is not observable, by the value of the `reason` byte."""
 
@@ -79,19 +95,11 @@ CF: dict[str, dict[str, Any]] = {
     },
     "reason": {
         "long_name": "why the pixel is not observable",
-        "flag_values": [0, 1, 2, 3, 4, 5],
-        "flag_meanings": "none no_clear_pre no_clear_post no_clear_pre_nor_post no_terrain index_undefined",
+        "flag_values": [int(r) for r in Reason],
+        "flag_meanings": " ".join(r.name.lower() for r in Reason),
     },
 }
 """CF attributes of the variables. Source: CF conventions 1.11, sections 2.5, 3.5 and 8.1."""
-
-RADAR_REASONS = (6, 7, 8)
-"""Reasons that only a model which reads radar can give."""
-
-_CF_RADAR_REASON: dict[str, Any] = {
-    "flag_values": list(REASONS),
-    "flag_meanings": f"{CF['reason']['flag_meanings']} no_radar radar_layover radar_shadow",
-}
 
 CONVENTIONS: list[dict[str, str]] = [
     {
@@ -123,12 +131,11 @@ def reading(path: Place, remedy: str = "remove it, and what it held is made anew
         ) from None
 
 
-def finish_inventory(path: Place, *, geobox: GeoBox, epochs: Sequence[str], radar: bool = False) -> None:
+def finish_inventory(path: Place, *, geobox: GeoBox, epochs: Sequence[str]) -> None:
     """Give an inventory its coordinates, grid mapping and attributes, so that any CF or GeoZarr reader places it.
 
     path : Zarr v3 group of (epoch, y, x) arrays, written already; nothing of their data is touched
     geobox : pixels of the arrays; epochs : names, in the order of the epoch dimension
-    radar : whether the model reads radar, and so has further reasons
     Doing it again changes nothing.
     Raises PipelineError when an array's shape is not that of the epochs and the GeoBox.
     """
@@ -141,8 +148,6 @@ def finish_inventory(path: Place, *, geobox: GeoBox, epochs: Sequence[str], rada
         if array.shape != shape:
             raise PipelineError(f"{path.name}/{name} has shape {array.shape}; epochs and grid say {shape}")
         array.attrs.update({**CF[name], "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"})
-    if radar and "reason" in names:
-        group["reason"].attrs.update(_CF_RADAR_REASON)
     centre_y = geobox.affine.f + geobox.affine.e * (np.arange(geobox.shape[0]) + 0.5)
     centre_x = geobox.affine.c + geobox.affine.a * (np.arange(geobox.shape[1]) + 0.5)
     _coordinate(group, "y", centre_y, {"standard_name": "projection_y_coordinate", "units": "m", "axis": "Y"})

@@ -15,7 +15,7 @@ from slidecube.pipeline.inventory import (
 )
 from slidecube.pipeline.radar import DB_PER_STEP, DB_SHIFT
 from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
-from slidecube.pipeline.run_plan import RunPlan, reads_radar
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.store import Variable, create_arrays
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
 
@@ -137,9 +137,4 @@ def create_stores(made: RunPlan) -> None:
             "slidecube:model": made.model.card.address,
         },
     )
-    finish_inventory(
-        inventory,
-        geobox=extent,
-        epochs=[e.name for e in made.epochs],
-        radar=reads_radar(made.model.card),
-    )
+    finish_inventory(inventory, geobox=extent, epochs=[e.name for e in made.epochs])

@@ -29,6 +29,7 @@ from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.publish import write_products
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
+from slidecube.pipeline.shift_table import shift_table
 from slidecube.pipeline.storage import Place, below, relative_href, remove_tree, staged, write_atomic
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.tasks import tasks_of
@@ -107,6 +108,7 @@ def mosaic_run(
             lineage=made,
             formats=formats,
             footprint=plan.aoi.to_crs("EPSG:4326"),
+            shifts=shift_table(plan),
         )
         products = sorted(str(path.relative_to(local)) for path in paths.values())
         fence()  # before a bucket is given them

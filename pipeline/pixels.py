@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import rasterio.features
@@ -15,11 +15,14 @@ from slidecube.catalog.grid import Tile, TileGrid, cuts
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.auxiliary import dtype_of, nodata_of
 from slidecube.pipeline.blocks import by_block
+from slidecube.pipeline.composite import DATE_VARIABLES
+from slidecube.pipeline.config import Coregistration
+from slidecube.pipeline.coregistration import BlockShifts, margin_px, measure_shift, move
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import SIDES, Layers, build_features, required_variables
 from slidecube.pipeline.mnf import Mnf
 from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
-from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.run_plan import EpochPlan, RunPlan, coregistration_of
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.tasks import layer_ledger
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
@@ -55,6 +58,14 @@ class PixelWindow:
             row=self.row - px, col=self.col - px, height=self.height + 2 * px, width=self.width + 2 * px
         )
 
+    def on_blocks(self, block_px: int) -> PixelWindow:
+        """Return the whole blocks of the lattice that it touches."""
+        row, col = self.row // block_px * block_px, self.col // block_px * block_px
+        bottom, right = (
+            -(-end // block_px) * block_px for end in (self.row + self.height, self.col + self.width)
+        )
+        return PixelWindow(row=row, col=col, height=bottom - row, width=right - col)
+
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
@@ -84,7 +95,9 @@ def read_layers(
 ) -> Layers:
     """Read what the plan's model needs in a window, as far as it is done; a tile counts only if its record does.
 
-    What it does not need is not read: `pre` is empty for a model of a single image.
+    What it does not need is not read: `pre` is empty for a model of a single image. Where the model compares two
+    images, the shift between them is measured, `pre` is moved if the configuration says so, and is unknown in blocks
+    that are shifted by too much.
 
     mnf : the frozen MNF of each image that the features need one of
     also : further variables by side, of `features.SIDES`
@@ -92,6 +105,8 @@ def read_layers(
     made = plan.by_epoch[epoch]
     needed = required_variables(plan.model.card.inputs)
     read = {}
+    held = coregistration_of(plan.config, plan.model.card)
+    margin = margin_px(held.exclude_px) if held is not None and held.correct else 0
     radar_alone = not needed["pre"] and not needed["post"] and bool(needed["radar_post"])
     for side in (side for side in SIDES if side != "auxiliary"):
         name = getattr(made, side)
@@ -102,11 +117,54 @@ def read_layers(
             wanted |= {"count", "layover", "shadow"} if wanted else set()
         elif wanted or (side == "post" and not radar_alone):
             wanted.add("clear_count")
-        read[side] = _read(plan, name, sorted(wanted), window) if name and wanted else xr.Dataset()
+        around = window.padded(margin) if side == "pre" else window
+        read[side] = _read(plan, name, sorted(wanted), around) if name and wanted else xr.Dataset()
     read["auxiliary"] = xr.Dataset()
     for name in needed["auxiliary"]:
         read["auxiliary"].update(_read(plan, made.auxiliary[name], [name], window))
-    return Layers(**read, mnf=mnf or {})
+    layers = Layers(**read, mnf=mnf or {})  # type: ignore[arg-type]  # by the names of SIDES
+    if held is None:
+        return layers
+    shifts = _measured(plan, made, window, held)
+    return replace(layers, pre=_registered(layers.pre, shifts, held, margin), shifts=shifts)
+
+
+def _measured(plan: RunPlan, epoch: EpochPlan, window: PixelWindow, held: Coregistration) -> BlockShifts:
+    """Measure the shifts of the lattice's blocks under a window, each from all of its pixels in the area."""
+    block_px = plan.grid.block_px
+    whole = window.on_blocks(block_px)
+    assert epoch.pre is not None
+    pre, post = (_read(plan, name, [held.band], whole)[held.band].values for name in (epoch.pre, epoch.post))
+    known = (pre != 0) & (post != 0) & aoi_mask(plan, whole)
+    found = {}
+    for row in range(0, whole.height, block_px):
+        for col in range(0, whole.width, block_px):
+            at = np.s_[row : row + block_px, col : col + block_px]
+            if known[at].any():
+                block = (whole.row + row) // block_px, (whole.col + col) // block_px
+                found[block] = measure_shift(pre[at], post[at], known[at])
+    return BlockShifts(by_block=found, row=window.row, col=window.col, shape=window.shape, block_px=block_px)
+
+
+def _registered(pre: xr.Dataset, shifts: BlockShifts, held: Coregistration, margin: int) -> xr.Dataset:
+    """Cut off the margin, move what is to be moved, and forget what is shifted by too much."""
+    core = {dim: slice(margin, size - margin) for dim, size in pre.sizes.items()}
+    out = pre.isel(core).copy(deep=bool(margin))
+    for block, shift in shifts.by_block.items():
+        verdict = shift.verdict(held.warn_px, held.exclude_px) if shift else "unmeasured"
+        rows, cols = shifts.part(block)
+        if shift is not None and verdict == "warned" and held.correct:
+            around = {
+                "y": slice(rows.start, rows.stop + 2 * margin), "x": slice(cols.start, cols.stop + 2 * margin)
+            }  # fmt: skip
+            moved = move(pre.isel(around), shift.south_px, shift.east_px, margin=margin)
+            for name, array in moved.data_vars.items():
+                out[name].values[rows, cols] = array.values
+        elif verdict == "excluded":
+            for name, array in out.data_vars.items():
+                if name not in DATE_VARIABLES:  # that something was seen there stays true
+                    array.values[rows, cols] = _nodata_and_dtype(str(name))[0]
+    return out
 
 
 def aoi_mask(plan: RunPlan, window: PixelWindow) -> np.ndarray:

@@ -19,6 +19,7 @@ from slidecube.catalog.grid import Tile, TileGrid, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
 from slidecube.models.predict import Detector
 from slidecube.pipeline.config import Config
+from slidecube.pipeline.coregistration import margin_px
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import estimate
 from slidecube.pipeline.features import required_variables
@@ -39,6 +40,7 @@ from slidecube.pipeline.run_plan import (
     EpochPlan,
     LayerPlan,
     RunPlan,
+    coregistration_of,
     fit_terms,
     halo_px,
     learns,
@@ -71,8 +73,9 @@ def _require_statistics(workspace: Workspace, config: Config, model: Detector) -
         )
 
 
-def _require_halo(model: Detector, grid: TileGrid) -> None:
-    halo = halo_px(model.card, grid)
+def _require_halo(config: Config, model: Detector, grid: TileGrid) -> None:
+    held = coregistration_of(config, model.card)
+    halo = halo_px(model.card, grid) + (margin_px(held.exclude_px) if held and held.correct else 0)
     if halo > grid.tile_px:
         raise PipelineError(
             f"min_area_m2={model.card.min_area_m2:g} needs a halo of {halo} px, wider than a tile of "
@@ -98,7 +101,7 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     aoi = read_aoi(config.aoi)
     crs = config.area.crs or choose_crs(aoi)
     grid = TileGrid(crs=crs, resolution_m=config.area.resolution_m, tile_px=config.cube.tile_px)
-    _require_halo(model, grid)
+    _require_halo(config, model, grid)
     tiles = grid.tiles(aoi)
     if not tiles:
         raise PipelineError(
@@ -330,9 +333,9 @@ def _epoch_plan(
 ) -> EpochPlan:
     """Key an epoch; terms : what its statistics are made of beside the layers."""
     read = _read_layers(sides, terrain)
-    stat_key = ""
+    stat_key, held = "", coregistration_of(config, model.card)
     if learns(model.card):
-        stat_key = config.fit.statistics or stat_key_of(read, model, terms)
+        stat_key = config.fit.statistics or stat_key_of(read, model, terms, held)
     chosen = (config.detect.landslide_clusters or {}).get(stat_key)
     return EpochPlan(
         name=name,
@@ -343,7 +346,7 @@ def _epoch_plan(
         terrain=terrain.name,
         auxiliary={layer.feature: layer.name for layer in sides.values() if layer.kind == "auxiliary"},
         stat_key=stat_key,
-        detect_key=detect_key_of(read, model.card, stat_key, chosen, device=config.detect.device),
+        detect_key=detect_key_of(read, model.card, stat_key, chosen, device=config.detect.device, held=held),
     )
 
 

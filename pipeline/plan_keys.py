@@ -13,7 +13,8 @@ from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
-from slidecube.pipeline.config import Config, Layer
+from slidecube.pipeline.config import Config, Coregistration, Layer
+from slidecube.pipeline.coregistration import COREGISTRATION_VERSION
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
 from slidecube.pipeline.run_plan import LayerPlan
 from slidecube.pipeline.terrain import TERRAIN_VERSION
@@ -92,8 +93,23 @@ def _source_term(name: str) -> str:
     return name if name in SOURCES else "local"
 
 
-def stat_key_of(layers: tuple[LayerPlan, ...], model: Detector, terms: list[Any]) -> str:
-    """Key of what is fitted to the layers of an epoch; terms : task keys of the tiles, and the area's outline."""
+def _registration_terms(held: Coregistration | None) -> list[Any]:
+    """What of the co-registration decides a pixel: where it is only warned of, the limit of the warning does not."""
+    if held is None:
+        return []
+    return [
+        COREGISTRATION_VERSION,
+        held.model_dump(mode="json", exclude=set() if held.correct else {"warn_px"}),
+    ]
+
+
+def stat_key_of(
+    layers: tuple[LayerPlan, ...], model: Detector, terms: list[Any], held: Coregistration | None = None
+) -> str:
+    """Key of what is fitted to the layers of an epoch.
+
+    terms : task keys of the tiles, and the area's outline; held : how the two images are held to one place
+    """
     card = model.card
     # the smallest objects by which clusters are named
     smallest_m2 = card.min_area_m2 if isinstance(model, Kmeans) else None
@@ -106,6 +122,7 @@ def stat_key_of(layers: tuple[LayerPlan, ...], model: Detector, terms: list[Any]
         dict(card.parameters),
         smallest_m2,
         *terms,
+        *_registration_terms(held),
     )
 
 
@@ -127,8 +144,9 @@ def detect_key_of(
     clusters: tuple[int, ...] | None,
     *,
     device: Device = "cpu",
+    held: Coregistration | None = None,
 ) -> str:
-    """Key of an epoch's detection; clusters : that a person named, None for those of the rule."""
+    """Key of an epoch's detection; clusters : that a person named, None for those of the rule; held : as above."""
     return content_key(
         "detect",
         SCHEMA_VERSION,
@@ -145,6 +163,7 @@ def detect_key_of(
         {"backend": "numpy", "dtype": "float32"}
         if card.window_px == 1
         else {"backend": "torch", "dtype": "float32", "device": device},
+        *_registration_terms(held),
     )
 
 

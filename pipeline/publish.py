@@ -64,12 +64,14 @@ def write_products(
     inventory_path: Path | None = None,
     formats: Sequence[str] = FORMATS,
     footprint: BaseGeometry | None = None,
+    shifts: gpd.GeoDataFrame | None = None,
 ) -> dict[str, Path]:
     """Write an inventory's products and the STAC item that lists them.
 
     objects : by `polygons.SCHEMA`; inventory : (epoch, y, x), opened decoded or as stored
     inventory_path : Zarr group to list among the item's assets; footprint : of the item, longitude and latitude
-    Returns asset key -> path ("objects", "geopackage", "<epoch>/probability", ..., "item").
+    shifts : between the images of each epoch, by block; written as a table where there are any
+    Returns asset key -> path ("objects", "shifts", "geopackage", "<epoch>/probability", ..., "item").
     Raises PipelineError for an unknown format.
     """
     unknown = sorted(set(formats) - set(FORMATS))
@@ -78,7 +80,9 @@ def write_products(
     out_dir.mkdir(parents=True, exist_ok=True)
     made: dict[str, Path] = {}
     if "parquet" in formats:
-        made["objects"] = write_geoparquet(out_dir / "landslides.parquet", objects)
+        made["objects"] = write_geoparquet(out_dir / "landslides.parquet", objects[[*SCHEMA, "geometry"]])
+        if shifts is not None and len(shifts):
+            made["shifts"] = write_geoparquet(out_dir / "shifts.parquet", shifts)
     if "gpkg" in formats:
         made["geopackage"] = write_geopackage(out_dir / "landslides.gpkg", objects, lineage)
     if "cog" in formats:
@@ -97,7 +101,7 @@ def write_geoparquet(path: Path, objects: gpd.GeoDataFrame) -> Path:
     """Write objects as GeoParquet 1.1 with a bounding box a row; equal objects give equal bytes."""
 
     def write(partial: Path) -> None:
-        objects[[*SCHEMA, "geometry"]].to_parquet(
+        objects.to_parquet(
             partial,
             index=False,
             compression="zstd",

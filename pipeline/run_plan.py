@@ -20,9 +20,9 @@ from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.models.zoo import build_model
 from slidecube.pipeline.composite import DATE_VARIABLES
-from slidecube.pipeline.config import Config, Layer
+from slidecube.pipeline.config import Config, Coregistration, Layer
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.estimate import Estimate
+from slidecube.pipeline.estimate import Estimate, compares_images
 from slidecube.pipeline.feature_sets import require_known, require_source
 from slidecube.pipeline.features import mnf_images, required_variables
 from slidecube.pipeline.series import SERIES_VARIABLES
@@ -176,6 +176,12 @@ def model_of(config: Config) -> Detector:
                 raise PipelineError(
                     f"Model {model.card.address} needs band {band}; [cube] bands holds {', '.join(config.cube.bands)}"
                 )
+    held = coregistration_of(config, model.card)
+    if held is not None and held.band not in config.cube.bands:
+        raise PipelineError(
+            f"[cube.coregistration] band: got {held.band!r}, which [cube] bands does not hold; allowed: "
+            f"{', '.join(config.cube.bands)}"
+        )
     if reads_radar(model.card) and config.sources.radar is None:
         raise PipelineError(
             f"Model {model.card.address} reads Sentinel-1; name a source of it as radar in [sources], such as "
@@ -231,6 +237,12 @@ def reads_radar(card: ModelCard) -> bool:
     return bool(needed["radar_pre"] or needed["radar_post"])
 
 
+def coregistration_of(config: Config, card: ModelCard) -> Coregistration | None:
+    """Return how the two images of a model are held to one place; None where they are not, or there is one only."""
+    how = config.cube.coregistration
+    return how if how.check and compares_images(card) else None
+
+
 def learns(card: ModelCard) -> bool:
     """Tell whether a model needs anything that is fitted to the cube: an MNF, or what it learns from patches."""
     return bool(mnf_images(card.inputs)) or card.sample_patches > 0
@@ -242,5 +254,5 @@ def minimum_size_px(min_area_m2: float, resolution_m: float) -> int:
 
 
 def halo_px(card: ModelCard, grid: TileGrid) -> int:
-    """Pixels beyond its edges that a tile's detection reads: cut objects count whole, and networks look around."""
+    """Pixels beyond its edges that a tile's detection looks at: cut objects count whole, and networks look around."""
     return minimum_size_px(card.min_area_m2, grid.resolution_m) - 1 + card.window_px // 2

@@ -26,6 +26,7 @@ from slidecube.pipeline.inventory import (
 )
 from slidecube.pipeline.lineage import Lineage
 from slidecube.pipeline.polygons import SCHEMA
+from slidecube.pipeline.shift_table import SHIFT_SCHEMA
 
 EXTENSIONS = (
     "https://stac-extensions.github.io/projection/v2.0.0/schema.json",
@@ -45,6 +46,12 @@ MEDIA_TYPES = {
     ".zarr": "application/vnd.zarr; version=3",
     ".html": "text/html",
     ".png": "image/png",
+}
+
+_TITLES = {
+    "objects": "Landslide objects (parquet)",
+    "geopackage": "Landslide objects (gpkg)",
+    "shifts": "Shifts between the images before and after the event, by block (parquet)",
 }
 
 _BANDS: dict[str, dict[str, Any]] = {
@@ -222,13 +229,13 @@ def _asset(key: str, path: Path, at: Path) -> pystac.Asset:
         extra["table:primary_geometry"] = "geometry" if path.suffix == ".parquet" else "geom"
         extra["table:columns"] = [
             {"name": name, "type": c.dtype, "description": c.description + (f" [{c.unit}]" if c.unit else "")}
-            for name, c in SCHEMA.items()
+            for name, c in (SHIFT_SCHEMA if key == "shifts" else SCHEMA).items()
         ]
     if path.suffix == ".html":
         roles = ["overview"]
     if path.suffix == ".png":
         roles = ["thumbnail"]
-    title = f"Landslide objects ({path.suffix[1:]})" if "table:columns" in extra else key.replace("/", ", ")
+    title = _TITLES.get(key, key.replace("/", ", "))
     return pystac.Asset(
         href=Path(os.path.relpath(path, at.parent)).as_posix(),
         title=title,

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from slidecube.pipeline.coregistration import Shift, shifts_in
 from slidecube.pipeline.drivers import Drivers
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.events import read_events
@@ -19,6 +20,7 @@ from slidecube.pipeline.pace import pace
 from slidecube.pipeline.plan_files import INDEX, current_run, known_runs, read_plan
 from slidecube.pipeline.queue import jobs_of
 from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.shift_table import shift_sums
 from slidecube.pipeline.storage import Place, matching, remove_tree, size_of, sizes
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import FIT_STAGES, Wanted, wanted_of
@@ -33,6 +35,7 @@ class _Tally:
     tiles: dict[str, Counter[str]] = field(default_factory=lambda: {"cube": Counter(), "detect": Counter()})
     observed: Counter[str] = field(default_factory=Counter)
     unseen: Counter[str] = field(default_factory=Counter)
+    shifts: list[Shift | None] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     lost: set[tuple[str, str, str]] = field(default_factory=set)
     substituted: set[tuple[str, str, str, str]] = field(default_factory=set)
@@ -80,6 +83,7 @@ class _Tally:
 
     def _count(self, numbers: dict[str, int], tiles: int) -> None:
         """Take in the pixels of so many tiles of equal numbers: most of a nation is all of one kind."""
+        self.shifts += [shift for shift in shifts_in(numbers).values() for _ in range(tiles)]
         for name, n in numbers.items():
             if name.upper() in Observability.__members__:
                 self.observed[name] += n * tiles
@@ -101,6 +105,7 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
     "scene_reads_last_run", "jobs": as of `jobs_of`,
     "statistics": [{epoch, key, frozen, clusters, reasons, repaired_tiles, sheet}],
     "observability": {name: pixels}, "not_observable": {reason: pixels},
+    "shifts": as of `shift_sums`, {} where no images are compared,
     "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}],
     "substituted": [{scene, asset, source, reason}], "complete", "running", "drivers": at work,
     "silent": [{run, shard, host, silent_s}] of drivers elsewhere whose heartbeat has stopped,
@@ -149,6 +154,7 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
         "statistics": fits,
         "observability": {v.name.lower(): tally.observed[v.name.lower()] for v in Observability},
         "not_observable": {reason: tally.unseen[reason] for i, reason in REASONS.items() if i},
+        "shifts": shift_sums(tally.shifts, made),
         "failures": tally.failures,
         "lost": [{"scene": s, "asset": a, "reason": r} for s, a, r in sorted(tally.lost)],
         "substituted": [

@@ -35,6 +35,7 @@ REASONS = {
     6: "#c62828",
     7: "#ef8a62",
     8: "#7a0019",
+    9: "#00838f",
 }
 """By the value of the reason byte, where a pixel is not observable."""
 

@@ -118,6 +118,7 @@ def status_summary(state: dict[str, Any]) -> str:
     lines += [line for fit in state["statistics"] for line in fit_lines(fit)]
     lines += _shares("pixels", state["observability"])
     lines += _shares("not observable", state["not_observable"])
+    lines += _shift_lines(state["shifts"])
     lines += _listed("failed", (f"{f['stage']} {f['tile']}: {f['reason']}" for f in state["failures"]))
     lines += _listed("unreadable", (f"{f['scene']} {f['asset']}: {f['reason']}" for f in state["lost"]))
     lines += _listed(
@@ -126,6 +127,24 @@ def status_summary(state: dict[str, Any]) -> str:
     )
     lines.append("complete" if state["complete"] else "incomplete: run the same command to go on")
     return "\n".join(lines)
+
+
+def _shift_lines(shifts: dict[str, Any]) -> list[str]:
+    """Describe how far the images before and after lie from each other."""
+    if not shifts or not any(shifts["blocks"].values()):
+        return []
+    blocks = shifts["blocks"]
+    measured = sum(blocks.values()) - blocks["unmeasured"]
+    where = f"in {measured} of {_count(sum(blocks.values()), 'block')}"
+    if not measured:
+        return [f"shift       of the image before against the one after: measured {where}"]
+    size = f"median {shifts['median_px']:.2f} px, largest {shifts['largest_px']:.2f} px"
+    lines = [f"shift       of the image before against the one after: {size}, measured {where}"]
+    if blocks["warned"] or blocks["excluded"]:
+        warned = f"{_count(blocks['warned'], 'block')} shifted by more than {shifts['warn_px']:g} px"
+        gone = f"{blocks['excluded']} by more than {shifts['exclude_px']:g} px, not observable"
+        lines.append(f"warning     {warned}, {gone}: see shifts.parquet")
+    return lines
 
 
 def _watched(state: dict[str, Any]) -> list[str]:
