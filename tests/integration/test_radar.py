@@ -158,7 +158,7 @@ def test_a_radar_model_is_run_and_what_it_cannot_see_has_its_reason(finished):
     assert (inventory["landslide"].isel(epoch=0).values[inside & blind] == 255).all()
     folded = inside & (stored["count"] == 0) & (stored["layover"] == 1)
     assert np.isin(reason[folded], [4, 7]).all()
-    assert inventory["reason"].attrs["flag_values"][-3:] == [6, 7, 8]
+    assert {6, 7, 8} <= set(inventory["reason"].attrs["flag_values"])
 
 
 def test_features_of_the_run_are_made_of_its_layers(finished):
