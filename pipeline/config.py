@@ -24,6 +24,7 @@ from slidecube.catalog.scenes import Window
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
 from slidecube.models.devices import Device
+from slidecube.pipeline.composite import METHODS
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.refusals import did_you_mean, refusal
 from slidecube.pipeline.storage import SCHEME, Place, place_of
@@ -332,7 +333,16 @@ class Coregistration(_Section):
 class Cube(_Section):
     """How the observations of a window become one layer."""
 
-    composite: Literal["greenest", "median"] = Field("greenest", description='"greenest" or "median"')
+    composite: Literal["greenest", "median", "medoid", "geomedian", "nearest-clear"] = Field(
+        "greenest", description=f"one of {', '.join(METHODS)}"
+    )
+    greenest_of: int = Field(
+        2,
+        ge=0,
+        le=50,
+        description="of greenest: the whole number of clear dates whose greenest is meant, however many there are, so "
+        "that more dates on one side are no loss of green; 0 to 50, 0 for the greenest of all",
+    )
     max_cloud_pct: float = Field(
         80.0, ge=0, le=100, description="the largest cloud share of a scene, 0 to 100 per cent"
     )

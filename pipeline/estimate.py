@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from slidecube.catalog.grid import TileGrid
 from slidecube.models.card import ModelCard
+from slidecube.pipeline.composite import COMPILED, OBSERVED_VARIABLES, STRIP_PX, Method
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.series import SERIES_VARIABLES
@@ -19,6 +20,9 @@ _COMPRESSION = 2.2  # of stored layers by zstd, on composites
 _SECONDS_PER_MPX_BAND_DATE = 0.028  # reading, masking and compositing on one core
 _SECONDS_PER_MPX_DETECT = 0.6
 _SECONDS_PER_MPX_SHIFT = 0.6  # of the blocks under a tile and around it
+_SECONDS_PER_MPX_GEOMEDIAN = 0.013  # a band and date
+_SECONDS_PER_MPX_MEDOID = 2.9e-4  # a band and pair of dates
+_COMPILER_GB = 0.12  # numba, its compiler, and what it made
 _DETECT_BYTES_PER_PX = 30  # masks, probabilities and their graph, beside layers and features
 _NETWORK_GB = 0.5  # torch, once it is imported
 _SECONDS_PER_MPX_NETWORK = 0.3  # of the dense encoder, units of the lattice included
@@ -31,7 +35,7 @@ _SECONDS_PER_MPX_RADAR_DATE = 0.16
 _SECONDS_PER_MPX_GEOMETRY = 2.0
 _RASTER_BYTES = 4  # a pixel of a layer of the TOML, as read; at most this as stored
 _SECONDS_PER_MPX_RASTER = 0.2
-_EXTRA = 4  # clear_count and three dates beside the bands
+_EXTRA = len(OBSERVED_VARIABLES)  # clear_count, three dates and spread, beside the bands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +82,10 @@ def estimate(
     card : of the model; tiles, scenes : how many; dates, radar_dates : layer -> tile -> number of scenes read
     rasters : layer of the TOML -> number of rasters that its tiles read, in all
     """
-    reads = sum(n for by in dates.values() for n in by.values())
+    each = [n for by in dates.values() for n in by.values()]
+    reads, most = sum(each), max(each, default=0)
     radar = _radar_cost(grid, tiles, radar_dates or {})
     own, own_reads = len(rasters or {}), sum((rasters or {}).values())
-    most = max((n for by in dates.values() for n in by.values()), default=0)
     bands, epochs = len(config.cube.bands), len(config.epochs)
     tile_mpx = grid.tile_px**2 / 1e6
     shapes = len(set(required_variables(card.inputs)["terrain"]) - set(TERRAIN_ALWAYS))
@@ -96,6 +100,7 @@ def estimate(
     if config.cube.coregistration.check and compares_images(card):
         around = (grid.tile_px / grid.block_px + 2) ** 2 * grid.block_px**2 / 1e6
         seconds += tiles * epochs * around * _SECONDS_PER_MPX_SHIFT
+    seconds += tile_mpx * _composite_seconds(config.cube.composite, each, bands=bands)
     seconds += epochs * card.sample_patches * card.parameters.get("epochs", 0.0) * _SECONDS_PER_PATCH_EPOCH
     block = max(block_mem_gb(block_px=grid.block_px, dates=most, bands=bands), radar.block_gb)
     return Estimate(
@@ -113,6 +118,7 @@ def estimate(
         files=tiles * (len(dates) * (kept + 1) + 4 + shapes + epochs * 6 + own * 2) + radar.files,
         peak_mem_gb=round(
             BASE_GB
+            + (config.cube.composite in COMPILED) * _COMPILER_GB
             + max(
                 tile_mem_gb(grid.tile_px, bands=kept - _EXTRA, dates=most),
                 detect_mem_gb(grid.tile_px, card),
@@ -171,9 +177,18 @@ def _of_series(card: ModelCard) -> int:
 
 
 def block_mem_gb(*, block_px: int, dates: int, bands: int) -> float:
-    """Working set of one lattice block: its dates as read and as harmonised, masks, and one band being sorted."""
-    pixels = block_px**2
-    return pixels * dates * (bands * 2 * 2 + 4 + 6) / 1e9
+    """Working set of one lattice block: its dates as read, one band of them twice, masks, and a strip at work."""
+    strip = min(STRIP_PX, block_px**2) * dates * (bands * 2 * 3 + 40)
+    return (block_px**2 * dates * (bands * 2 + 2 + 4) + strip) / 1e9
+
+
+def _composite_seconds(method: Method, dates: Iterable[int], *, bands: int) -> float:
+    """Seconds a megapixel of all tiles, beside what every method takes; dates : of each tile."""
+    if method == "geomedian":
+        return _SECONDS_PER_MPX_GEOMEDIAN * bands * sum(dates)
+    if method == "medoid":
+        return _SECONDS_PER_MPX_MEDOID * bands * sum(n * (n - 1) // 2 for n in dates)
+    return 0.0
 
 
 def tile_mem_gb(tile_px: int, *, bands: int, dates: int) -> float:

@@ -74,6 +74,17 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
     dates = {
         name: Variable(dtype="uint16", fill=0, attrs=_DAYS) for name in ("date_first", "date_last", "date")
     }
+    spread = Variable(
+        dtype="uint16",
+        fill=0,
+        attrs={
+            "units": "1",
+            "scale_factor": 1e-4,
+            "add_offset": -1e-4,
+            "long_name": "median distance of the clear observations from the composite, reflectance",
+            "comment": "0 = fewer than two clear observations",
+        },
+    )
     series = {
         "ndvi_mean": ("mean of NDVI over the clear observations", -1.0001),
         "ndvi_std": ("standard deviation of NDVI over the clear observations", -0.0001),
@@ -91,7 +102,7 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
         )
         for name in made.series_variables()
     }
-    return {**bands, "clear_count": count, **dates, **of_series}
+    return {**bands, "clear_count": count, **dates, "spread": spread, **of_series}
 
 
 def _auxiliary_variables(layer: Layer) -> dict[str, Variable]:

@@ -224,7 +224,7 @@ def _assemble(
     series = series_variables(model.card)
     sides = [
         {
-            side: optical_layer_plan(config, grid, w, scenes, series=series)
+            side: optical_layer_plan(config, grid, w, scenes, side=side, series=series)
             for side, w in epoch.windows.items()
         }
         for epoch in config.epochs

@@ -203,6 +203,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
                 "window": None if la.window is None else str(la.window),
                 **({"orbit": la.orbit} if la.orbit else {}),
                 **({"feature": la.feature} if la.feature else {}),
+                **({"event_at": la.event_at} if la.event_at else {}),
             }
             for la in made.layers
         ],
@@ -229,4 +230,5 @@ def _layer_from(entry: dict[str, Any]) -> LayerPlan:
         window=window,
         orbit=entry.get("orbit"),
         feature=entry.get("feature", ""),
+        event_at=entry.get("event_at"),
     )

@@ -13,11 +13,14 @@ from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
+from slidecube.pipeline.composite import WindowEnd
 from slidecube.pipeline.config import Config, Coregistration, Layer
 from slidecube.pipeline.coregistration import COREGISTRATION_VERSION
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
-from slidecube.pipeline.run_plan import LayerPlan
+from slidecube.pipeline.run_plan import LayerPlan, compositing
 from slidecube.pipeline.terrain import TERRAIN_VERSION
+
+_EVENT_AT: dict[str, WindowEnd] = {"pre": "end", "post": "start"}
 
 RADAR_VERSION = 1
 """Version of what radar layers hold and how it is made; a change makes every tile of them due, and of no others."""
@@ -26,22 +29,39 @@ AUXILIARY_VERSION = 1
 """The same of the layers that the TOML names."""
 
 
+OPTICAL_VERSION = 1
+"""Version of what optical layers hold and how it is made; a change makes every tile of them due, and of no others."""
+
+
 def optical_layer_plan(
-    config: Config, grid: TileGrid, window: Window, scenes: SceneTable, *, series: Sequence[str] = ()
+    config: Config,
+    grid: TileGrid,
+    window: Window,
+    scenes: SceneTable,
+    *,
+    side: str,
+    series: Sequence[str] = (),
 ) -> LayerPlan:
-    """Name and key the composite of a window; series : what it stores of its dates' NDVI."""
+    """Name and key the composite of a window.
+
+    side : "pre" or "post", which tells where the event lies; series : what it stores of its dates' NDVI
+    """
     cube = config.cube
+    how = compositing(config, event_at=_EVENT_AT[side] if cube.composite == "nearest-clear" else None)
     key = content_key(
         "optical",
         SCHEMA_VERSION,
+        OPTICAL_VERSION,
         grid.key,
         _source_term(scenes.source_of("optical", config.sources.optical)),
         sorted([*cube.bands, *series]),
         {"classes": sorted(cube.mask.scl_classes), "dilation_px": cube.mask.dilation_px},
-        cube.composite,
+        how,
         str(window),
     )
-    return LayerPlan(name=f"optical-{window}-{key[:8]}", kind="optical", key=key, window=window)
+    name = f"optical-{window}-{key[:8]}"
+    event_at = how.event_at if how.method == "nearest-clear" else None
+    return LayerPlan(name=name, kind="optical", key=key, window=window, event_at=event_at)
 
 
 def terrain_layer_plan(

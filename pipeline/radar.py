@@ -19,7 +19,8 @@ import xarray as xr
 from scipy import ndimage
 
 from slidecube.catalog.scenes import Scene
-from slidecube.pipeline.composite import median_of_positive, observations
+from slidecube.pipeline.composite import observations
+from slidecube.pipeline.medians import median_of_positive
 
 DB_SHIFT = 10_000
 DB_PER_STEP = 0.01

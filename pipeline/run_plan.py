@@ -19,7 +19,7 @@ from slidecube.models.card import ModelCard
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.models.zoo import build_model
-from slidecube.pipeline.composite import DATE_VARIABLES
+from slidecube.pipeline.composite import OBSERVED_VARIABLES, Compositing, WindowEnd
 from slidecube.pipeline.config import Config, Coregistration, Layer
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate, compares_images
@@ -36,6 +36,7 @@ class LayerPlan:
 
     name : of its store, key included; key : layer_key; window : None for terrain; orbit : of radar, None of others
     feature : name of a layer of the TOML, by which features read it
+    event_at : of an optical layer for which it matters, the end of the window at which the event lies
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerPlan:
     window: Window | None = None
     orbit: OrbitState | None = None
     feature: str = ""
+    event_at: WindowEnd | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +140,7 @@ class RunPlan:
 
     def optical_variables(self) -> list[str]:
         """Stored variables of an optical layer."""
-        return [*self.config.cube.bands, *DATE_VARIABLES, *self.series_variables()]
+        return [*self.config.cube.bands, *OBSERVED_VARIABLES, *self.series_variables()]
 
     def series_variables(self) -> tuple[str, ...]:
         """Stored variables of an optical layer that tell of its dates' NDVI."""
@@ -168,7 +170,7 @@ def model_of(config: Config) -> Detector:
     needed = required_variables(model.card.inputs)
     if config.sources.optical in SOURCES:  # of others each item says what it has
         require_source(model.card.inputs, config.sources.optical, SOURCES[config.sources.optical].bands)
-    by_dates = {*DATE_VARIABLES, *SERIES_VARIABLES}
+    by_dates = {*OBSERVED_VARIABLES, *SERIES_VARIABLES}
     of_series = {"B04", "B08"} if series_variables(model.card) else set()
     for side in ("pre", "post"):
         for band in sorted({*needed[side], *of_series} - by_dates):
@@ -195,6 +197,16 @@ def model_of(config: Config) -> Detector:
             )
     _require_clusters(model, detect.landslide_clusters)
     return model
+
+
+def compositing(config: Config, *, event_at: WindowEnd | None) -> Compositing:
+    """Return how an optical layer is composited; what its method does not look at has one value, and no other key."""
+    cube = config.cube
+    return Compositing(
+        method=cube.composite,
+        greenest_of=cube.greenest_of if cube.composite == "greenest" else 0,
+        event_at=event_at or "end",
+    )
 
 
 def terrain_variables(card: ModelCard) -> tuple[str, ...]:
@@ -227,7 +239,7 @@ def _require_clusters(model: Detector, chosen: Mapping[str, tuple[int, ...]] | N
 
 def fit_terms(config: Config) -> dict[str, Any]:
     """What of a cube must agree for statistics of one to hold for another, as canonical JSON types."""
-    cube = config.cube.model_dump(mode="json", include={"composite", "mask"})
+    cube = config.cube.model_dump(mode="json", include={"composite", "greenest_of", "mask"})
     return {"resolution_m": config.area.resolution_m, **cube}
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -30,15 +30,16 @@ from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.errors import ModelError
 from slidecube.pipeline.auxiliary import CLASS_NODATA, auxiliary
 from slidecube.pipeline.blocks import by_block, touching
-from slidecube.pipeline.composite import MaskRule, Method, clear_mask, composite
+from slidecube.pipeline.composite import Compositing, composite
 from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PassingError, PipelineError
 from slidecube.pipeline.fit import moments_tile, sample_tile
 from slidecube.pipeline.ledger import Ledger, Record
+from slidecube.pipeline.masks import MaskRule, clear_mask
 from slidecube.pipeline.plan_files import read_plan
 from slidecube.pipeline.radar import SpeckleFilter
 from slidecube.pipeline.radar_layer import RadarSettings, radar_layer
-from slidecube.pipeline.run_plan import LayerPlan, RunPlan
+from slidecube.pipeline.run_plan import LayerPlan, RunPlan, compositing
 from slidecube.pipeline.series import ndvi_series
 from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import Workspace
@@ -105,7 +106,7 @@ def optical_layer(
     geobox: GeoBox,
     bands: Sequence[str],
     *,
-    method: Method,
+    how: Compositing,
     mask: MaskRule,
     block_px: int,
     clear_tyx: da.Array | None = None,
@@ -118,7 +119,7 @@ def optical_layer(
     scenes : of one window of time; geobox : on the lattice's blocks; see `composite` for the rest
     clear_tyx : what may be used, when it is known already, as by `clear_observations`
     series : add `ndvi_mean` and `ndvi_std`; see `ndvi_series`
-    Returns (y, x) uint16 variables: the bands, `clear_count`, `date_first`, `date_last`, `date`.
+    Returns (y, x) uint16 variables: the bands, and `composite.OBSERVED_VARIABLES`.
     """
     cube = load(scenes, geobox, bands, block_px=block_px, log=log, loader=loader)
     clear = (
@@ -127,7 +128,7 @@ def optical_layer(
         else clear_tyx
     )
     data = {b: cube[b].data for b in bands}
-    made = composite(data, clear, scenes=scenes, method=method)
+    made = composite(data, clear, scenes=scenes, how=how)
     if series:
         made |= ndvi_series(data, clear, scenes=scenes)
     coords = {name: cube.coords[name] for name in ("y", "x", "spatial_ref")}
@@ -175,10 +176,9 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
             tile=task.tile, key=task.key, state="empty", reason=f"no {what}{between} touches this tile"
         )
     log = ReadLog()
-    if layer.kind == "auxiliary":
-        data = _auxiliary_data(plan, task, scenes, log, context)
-    else:
-        data = _MAKERS[layer.kind](plan, tile, scenes, log, context)
+    data = _MAKERS[layer.kind](
+        _Work(plan=plan, layer=layer, tile=tile, scenes=scenes, log=log, context=context)
+    )
     _within_budget(plan, task, log, [scene for scene in scenes if scene.role == role])
     seen = _seen(layer, data)
     checksums, size = store_tile(plan, task, data, context)
@@ -212,70 +212,75 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     )
 
 
-def _terrain_data(
-    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, context: TileContext
-) -> dict[str, np.ndarray]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """One tile of one layer to be made, and where it is noted what was read."""
+
+    plan: RunPlan
+    layer: LayerPlan
+    tile: Tile
+    scenes: list[Scene]
+    log: ReadLog
+    context: TileContext
+
+
+def _terrain_data(work: _Work) -> dict[str, np.ndarray]:
     lazy = terrain(
-        scenes,
-        tile.geobox,
-        variables=plan.terrain_variables(),
-        block_px=plan.grid.block_px,
-        log=log,
-        loader=context.loader,
+        work.scenes,
+        work.tile.geobox,
+        variables=work.plan.terrain_variables(),
+        block_px=work.plan.grid.block_px,
+        log=work.log,
+        loader=work.context.loader,
     )
-    return by_block(lazy, context.threads)
+    return by_block(lazy, work.context.threads)
 
 
-def _optical_data(
-    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, context: TileContext
-) -> dict[str, np.ndarray]:
+def _optical_data(work: _Work) -> dict[str, np.ndarray]:
     """Composite one tile in bounded memory: what is clear first, once, then one block after another."""
-    cube, block_px = plan.config.cube, plan.grid.block_px
+    cube, block_px = work.plan.config.cube, work.plan.grid.block_px
     mask = MaskRule(scl_classes=cube.mask.scl_classes, dilation_px=cube.mask.dilation_px)
     lazy = clear_observations(
-        scenes, tile.geobox, mask=mask, block_px=block_px, log=log, loader=context.loader
+        work.scenes, work.tile.geobox, mask=mask, block_px=block_px, log=work.log, loader=work.context.loader
     )
-    clear = by_block({"clear": lazy}, context.threads)["clear"]
+    clear = by_block({"clear": lazy}, work.context.threads)["clear"]
     layer = optical_layer(
-        scenes,
-        tile.geobox,
+        work.scenes,
+        work.tile.geobox,
         cube.bands,
-        method=cube.composite,
+        how=compositing(work.plan.config, event_at=work.layer.event_at),
         mask=mask,
         block_px=block_px,
-        series=bool(plan.series_variables()),
+        series=bool(work.plan.series_variables()),
         clear_tyx=da.from_array(clear, chunks=(-1, block_px, block_px), name=False),
-        log=log,
-        loader=context.loader,
+        log=work.log,
+        loader=work.context.loader,
     )
-    return by_block({name: layer[name].data for name in plan.optical_variables()}, context.threads)
+    return by_block({name: layer[name].data for name in work.plan.optical_variables()}, work.context.threads)
 
 
-def _radar_data(
-    plan: RunPlan, tile: Tile, scenes: list[Scene], log: ReadLog, context: TileContext
-) -> dict[str, np.ndarray]:
-    radar = plan.config.cube.radar
+def _radar_data(work: _Work) -> dict[str, np.ndarray]:
+    radar = work.plan.config.cube.radar
     lazy = radar_layer(
-        [scene for scene in scenes if scene.role == "radar"],
-        [scene for scene in scenes if scene.role == "dem"],
-        tile.geobox,
+        [scene for scene in work.scenes if scene.role == "radar"],
+        [scene for scene in work.scenes if scene.role == "dem"],
+        work.tile.geobox,
         settings=RadarSettings(
             slope_correction=radar.slope_correction, speckle=SpeckleFilter(window_px=radar.speckle_window_px)
         ),
-        block_px=plan.grid.block_px,
-        log=log,
-        loader=context.loader,
+        block_px=work.plan.grid.block_px,
+        log=work.log,
+        loader=work.context.loader,
     )
-    return by_block(lazy, context.threads)
+    return by_block(lazy, work.context.threads)
 
 
-def _auxiliary_data(
-    plan: RunPlan, task: TileTask, scenes: list[Scene], log: ReadLog, context: TileContext
-) -> dict[str, np.ndarray]:
-    settings = plan.layer_settings(task.layer)
+def _auxiliary_data(work: _Work) -> dict[str, np.ndarray]:
+    settings = work.plan.layer_settings(work.layer.name)
     assert settings is not None
-    lazy = auxiliary(scenes, plan.by_tile[task.tile].geobox, settings, block_px=plan.grid.block_px, log=log)
-    return by_block({settings.name: lazy}, context.threads)
+    block_px = work.plan.grid.block_px
+    lazy = auxiliary(work.scenes, work.tile.geobox, settings, block_px=block_px, log=work.log)
+    return by_block({settings.name: lazy}, work.context.threads)
 
 
 def _seen(layer: LayerPlan, data: dict[str, np.ndarray]) -> np.ndarray:
@@ -293,6 +298,7 @@ _MAKERS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
     "optical": _optical_data,
     "radar": _radar_data,
     "terrain": _terrain_data,
+    "auxiliary": _auxiliary_data,
 }
 _STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {
     "cube": _cube,

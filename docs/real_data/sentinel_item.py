@@ -20,7 +20,8 @@ from slidecube.catalog.items import normalised, scene_of
 from slidecube.catalog.load import load
 from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import find_source, offset_of
-from slidecube.pipeline.composite import MaskRule
+from slidecube.pipeline.composite import Compositing
+from slidecube.pipeline.masks import MaskRule
 from slidecube.pipeline.tile import optical_layer
 
 FOLDER = "sentinel_cogs/sentinel-cogs/sentinel-s2-l2a-cogs/29/R/KH/2020/2/S2A_29RKH_20200219_0_L2A"
@@ -98,7 +99,7 @@ def warped(scene: Scene, band: str, box: GeoBox, kernel: str) -> np.ndarray:
 
 def layer(scene: Scene, box: GeoBox) -> dict[str, np.ndarray]:
     """The optical layer that slidecube makes of the one scene, as stored."""
-    lazy = optical_layer([scene], box, BANDS, method="greenest", mask=MASK, block_px=512)
+    lazy = optical_layer([scene], box, BANDS, how=Compositing(method="greenest"), mask=MASK, block_px=512)
     return {str(name): array.to_numpy() for name, array in lazy.compute(scheduler="synchronous").items()}
 
 

@@ -23,7 +23,8 @@ import bottleneck
 import numpy as np
 import xarray as xr
 
-from slidecube.pipeline.composite import composite_block, median_of_positive
+from slidecube.pipeline.composite import Compositing, composite_block
+from slidecube.pipeline.medians import median_of_positive
 
 DATES, BANDS, SIDE_PX, BLOCK_PX, ROUNDS = 12, 4, 1024, 512, 3
 WANTED = 4.0
@@ -98,7 +99,8 @@ def _composite(bands: list[np.ndarray], clear: np.ndarray) -> list[np.ndarray]:
             at = np.s_[:, y : y + BLOCK_PX, x : x + BLOCK_PX]
             out[at] = composite_block(
                 [band[at] for band in bands], clear[at], shifts=np.zeros(DATES, np.int32),
-                days=np.arange(DATES, dtype=np.uint16) + 1, groups=[[i] for i in range(DATES)], method="median",
+                days=np.arange(DATES, dtype=np.uint16) + 1, groups=[[i] for i in range(DATES)],
+                how=Compositing(method="median"),
                 red=2, nir=3,
             )  # fmt: skip
     return list(out[:BANDS])

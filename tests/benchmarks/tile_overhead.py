@@ -22,12 +22,13 @@ from rasterio.warp import transform_bounds
 
 from slidecube.catalog.load import load
 from slidecube.models.predict import predict
-from slidecube.pipeline.composite import DATE_VARIABLES, MaskRule, clear_mask, composite_block, observations
+from slidecube.pipeline.composite import OBSERVED_VARIABLES, Compositing, composite_block, observations
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.detect import without_small
 from slidecube.pipeline.features import build_features
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.lock import Lock
+from slidecube.pipeline.masks import MaskRule, clear_mask
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, read_layers
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run_plan import RunPlan, halo_px, minimum_size_px
@@ -162,17 +163,18 @@ def _optical(made: RunPlan, tile, scenes, taken: dict[str, float]) -> dict[str, 
         lazy = clear_mask(da.from_array(scl, chunks=(-1, 3 * BLOCK_PX, 3 * BLOCK_PX)), rule, halo_px=BLOCK_PX)
         clear = lazy.compute(scheduler="synchronous")
     names = list(config.bands)
-    stored = np.empty((len(names) + len(DATE_VARIABLES), TILE_PX, TILE_PX), np.uint16)
+    stored = np.empty((len(names) + len(OBSERVED_VARIABLES), TILE_PX, TILE_PX), np.uint16)
     with _timed(taken, "composite"):
         for rows, columns in _blocks():
             at = np.s_[:, rows, columns]
             stored[at] = composite_block(
                 [cube[name].values[at] for name in names], clear[at],
                 shifts=np.array([1000 + round(10_000 * s.offset.value) for s in scenes], np.int32),
-                days=np.arange(len(scenes), dtype=np.uint16) + 1, groups=observations(scenes), method="median",
+                days=np.arange(len(scenes), dtype=np.uint16) + 1, groups=observations(scenes),
+                how=Compositing(method="median"),
                 red=names.index("B04"), nir=names.index("B08"),
             )  # fmt: skip
-    return dict(zip([*names, *DATE_VARIABLES], stored, strict=True))
+    return dict(zip([*names, *OBSERVED_VARIABLES], stored, strict=True))
 
 
 def _terrain(_made: RunPlan, tile, scenes, taken: dict[str, float]) -> dict[str, np.ndarray]:

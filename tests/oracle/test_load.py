@@ -19,7 +19,8 @@ from rasterio.vrt import WarpedVRT
 from slidecube.catalog.errors import AssetReadError, CatalogError
 from slidecube.catalog.load import ReadLog, load, on_lattice
 from slidecube.catalog.scenes import Offset, Scene, SceneTable
-from slidecube.pipeline.composite import MaskRule
+from slidecube.pipeline.composite import Compositing
+from slidecube.pipeline.masks import MaskRule
 from slidecube.pipeline.tile import optical_layer
 
 WEST, NORTH, SIDE_M = 399_960.0, 5_300_040.0, 30_720
@@ -241,9 +242,9 @@ def test_pixels_beyond_the_outline_count_on_no_tile_size(scene):
         touching = list(SceneTable(scenes=(short,)).touching(window))
         if not touching:
             return np.zeros(window.shape, "uint16")
-        return optical_layer(touching, window, ["B04"], method="median", mask=mask, block_px=512)[
-            "B04"
-        ].values
+        return optical_layer(
+            touching, window, ["B04"], how=Compositing(method="median"), mask=mask, block_px=512
+        )["B04"].values
 
     whole = made(large)
     assert whole[:, :512].any()

@@ -15,9 +15,10 @@ import rioxarray
 import scipy.linalg
 
 from slidecube.catalog.scenes import Window
-from slidecube.pipeline.composite import MaskRule
+from slidecube.pipeline.composite import Compositing
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.indices import relative_difference
+from slidecube.pipeline.masks import MaskRule
 from slidecube.pipeline.open import open_inventory
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.tile import optical_layer
@@ -173,7 +174,7 @@ def test_the_median_of_flanders_is_numpys(section, numbers, shared_data, wrapped
         for tile in tiles:
             block = tile.geobox
             lazy = optical_layer(
-                scenes, block, flanders.BANDS, method="median", mask=MaskRule(), block_px=512
+                scenes, block, flanders.BANDS, how=Compositing(method="median"), mask=MaskRule(), block_px=512
             )
             row, col = (
                 round((block.affine.f - box.affine.f) / 10),

@@ -16,18 +16,14 @@ from hypothesis.extra import numpy as hnp
 
 from slidecube.catalog.scenes import Offset, Scene
 from slidecube.pipeline.composite import (
-    SCL_DILATED,
-    SCL_MASKED,
-    MaskRule,
-    _harmonised,
-    _sort_columns,
-    _sorting_network,
-    clear_mask,
+    Compositing,
+    _harmonise,
     composite,
-    median_of_positive,
     observations,
 )
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.masks import SCL_DILATED, SCL_MASKED, MaskRule, clear_mask
+from slidecube.pipeline.medians import median_of_positive, sort_columns, sorting_network
 
 EPOCH = np.datetime64("1970-01-01")
 unhurried = settings(deadline=None, max_examples=60)
@@ -43,9 +39,20 @@ def scene(i, *, offset=0.0, datatake=None, when=None):
     )  # fmt: skip
 
 
+EVERY = ("greenest", "greenest of 2", "median", "medoid", "geomedian", "nearest-clear")
+
+
+def how_of(method):
+    """A method by its name, "greenest of 2" being a draw."""
+    name, _, draw = method.partition(" of ")
+    return Compositing(method=name, greenest_of=int(draw or 0))
+
+
 def run(bands, clear, scenes, method, chunks=-1):
     lazy = {name: da.from_array(values, chunks=(-1, chunks, chunks)) for name, values in bands.items()}
-    made = composite(lazy, da.from_array(clear, chunks=(-1, chunks, chunks)), scenes=scenes, method=method)
+    made = composite(
+        lazy, da.from_array(clear, chunks=(-1, chunks, chunks)), scenes=scenes, how=how_of(method)
+    )
     return {name: array.compute(scheduler="synchronous") for name, array in made.items()}
 
 
@@ -158,7 +165,7 @@ def assert_dates(got, cube, scenes):
 
 
 @unhurried
-@given(stacks(), st.sampled_from(["greenest", "median"]), st.randoms(use_true_random=False))
+@given(stacks(), st.sampled_from(EVERY), st.randoms(use_true_random=False))
 def test_the_order_of_scenes_changes_nothing(stack, method, random):
     bands, clear, scenes = stack
     order = list(range(len(scenes)))
@@ -172,7 +179,7 @@ def test_the_order_of_scenes_changes_nothing(stack, method, random):
 
 
 @unhurried
-@given(stacks(), st.sampled_from(["greenest", "median"]), st.data())
+@given(stacks(), st.sampled_from(EVERY), st.data())
 def test_two_items_of_one_overpass_count_once(stack, method, data):
     """A scene cut into two overlapping items, listed in any order, gives the composite of the whole scene."""
     bands, clear, scenes = stack
@@ -261,9 +268,9 @@ def test_what_cannot_be_composed_is_refused():
     one = da.ones((1, 2, 2), dtype=np.uint16)
     clear = da.ones((1, 2, 2), dtype=bool)
     with pytest.raises(PipelineError, match="'greenest' needs bands B04 and B08; got B02"):
-        composite({"B02": one}, clear, scenes=[scene(0)], method="greenest")
+        composite({"B02": one}, clear, scenes=[scene(0)], how=Compositing(method="greenest"))
     with pytest.raises(PipelineError, match="'S000' has no offset decision"):
-        composite({"B02": one}, clear, scenes=[scene(0, offset=None)], method="median")
+        composite({"B02": one}, clear, scenes=[scene(0, offset=None)], how=Compositing(method="median"))
 
 
 # --- the mask ----------------------------------------------------------------------------------------------------
@@ -288,7 +295,7 @@ def test_mask_equals_morphology_and_sees_no_block_edge(scl, dilation, classes):
         np.testing.assert_array_equal(got, want[:, 8:16, 8:16])
 
 
-@pytest.mark.parametrize("method", ["greenest", "median"])
+@pytest.mark.parametrize("method", EVERY)
 def test_block_cuts_change_nothing(method):
     """Mask, dilation and composite of 16 px in blocks of 4, 8 or 16, with 16 px of halo around."""
     rng = np.random.default_rng(4)
@@ -299,7 +306,7 @@ def test_block_cuts_change_nothing(method):
     for block in (16, 8, 4):
         clear = clear_mask(da.from_array(scl, chunks=(-1, block, block)), MaskRule(dilation_px=2), halo_px=16)
         cut = {n: da.from_array(v, chunks=(-1, block, block)) for n, v in bands.items()}
-        made = composite(cut, clear, scenes=scenes, method=method)
+        made = composite(cut, clear, scenes=scenes, how=how_of(method))
         got = dict(zip(made, da.compute(*made.values(), scheduler="synchronous"), strict=True))
         assert 0 < (got["clear_count"] == 0).mean() < 1
         whole = whole or got
@@ -315,10 +322,10 @@ def test_the_sorting_network_sorts_columns(n):
     else:
         columns = np.random.default_rng(n).integers(0, 2 * n, (n, 500)).astype(np.uint16)
     expected = np.sort(columns, axis=0)
-    _sort_columns(columns)
+    sort_columns(columns)
 
     assert np.array_equal(columns, expected)
-    assert all(a.stop - a.start == b.stop - b.start and a.stop <= b.start for a, b in _sorting_network(n))
+    assert all(a.stop - a.start == b.stop - b.start and a.stop <= b.start for a, b in sorting_network(n))
 
 
 def test_a_median_of_many_strips_is_numpys():
@@ -338,7 +345,7 @@ def test_numbers_are_shifted_as_whole_numbers_and_kept_from_nodata(shift):
     dn = np.array([[[0, 1, 2, 999, 1000, 1001, 40_000, 64_535, 65_534, 65_535]]], np.uint16)
     valid = dn > 0
 
-    got = _harmonised(dn, valid, np.array([shift], np.int32))
+    got = np.empty(dn.shape, np.uint16)
+    _harmonise(dn, valid, np.array([shift], np.int32), out=got)
 
-    assert got.dtype == np.uint16
     assert np.array_equal(got, np.where(valid, np.clip(dn.astype(np.int64) + shift, 1, 65535), 0))

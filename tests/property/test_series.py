@@ -14,7 +14,7 @@ from slidecube.catalog.scenes import Offset, Scene
 from slidecube.models.errors import ModelError
 from slidecube.models.rules import ALDI_DEFAULTS, aldi_index
 from slidecube.models.zoo import build_model
-from slidecube.pipeline.composite import composite
+from slidecube.pipeline.composite import Compositing, composite
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.run_plan import series_variables
 from slidecube.pipeline.series import loss_probability, ndvi_series, series_values
@@ -82,7 +82,9 @@ def test_order_and_blocks_change_nothing_and_counts_are_the_composites(seed, ran
 
     cut = run({b: v[order] for b, v in bands.items()}, clear[order], [scenes[i] for i in order], chunks=3)
     lazy = {name: da.from_array(values) for name, values in bands.items()}
-    count = composite(lazy, da.from_array(clear), scenes=scenes, method="median")["clear_count"].compute()
+    count = composite(lazy, da.from_array(clear), scenes=scenes, how=Compositing(method="median"))[
+        "clear_count"
+    ].compute()
 
     for name, values in want.items():
         np.testing.assert_array_equal(cut[name], values)

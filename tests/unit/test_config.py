@@ -189,7 +189,7 @@ REFUSED = {
     "name twice": (MINIMAL + EPOCH, ["epoch.name: got 'iburi-2018' 2 times", "each name once"]),
     "composite": (
         MINIMAL + '[cube]\ncomposite = "mean"\n',
-        ["cube.composite: got 'mean'", '"greenest" or "median"'],
+        ["cube.composite: got 'mean'", "greenest, median, medoid, geomedian, nearest-clear"],
     ),
     "quoted number": (
         MINIMAL + '[cube]\nmax_cloud_pct = "80"\n',

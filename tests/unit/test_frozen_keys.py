@@ -1,4 +1,4 @@
-"""Keys of layers of runs that use nothing of it, written down before it existed: what was made then is still done."""
+"""Keys written down: what a run does not read is not in them, and what was made is still done."""
 
 from __future__ import annotations
 
@@ -33,12 +33,27 @@ def config(tmp_path):
 
 def test_layers(config):
     made = config()
-    assert optical_layer_plan(made, GRID, PRE, NONE).key == "2ed8992224347aa2"
-    assert optical_layer_plan(made, GRID, POST, NONE).key == "5f1ac7bf0696a319"
+    assert optical_layer_plan(made, GRID, PRE, NONE, side="pre").key == "3455897121cdafaa"
+    assert optical_layer_plan(made, GRID, POST, NONE, side="post").key == "1c480e32bda7141d"
+
+
+def test_a_method_is_keyed_by_what_it_looks_at_and_by_no_more(config):
+    def keys(more):
+        made = config(more=more)
+        return [optical_layer_plan(made, GRID, PRE, NONE, side=side).key for side in ("pre", "post")]
+
+    plain = keys("")
+    assert plain[0] == plain[1], "last year's post is this year's pre"
+    assert keys("greenest_of = 2\n") == plain
+    assert keys("greenest_of = 0\n")[0] != plain[0]
+    medoid = keys('composite = "medoid"\n')
+    assert medoid == keys('composite = "medoid"\ngreenest_of = 5\n')
+    assert medoid[0] == medoid[1] != plain[0]
+    nearest = keys('composite = "nearest-clear"\n')
+    assert nearest[0] != nearest[1], "the event lies at another end"
 
 
 def test_what_decides_the_results(config):
-    # not that of the beginning: a detection now looks at the shift between its images, and so is due
     assert content_key(config().science()) == "7ece49b82ed2f73e"
     assert content_key(config().search_terms()) == "13689b53a393f6b8"
 
@@ -53,4 +68,6 @@ def test_settings_of_radar_decide_nothing_without_it_and_everything_of_it_with_i
     assert one.name.startswith("radar-2018-06-01_2018-09-06-descending-")
     assert two.name.startswith("radar-2018-06-01_2018-09-06-ascending-")
     assert (one.orbit, two.orbit) == ("descending", "ascending")
-    assert optical_layer_plan(plain, GRID, PRE, NONE) == optical_layer_plan(other, GRID, PRE, NONE)
+    assert optical_layer_plan(plain, GRID, PRE, NONE, side="pre") == optical_layer_plan(
+        other, GRID, PRE, NONE, side="pre"
+    )
