@@ -15,7 +15,7 @@ from slidecube.catalog.grid import Tile, TileGrid, cuts
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.auxiliary import dtype_of, nodata_of
 from slidecube.pipeline.blocks import by_block
-from slidecube.pipeline.composite import DATE_VARIABLES
+from slidecube.pipeline.composite import OBSERVED_VARIABLES
 from slidecube.pipeline.config import Coregistration
 from slidecube.pipeline.coregistration import BlockShifts, margin_px, measure_shift, move
 from slidecube.pipeline.errors import PipelineError
@@ -162,7 +162,7 @@ def _registered(pre: xr.Dataset, shifts: BlockShifts, held: Coregistration, marg
                 out[name].values[rows, cols] = array.values
         elif verdict == "excluded":
             for name, array in out.data_vars.items():
-                if name not in DATE_VARIABLES:  # that something was seen there stays true
+                if name not in OBSERVED_VARIABLES:  # that something was seen there stays true
                     array.values[rows, cols] = _nodata_and_dtype(str(name))[0]
     return out
 
