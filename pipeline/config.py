@@ -417,6 +417,52 @@ class Fit(_Section):
         description="the key of statistics that were fitted earlier in this workspace, such as '0123456789abcdef'; "
         "left out, they are fitted to the layers of each epoch",
     )
+    mnf_components: int | None = Field(
+        None,
+        ge=1,
+        le=len(DEFAULT_BANDS),
+        description="the whole number of MNF components that a model reads in place of its own, "
+        f"1 to {len(DEFAULT_BANDS)}",
+    )
+    mnf_variance: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="the share of the sum of eigenvalues, above 0, at most 1, that the kept MNF components hold, in "
+        "place of a fixed number; a model then reads all components, or mnf_components of them, and those that are "
+        "not kept are 0",
+    )
+    strata: str | None = Field(
+        None,
+        min_length=1,
+        description="the path of polygons (GeoJSON, GeoPackage, shapefile, FlatGeobuf, GeoParquet) or of a raster of "
+        "whole numbers, from the TOML's folder: an MNF is fitted to each stratum; left out, one serves the whole area",
+    )
+    strata_field: str | None = Field(
+        None,
+        min_length=1,
+        description="the attribute of the polygons that names their stratum; left out, each is one of its own",
+    )
+    strata_blend_m: float = Field(
+        500.0,
+        ge=0,
+        le=10_000,
+        description="metres on each side of a border in which two strata blend, 0 (a hard border) to 10000",
+    )
+    strata_min_px: int = Field(
+        10_000,
+        ge=100,
+        description="the fewest pixels of a stratum that is fitted alone, a whole number, 100 or more; one of fewer "
+        "takes the fit of the whole",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _field_of_strata(self) -> Fit:
+        if self.strata_field is not None and self.strata is None:
+            raise ValueError(
+                "strata_field names an attribute of strata, which are left out; name their file, too"
+            )
+        return self
 
 
 class Output(_Section):
@@ -561,13 +607,27 @@ class Config:
             "sources": self._source_terms(),
             # settings of what is not read decide nothing
             "cube": self.cube.model_dump(mode="json", exclude=set() if self.sources.radar else {"radar"}),
-            "fit": self.fit.model_dump(mode="json"),
+            "fit": {"statistics": self.fit.statistics, **self.fit_terms()},
             # whoever names no features and no layers has the keys of before they could be named
             "detect": self.detect.model_dump(
                 mode="json", exclude=set() if self.detect.features else {"features"}
             ),
             **({"layers": self._layer_terms()} if self.layers else {}),
         }
+
+    def fit_terms(self) -> dict[str, Any]:
+        """Return what decides a fit beside its layers and its model, of what is set; strata count by their content."""
+        fit = self.fit
+        kept = {"mnf_components": fit.mnf_components, "mnf_variance": fit.mnf_variance}
+        terms: dict[str, Any] = {name: value for name, value in kept.items() if value is not None}
+        if fit.strata is not None:
+            terms |= {
+                "strata": _file_digest(self.resolve(fit.strata), self, key="fit.strata"),
+                "strata_field": fit.strata_field,
+                "strata_blend_m": fit.strata_blend_m,
+                "strata_min_px": fit.strata_min_px,
+            }
+        return terms
 
     def _source_terms(self) -> dict[str, str | list[str]]:
         """Sources as the catalogue takes them: the same words in two folders may mean two local catalogues.
@@ -605,7 +665,7 @@ class Config:
     def _area_terms(self) -> dict[str, Any]:
         aoi = self.aoi
         if isinstance(aoi, Path):
-            aoi = _aoi_digest(aoi, self)
+            aoi = _file_digest(aoi, self, key="area.aoi")
         return {
             "aoi": list(aoi) if isinstance(aoi, tuple) else aoi,
             **self.area.model_dump(mode="json", include={"crs", "resolution_m"}),
@@ -693,17 +753,20 @@ def file_digest(path: Path, what: str) -> str:
         ) from None
 
 
-def _aoi_digest(path: Path, config: Config) -> str:
-    """Digest of an AOI file; a shapefile's projection lies beside it and counts too."""
+def _file_digest(path: Path, config: Config, *, key: Literal["area.aoi", "fit.strata"]) -> str:
+    """Digest of a file of polygons or classes; what lies beside a shapefile counts, too."""
     digest = hashlib.sha256()
+    section, got = (Area, config.area.aoi) if key == "area.aoi" else (Fit, config.fit.strata)
+    beside = (".prj",) if key == "area.aoi" else (".prj", ".dbf")
     try:
         digest.update(path.read_bytes())
-        if path.suffix.lower() == ".shp" and path.with_suffix(".prj").is_file():
-            digest.update(path.with_suffix(".prj").read_bytes())
+        for suffix in beside if path.suffix.lower() == ".shp" else ():
+            if path.with_suffix(suffix).is_file():
+                digest.update(path.with_suffix(suffix).read_bytes())
     except OSError as error:
         near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         raise PipelineError(
-            f"{config.path}: area.aoi: got {config.area.aoi!r}, which cannot be read ({error.strerror or error})"
-            f"{did_you_mean(path.name, near)}; allowed: {Area.model_fields['aoi'].description}"
+            f"{config.path}: {key}: got {got!r}, which cannot be read ({error.strerror or error})"
+            f"{did_you_mean(path.name, near)}; allowed: {section.model_fields[key.partition('.')[2]].description}"
         ) from None
     return f"sha256:{digest.hexdigest()}"

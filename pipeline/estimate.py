@@ -35,6 +35,7 @@ _SECONDS_PER_MPX_RADAR_DATE = 0.16
 _SECONDS_PER_MPX_GEOMETRY = 2.0
 _RASTER_BYTES = 4  # a pixel of a layer of the TOML, as read; at most this as stored
 _SECONDS_PER_MPX_RASTER = 0.2
+_STRATA_BYTES_PER_PX = 64
 _EXTRA = len(OBSERVED_VARIABLES)  # clear_count, three dates and spread, beside the bands
 
 
@@ -121,7 +122,7 @@ def estimate(
             + (config.cube.composite in COMPILED) * _COMPILER_GB
             + max(
                 tile_mem_gb(grid.tile_px, bands=kept - _EXTRA, dates=most),
-                detect_mem_gb(grid.tile_px, card),
+                detect_mem_gb(grid.tile_px, card) + strata_mem_gb(config),
                 radar.tile_gb,
             )
             + block,
@@ -201,6 +202,14 @@ def detect_mem_gb(tile_px: int, card: ModelCard) -> float:
     stored = sum(len(names) + 1 for names in required_variables(card.inputs).values() if names)
     per_px = stored * 2 + len(card.inputs.names) * 4 * 2 + _DETECT_BYTES_PER_PX
     return tile_px**2 * per_px / 1e9 + (card.window_px > 1) * _NETWORK_GB
+
+
+def strata_mem_gb(config: Config) -> float:
+    """Working set of the weights of strata on one tile: codes, distances on both sides, and three strata's weights."""
+    if config.fit.strata is None:
+        return 0.0
+    side = config.cube.tile_px + 2 * config.fit.strata_blend_m / config.area.resolution_m
+    return side**2 * _STRATA_BYTES_PER_PX / 1e9
 
 
 def fit_mem_gb(card: ModelCard) -> float:

@@ -17,7 +17,7 @@ from slidecube.pipeline.config import BANDS, DEFAULT_BANDS, LAYER_NAME
 from slidecube.pipeline.coregistration import BlockShifts
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
-from slidecube.pipeline.mnf import Mnf
+from slidecube.pipeline.mnf_strata import StratifiedMnf
 from slidecube.pipeline.radar import backscatter_db, cross_ratio_db, db_change
 from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.series import SERIES_VARIABLES, loss_probability, series_values
@@ -36,6 +36,7 @@ class Layers:
     radar_pre, radar_post : radar layers of one orbit direction; empty where no radar is read
     auxiliary : layers of the TOML, by their names
     mnf : "post", "pre" or "change" -> the frozen MNF of that image, for features that need one
+    strata : weight of each stratum by name, as `blend_weights` has them; empty where one fit serves the whole
     components : MNF components, by name; `build_features` makes them from `mnf`, once for all that are wanted
     shifts : of `pre` against `post`, where they are compared and the shift is measured
     """
@@ -46,7 +47,8 @@ class Layers:
     radar_pre: xr.Dataset = field(default_factory=xr.Dataset)
     radar_post: xr.Dataset = field(default_factory=xr.Dataset)
     auxiliary: xr.Dataset = field(default_factory=xr.Dataset)
-    mnf: Mapping[str, Mnf] = field(default_factory=dict)
+    mnf: Mapping[str, StratifiedMnf] = field(default_factory=dict)
+    strata: xr.Dataset = field(default_factory=xr.Dataset)
     components: xr.Dataset = field(default_factory=xr.Dataset)
     shifts: BlockShifts | None = None
 
@@ -393,12 +395,13 @@ def mnf_image(image: str, layers: Layers) -> xr.Dataset:
 
 def _with_components(layers: Layers, spec: FeatureSpec) -> Layers:
     components = xr.Dataset()
-    for image in mnf_images(spec):
+    for image, count in mnf_images(spec).items():
         if image not in layers.mnf:
             raise PipelineError(
                 f"Features mnf1_{image}, ... need the fitted MNF of {image}; run `slidecube fit` first"
             )
-        components.update(layers.mnf[image].transform(mnf_image(image, layers), suffix=image))
+        bands = mnf_image(image, layers)
+        components.update(layers.mnf[image].components(bands, layers.strata, suffix=image, count=count))
     return replace(layers, components=components)
 
 

@@ -58,7 +58,8 @@ def fit_state(made: RunPlan, epoch: EpochPlan) -> dict[str, Any]:
     """Say what was fitted for an epoch.
 
     Returns {"epoch", "key", "frozen", "clusters": landslide clusters in use, "named_by": "rule", "person" or "",
-    "reasons": of the rule by cluster, "repaired_tiles": tiles that were made or mended after the freeze, "sheet"}.
+    "reasons": of the rule by cluster, "repaired_tiles": tiles that were made or mended after the freeze, "sheet",
+    "strata": image -> {"fitted", "take the whole"}, {} without strata, "seams": steps where they meet}.
     """
     folder = made.workspace.statistics(epoch.stat_key)
     manifest = read_manifest(folder)
@@ -73,5 +74,7 @@ def fit_state(made: RunPlan, epoch: EpochPlan) -> dict[str, Any]:
         "named_by": "" if "clusters" not in manifest else "rule" if chosen is None else "person",
         "reasons": dict(manifest.get("reasons", {})),
         "repaired_tiles": sorted(later) if not made.config.fit.statistics else [],
+        "strata": dict(manifest.get("strata", {})),
+        "seams": dict(manifest.get("seams", {})),
         "sheet": str(folder / SHEET) if (folder / SHEET).is_file() else "",
     }

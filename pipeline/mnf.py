@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask.array as da
@@ -85,13 +85,44 @@ class Mnf:
         count = self.components if components is None else components
         if not 1 <= count <= len(self.bands):
             raise PipelineError(f"components={count} is not allowed; 1 to {len(self.bands)} are")
-        arrays = _picked(cube, self.bands)
+        arrays = picked(cube, self.bands)
         mean, weights = np.array(self.mean), np.array(self.weights[:count])
 
         def block(*bands: np.ndarray) -> np.ndarray:
             return _weighted(bands, weights, before=mean, nodata=nodata)
 
-        return _mapped(block, arrays, component_names(count, suffix))
+        return mapped(block, arrays, component_names(count, suffix))
+
+    def kept_of(self, bands: Sequence[np.ndarray], count: int) -> np.ndarray:
+        """First components of one block: (count, ...) float32; those beyond `components` hold nothing, and are 0.
+
+        bands : arrays in the order of the fit; NaN = unknown, which makes all components NaN
+        """
+        kept = min(count, self.components)
+        found = _weighted(bands, np.array(self.weights[:kept]), before=np.array(self.mean))
+        if kept == count:
+            return found
+        rest = np.where(np.isnan(found[:1]), found[:1], np.float32(0))
+        return np.concatenate([found, *[rest] * (count - kept)])
+
+    def holding(self, share: float, *, most: int) -> Mnf:
+        """Keep the fewest components that hold a share of the sum of eigenvalues, at most so many."""
+        held = np.cumsum(self.shares) >= share - 1e-12  # the last one is 1 but for rounding
+        fewest = int(held.argmax()) + 1 if held.any() else len(self.bands)
+        return replace(self, components=min(fewest, most))
+
+    def turned_to(self, other: Mnf, covariance: np.ndarray) -> Mnf:
+        """Give each component the sign with which it correlates with the same component of another fit.
+
+        covariance : (b, b) of the pixels of this fit
+        """
+        mine, theirs = np.array(self.weights), np.array(other.weights)
+        signs = np.where(np.einsum("kb,bc,kc->k", mine, covariance, theirs) < 0, -1.0, 1.0)
+        return replace(
+            self,
+            weights=tuple(_tuple(row) for row in mine * signs[:, None]),
+            inverse_weights=tuple(_tuple(row) for row in np.array(self.inverse_weights) * signs),
+        )
 
     def inverse(self, components: xr.Dataset | Mapping[str, xr.DataArray], *, suffix: str = "") -> xr.Dataset:
         """Bands again, from all components or, smoothed, from the first ones that are given.
@@ -111,7 +142,7 @@ class Mnf:
         def block(*parts: np.ndarray) -> np.ndarray:
             return _weighted(parts, weights, after=after)
 
-        return _mapped(block, _picked(components, names[:count]), self.bands)
+        return mapped(block, picked(components, names[:count]), self.bands)
 
     def to_json(self) -> str:
         """Write as JSON, exactly: numbers in hexadecimal."""
@@ -227,7 +258,8 @@ def _signs(correlation_bk: np.ndarray) -> np.ndarray:
     return signs
 
 
-def _picked(cube: xr.Dataset | Mapping[str, xr.DataArray], names: Sequence[str]) -> list[xr.DataArray]:
+def picked(cube: xr.Dataset | Mapping[str, xr.DataArray], names: Sequence[str]) -> list[xr.DataArray]:
+    """Arrays of a cube by name; raises PipelineError for a missing one."""
     missing = [name for name in names if name not in cube]
     if missing:
         raise PipelineError(
@@ -237,7 +269,7 @@ def _picked(cube: xr.Dataset | Mapping[str, xr.DataArray], names: Sequence[str])
     return [cube[name] for name in names]
 
 
-def _mapped(
+def mapped(
     block: Callable[..., np.ndarray], arrays: Sequence[xr.DataArray], names: Sequence[str]
 ) -> xr.Dataset:
     """Apply (y, x), ... -> (name, y, x) to whole arrays, or to chunk after chunk of lazy ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -20,10 +21,11 @@ from slidecube.pipeline.config import Coregistration
 from slidecube.pipeline.coregistration import BlockShifts, margin_px, measure_shift, move
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import SIDES, Layers, build_features, required_variables
-from slidecube.pipeline.mnf import Mnf
+from slidecube.pipeline.mnf_strata import StratifiedMnf
 from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan, coregistration_of
 from slidecube.pipeline.store import read_window
+from slidecube.pipeline.strata import blend_weights
 from slidecube.pipeline.tasks import layer_ledger
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
 
@@ -90,7 +92,7 @@ def read_layers(
     epoch: str,
     window: PixelWindow,
     *,
-    mnf: Mapping[str, Mnf] | None = None,
+    mnf: Mapping[str, StratifiedMnf] | None = None,
     also: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Layers:
     """Read what the plan's model needs in a window, as far as it is done; a tile counts only if its record does.
@@ -122,7 +124,8 @@ def read_layers(
     read["auxiliary"] = xr.Dataset()
     for name in needed["auxiliary"]:
         read["auxiliary"].update(_read(plan, made.auxiliary[name], [name], window))
-    layers = Layers(**read, mnf=mnf or {})  # type: ignore[arg-type]  # by the names of SIDES
+    weights = stratum_weights(plan, window) if mnf else xr.Dataset()
+    layers = Layers(**read, mnf=mnf or {}, strata=weights)  # type: ignore[arg-type]  # by the names of SIDES
     if held is None:
         return layers
     shifts = _measured(plan, made, window, held)
@@ -167,6 +170,34 @@ def _registered(pre: xr.Dataset, shifts: BlockShifts, held: Coregistration, marg
     return out
 
 
+def stratum_weights(plan: RunPlan, window: PixelWindow) -> xr.Dataset:
+    """Weight of each stratum in a window, (y, x) float32 by its name; empty where the plan has no strata."""
+    if plan.strata is None:
+        return xr.Dataset()
+    half_px = plan.config.fit.strata_blend_m / plan.grid.resolution_m
+    margin = math.ceil(half_px) + 1
+    found = blend_weights(stratum_codes(plan, window.padded(margin)), margin_px=margin, half_px=half_px)
+    return xr.Dataset({plan.strata.name_of(code): (("y", "x"), weight) for code, weight in found.items()})
+
+
+def stratum_codes(plan: RunPlan, window: PixelWindow) -> np.ndarray:
+    """Codes of a plan's strata in a window, block by block of the lattice: (y, x) uint16, 0 = in none."""
+    out = np.zeros(window.shape, np.uint16)
+    if plan.strata is None:
+        return out
+    px = plan.grid.block_px
+    for row in range(window.row // px, -(-(window.row + window.height) // px)):
+        for col in range(window.col // px, -(-(window.col + window.width) // px)):
+            block = PixelWindow(row=row * px, col=col * px, height=px, width=px)
+            codes = plan.strata.codes(block.geobox(plan.grid))
+            y0, x0 = block.row - window.row, block.col - window.col
+            to = np.s_[max(y0, 0) : y0 + px, max(x0, 0) : x0 + px]
+            part = codes[max(-y0, 0) :, max(-x0, 0) :]
+            part = part[: window.height - max(y0, 0), : window.width - max(x0, 0)]
+            out[to] = part
+    return out
+
+
 def aoi_mask(plan: RunPlan, window: PixelWindow) -> np.ndarray:
     """Pixels whose centre lies in the area of interest: (y, x) bool."""
     inside: np.ndarray = rasterio.features.geometry_mask(
@@ -181,7 +212,11 @@ def features_of(
     """Build features in memory, one lattice block after another, `threads` at a time: (y, x) float32, NaN = unknown."""
     chunks = window.chunks(block_px)
     sides = {side: getattr(layers, side) for side in SIDES}
-    lazy = Layers(**{side: d.chunk(chunks) if d else d for side, d in sides.items()}, mnf=layers.mnf)
+    lazy = Layers(
+        **{side: d.chunk(chunks) if d else d for side, d in sides.items()},
+        mnf=layers.mnf,
+        strata=layers.strata.chunk(chunks) if layers.strata else layers.strata,
+    )
     built = build_features(spec, lazy)
     made = by_block({str(name): array.data for name, array in built.items()}, threads)
     return xr.Dataset({name: (("y", "x"), values) for name, values in made.items()})

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import compress
 from typing import Any, Literal
 
+import numpy as np
 import shapely
 
 from slidecube.catalog.aoi import Aoi, read_aoi
@@ -52,6 +53,7 @@ from slidecube.pipeline.run_plan import (
 from slidecube.pipeline.statistics import load_statistics, read_manifest
 from slidecube.pipeline.storage import fetched
 from slidecube.pipeline.store import Workspace
+from slidecube.pipeline.strata import Strata, read_strata
 
 
 def _require_statistics(workspace: Workspace, config: Config, model: Detector) -> None:
@@ -252,9 +254,8 @@ def _assemble(
         by = {**optical, **(seen if reads_radar(model.card) else {}), **read_too}
         read = _read_layers(by, terrain)
         contributing = [[tasks[layer.name][tile.key][0] for layer in read] for tile in tiles]
-        epochs.append(
-            _epoch_plan(config, epoch.name, by, terrain, model=model, terms=[contributing, outline])
-        )
+        terms = [contributing, outline, *([config.fit_terms()] if config.fit_terms() else [])]
+        epochs.append(_epoch_plan(config, epoch.name, by, terrain, model=model, terms=terms))
     _require_fits(config, epochs)
     rows, cols = [t.row for t in tiles], [t.col for t in tiles]
     extent = [min(rows), min(cols), max(rows), max(cols)]
@@ -274,6 +275,7 @@ def _assemble(
         epochs=tuple(epochs),
         tasks=tasks,
         inventory=f"{config.stem}-{model.card.name}-{inventory_key[:8]}",
+        strata=_strata(config, grid, tiles),
         estimate=estimate(
             config,
             grid,
@@ -285,6 +287,20 @@ def _assemble(
             rasters=_rasters(layers, tasks),
         ),
     )
+
+
+def _strata(config: Config, grid: TileGrid, tiles: tuple[Tile, ...]) -> Strata | None:
+    """Read the strata of the tiles and of what lies around them."""
+    fit = config.fit
+    if fit.strata is None:
+        return None
+    boxes = [tile.geobox.boundingbox.bbox for tile in tiles]
+    lows, highs = (np.array([box[at] for box in boxes]) for at in (slice(0, 2), slice(2, 4)))
+    around_m = grid.tile_px * grid.resolution_m + 2 * fit.strata_blend_m  # a tile reads into its neighbours
+    left, bottom = lows.min(axis=0) - around_m
+    right, top = highs.max(axis=0) + around_m
+    bounds = (float(left), float(bottom), float(right), float(top))
+    return read_strata(config.resolve(fit.strata), field=fit.strata_field, bounds=bounds, crs=grid.crs)
 
 
 def _dates(

@@ -23,6 +23,7 @@ from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan
 from slidecube.pipeline.storage import create, fetched, made_once, read_tagged, swap
 from slidecube.pipeline.store import Workspace
+from slidecube.pipeline.strata import Strata
 
 INDEX = "index.json"
 """File beside the plans which tells what each of them answers."""
@@ -74,6 +75,7 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
         tasks={entry["name"]: _tasks_from(table, entry["name"]) for entry in raw["layers"]},
         inventory=raw["inventory"],
         estimate=Estimate(**raw["estimate"]),
+        strata=Strata.read(folder, raw["strata"]) if raw.get("strata") else None,
     )
 
 
@@ -174,6 +176,8 @@ def write_plan(made: RunPlan) -> None:
             for tile in made.tiles
         ]
         pq.write_table(pa.Table.from_pylist(rows), local / "tiles.parquet")
+        if made.strata is not None:
+            made.strata.write(local, made.grid.crs)
         text = json.dumps(_plan_json(made), indent=1, sort_keys=True)
         (local / PLAN).write_text(text, encoding="utf-8")
 
@@ -213,6 +217,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
         "sources": [asdict(entry) for entry in made.scenes.sourcing],
         "science": made.config.science(),
         "tiles": len(made.tiles),
+        **({"strata": list(made.strata.names)} if made.strata else {}),
     }
 
 

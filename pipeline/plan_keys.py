@@ -128,7 +128,8 @@ def stat_key_of(
 ) -> str:
     """Key of what is fitted to the layers of an epoch.
 
-    terms : task keys of the tiles, and the area's outline; held : how the two images are held to one place
+    terms : task keys of the tiles, the area's outline, and `Config.fit_terms` where there are any
+    held : how the two images are held to one place
     """
     card = model.card
     # the smallest objects by which clusters are named

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,9 +25,10 @@ from slidecube.pipeline.config import Config, Coregistration, Layer
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate, compares_images
 from slidecube.pipeline.feature_sets import require_known, require_source
-from slidecube.pipeline.features import mnf_images, required_variables
+from slidecube.pipeline.features import MNF_BANDS, mnf_images, required_variables
 from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.store import Workspace
+from slidecube.pipeline.strata import Strata
 from slidecube.pipeline.terrain import TERRAIN_ALWAYS
 
 
@@ -82,6 +84,7 @@ class RunPlan:
     run : name, the TOML's stem and eight digits of the plan's digest; inventory : name of the inventory it makes
     aoi : frozen with the plan; scenes : everything that the run may read
     tasks : layer -> tile -> (task key, positions in `scenes` of what is read)
+    strata : that are fitted apart, None where the whole is fitted
     reused_scenes : the scene list came from an earlier plan, nothing was searched
     """
 
@@ -97,6 +100,7 @@ class RunPlan:
     tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
     inventory: str
     estimate: Estimate = field(repr=False)
+    strata: Strata | None = None
     reused_scenes: bool = False
 
     @cached_property
@@ -166,6 +170,7 @@ def model_of(config: Config) -> Detector:
         parameters=detect.parameters,
         features=detect.features,
     )
+    model = _with_components(model, config)
     require_known(model.card.inputs, [layer.name for layer in config.layers])
     needed = required_variables(model.card.inputs)
     if config.sources.optical in SOURCES:  # of others each item says what it has
@@ -209,6 +214,26 @@ def compositing(config: Config, *, event_at: WindowEnd | None) -> Compositing:
     )
 
 
+def _with_components(model: Detector, config: Config) -> Detector:
+    """Let a model read as many MNF components as the configuration says."""
+    fit = config.fit
+    wanted = {name: getattr(fit, name) for name in ("mnf_components", "mnf_variance", "strata")}
+    asked = [name for name, value in wanted.items() if value is not None]
+    if asked and not mnf_images(model.card.inputs):
+        raise PipelineError(
+            f"Model {model.card.address} reads no MNF component; leave {', '.join(asked)} out of [fit], or choose a "
+            "model that does, such as 'kmeans'"
+        )
+    count = fit.mnf_components or (len(MNF_BANDS) if fit.mnf_variance is not None else None)
+    if count is None or not isinstance(model, Kmeans):
+        return model
+    images = mnf_images(model.card.inputs)
+    components = {f"mnf{k + 1}_{image}": None for image in images for k in range(count)}
+    others = [name for name in model.card.inputs.names if re.fullmatch(r"mnf\d+_\w+", name) is None]
+    inputs = replace(model.card.inputs, names=(*components, *others))
+    return replace(model, card=replace(model.card, inputs=inputs))
+
+
 def terrain_variables(card: ModelCard) -> tuple[str, ...]:
     """Variables of the terrain that are stored for a model: those of every layer, and what else its features read."""
     needed = required_variables(card.inputs)["terrain"]
@@ -240,7 +265,8 @@ def _require_clusters(model: Detector, chosen: Mapping[str, tuple[int, ...]] | N
 def fit_terms(config: Config) -> dict[str, Any]:
     """What of a cube must agree for statistics of one to hold for another, as canonical JSON types."""
     cube = config.cube.model_dump(mode="json", include={"composite", "greenest_of", "mask"})
-    return {"resolution_m": config.area.resolution_m, **cube}
+    unset = dict.fromkeys(("mnf_variance", "strata", "strata_field", "strata_blend_m", "strata_min_px"))
+    return {"resolution_m": config.area.resolution_m, **cube, **unset, **config.fit_terms()}
 
 
 def reads_radar(card: ModelCard) -> bool:

@@ -17,7 +17,7 @@ from slidecube.models.unsupervised import Kmeans
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import mnf_images
 from slidecube.pipeline.keys import content_key
-from slidecube.pipeline.mnf import Mnf
+from slidecube.pipeline.mnf_strata import StratifiedMnf
 from slidecube.pipeline.storage import Place, below, fetched, matching, write_atomic
 
 MANIFEST = "statistics.json"
@@ -30,14 +30,14 @@ class Statistics:
     """What was fitted.
 
     key : stat_key; digest : of all that was frozen, "" where nothing had to be fitted
-    mnf : image ("post", "change") -> its MNF; detector : as fitted
+    mnf : image ("post", "change") -> its MNF, strata included; detector : as fitted
     clusters : landslide clusters as the rule named them, None for a model that does not cluster
     contributed : tiles whose layers were whole when it was fitted; pixels : that were counted
     """
 
     key: str
     digest: str
-    mnf: Mapping[str, Mnf]
+    mnf: Mapping[str, StratifiedMnf]
     detector: Detector
     clusters: tuple[int, ...] | None = None
     contributed: frozenset[str] = frozenset()
@@ -55,6 +55,20 @@ class Statistics:
 def mnf_file(folder: Place, image: str) -> Place:
     """File of the MNF of an image."""
     return folder / f"mnf-{image}.json"
+
+
+def strata_file(folder: Place, image: str) -> Place:
+    """File of the MNF of an image's strata."""
+    return folder / f"mnf-{image}.strata.json"
+
+
+def read_mnf(folder: Place, image: str) -> StratifiedMnf:
+    """Read the MNF of an image, and those of its strata where there are some."""
+    strata = strata_file(folder, image)
+    return StratifiedMnf.from_json(
+        mnf_file(folder, image).read_text(encoding="utf-8"),
+        strata.read_text(encoding="utf-8") if strata.is_file() else "",
+    )
 
 
 def freeze(
@@ -132,10 +146,7 @@ def load_statistics(folder: Place, model: Detector) -> Statistics:
     return Statistics(
         key=manifest["key"],
         digest=frozen_digest(folder),
-        mnf={
-            image: Mnf.from_json(mnf_file(folder, image).read_text(encoding="utf-8"))
-            for image in mnf_images(card.inputs)
-        },
+        mnf={image: read_mnf(folder, image) for image in mnf_images(card.inputs)},
         detector=fitted,
         clusters=None if clusters is None else tuple(clusters),
         contributed=frozenset(manifest["contributed"]),

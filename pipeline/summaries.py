@@ -92,6 +92,13 @@ def fit_lines(fit: dict[str, Any]) -> list[str]:
     if fit["named_by"]:
         names = ", ".join(map(str, fit["clusters"])) or "none"
         lines.append(f"clusters    {fit['epoch']}: landslide = {names} (named by {fit['named_by']})")
+    for image, strata in fit["strata"].items():
+        lines.append(
+            f"strata      {fit['epoch']}: {len(strata['fitted'])} with an MNF of {image} of their own"
+        )
+        lines += [
+            f"            {name} takes the whole's: {why}" for name, why in strata["take the whole"].items()
+        ]
     if fit["sheet"]:
         lines.append(f"sheet       {fit['sheet']}")
     if fit["repaired_tiles"]:

@@ -33,7 +33,8 @@ from slidecube.pipeline.blocks import by_block, touching
 from slidecube.pipeline.composite import Compositing, composite
 from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PassingError, PipelineError
-from slidecube.pipeline.fit import moments_tile, sample_tile
+from slidecube.pipeline.fit import sample_tile
+from slidecube.pipeline.fit_mnf import moments_tile
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.masks import MaskRule, clear_mask
 from slidecube.pipeline.plan_files import read_plan

@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pytest
+import shapely
 from geopandas.testing import assert_geodataframe_equal
 
 from slidecube.models.card import FeatureSpec
@@ -61,6 +63,8 @@ MODELS = {
     "everything": 'model = "everything"',
     "cae-kmeans": 'model = "cae-kmeans"\nparameters = { sample = 6000, epochs = 4, batch = 1000 }',
     "cae-kmeans-change": 'model = "cae-kmeans-change"\nparameters = { sample = 6000, epochs = 4, batch = 1000 }',
+    "kmeans-strata": 'model = "kmeans"\nparameters = { sample = 6000 }\n'
+    '[fit]\nstrata = "zones.geojson"\nstrata_field = "zone"\nstrata_blend_m = 300\nmnf_variance = 0.9',
 }
 """What a TOML says of a model, short of a long training."""
 
@@ -104,6 +108,8 @@ def _run(
             model=MODELS[model], loader=loader,
         )
     )  # fmt: skip
+    if "strata" in model:
+        _write_zones(folder / "zones.geojson", archive)
     if (
         "kmeans" in model
     ):  # a person names a cluster: the rule may find none here, and nothing would be compared
@@ -114,6 +120,20 @@ def _run(
     report = run(load_config(toml), progress=False)
     assert report.complete, report.reasons
     return folder
+
+
+def _write_zones(path: Path, archive) -> None:
+    """Two zones that meet aslant across tiles and blocks, a small one in no block alone, and what lies in none."""
+    area = gpd.read_file(archive.root / "truth" / "area.geojson").to_crs("EPSG:32632")
+    left, bottom, right, top = area.total_bounds
+    width, height = right - left, top - bottom
+    first = shapely.Polygon(
+        [(left, bottom), (left + 0.35 * width, bottom), (left + 0.75 * width, top), (left, top)]
+    )
+    small = shapely.Point(left + 0.8 * width, bottom + 0.5 * height).buffer(300)
+    second = shapely.box(left, bottom, right, bottom + 0.8 * height).difference(first).difference(small)
+    zones = gpd.GeoDataFrame({"zone": ["a", "b", "c"]}, geometry=[first, second, small], crs="EPSG:32632")
+    zones.to_crs("EPSG:4326").to_file(path)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +166,10 @@ def references(archive, tmp_path_factory):
         ),
         pytest.param("greenest", "cae-kmeans", {"tile_px": 1024, "threads": 2}, id="cae-1024px-2threads"),
         pytest.param("greenest", "cae-kmeans", DASK, id="cae-512px-2processes", marks=SLOW),
+        pytest.param(
+            "greenest", "kmeans-strata", {"tile_px": 1024, "threads": 2}, id="strata-1024px", marks=SLOW
+        ),
+        pytest.param("greenest", "kmeans-strata", DASK, id="strata-2processes", marks=SLOW),
         pytest.param(
             "greenest", "cae-kmeans-change", {"tile_px": 2048, "workers": 2}, id="cae-change", marks=SLOW
         ),
