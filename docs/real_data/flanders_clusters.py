@@ -40,7 +40,7 @@ def measure(shared: Path, scratch: Path, images: Path | None = None) -> dict[str
         }
         maps[model] = cluster_map(plan)
         for image, mnf in load_statistics(folder, plan.model).mnf.items():
-            found.setdefault("spectra", {})[image] = chain.spectrum(mnf)
+            found.setdefault("spectra", {})[image] = chain.spectrum(mnf.whole)
     if images is not None:
         _draw(shared, maps, found["models"], images / "real-flanders-clusters.png")
     return found

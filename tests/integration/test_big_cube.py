@@ -89,7 +89,7 @@ def test_the_moments_of_one_big_cube_are_those_of_the_tiles(workspaces, client):
 
     assert client.scheduler_info()["workers"]
     assert sums.pixels == fitted.mnf["change"].pixels
-    assert tuple(sums.mean.tolist()) == fitted.mnf["change"].mean
+    assert tuple(sums.mean.tolist()) == fitted.mnf["change"].whole.mean
 
 
 @pytest.fixture(scope="module")

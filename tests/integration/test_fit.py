@@ -235,11 +235,11 @@ def test_what_was_learnt_is_what_the_cube_holds(cae, command):
     known = (values != 0).all(axis=0) & inside
 
     assert found.pixels == known.sum()
-    np.testing.assert_allclose(found.mnf["post"].mean, values[:, known].mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found.mnf["post"].whole.mean, values[:, known].mean(axis=1), rtol=1e-12)
     pairs = known[:-1, :-1] & known[1:, 1:]
     noise = np.cov((values[:, :-1, :-1] - values[:, 1:, 1:])[:, pairs]) / 2
     eigenvalues = np.linalg.eigvals(np.linalg.solve(noise, np.cov(values[:, known]))).real
-    np.testing.assert_allclose(found.mnf["post"].eigenvalues, np.sort(eigenvalues)[::-1], rtol=1e-6)
+    np.testing.assert_allclose(found.mnf["post"].whole.eigenvalues, np.sort(eigenvalues)[::-1], rtol=1e-6)
     assert read_manifest(plan.workspace.statistics(epoch.stat_key))["pixels"] == known.sum()
 
 
