@@ -271,6 +271,26 @@ class Layer(_Section):
         return self.resampling or KERNELS[self.kind][0]
 
 
+class LandCover(_Section):
+    """Land cover before each event, learnt from points whose class you name; a feature `land_cover`."""
+
+    points: str = Field(
+        min_length=1, description="the path of a GeoJSON or GeoPackage of points, from the TOML's folder"
+    )
+    column: str = Field(
+        "class", min_length=1, description="the column of the class: names, or whole numbers 0 to 65534"
+    )
+    min_points: int = Field(
+        10, ge=1, description="the whole number of points that each class needs, 1 or more"
+    )
+    min_leaf: int = Field(
+        1, ge=1, description="the whole number of points that a leaf of the tree holds at least"
+    )
+    radar: bool = Field(
+        default=True, description="true or false: whether it reads Sentinel-1, where [sources] radar names it"
+    )
+
+
 class Mask(_Section):
     """Which pixels of a scene are not looked at."""
 
@@ -520,6 +540,7 @@ class Sections(_Section):
     layers: Annotated[tuple[Layer, ...], BeforeValidator(_tuple)] = Field(
         (), validation_alias="layer", description="[[layer]] tables, each with name, kind, and href or source"
     )
+    land_cover: LandCover | None = Field(None, description="a table with points")
     fit: Fit = Field(default_factory=Fit, description="a table")
     detect: Detect = Field(default_factory=Detect, description="a table")
     output: Output = Field(default_factory=Output, description="a table")
@@ -541,6 +562,7 @@ class Config:
     sources: Sources
     cube: Cube
     layers: tuple[Layer, ...]
+    land_cover: LandCover | None
     fit: Fit
     detect: Detect
     output: Output
@@ -613,6 +635,7 @@ class Config:
                 mode="json", exclude=set() if self.detect.features else {"features"}
             ),
             **({"layers": self._layer_terms()} if self.layers else {}),
+            **({"land_cover": self._land_cover_terms()} if self.land_cover else {}),
         }
 
     def fit_terms(self) -> dict[str, Any]:
@@ -628,6 +651,16 @@ class Config:
                 "strata_min_px": fit.strata_min_px,
             }
         return terms
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Features that its layers bring."""
+        return (*(layer.name for layer in self.layers), *(("land_cover",) if self.land_cover else ()))
+
+    def _land_cover_terms(self) -> dict[str, Any]:
+        assert self.land_cover is not None
+        digest = file_digest(self.resolve(self.land_cover.points), f"{self.path}: land_cover.points")
+        return {**self.land_cover.model_dump(mode="json"), "points": digest}
 
     def _source_terms(self) -> dict[str, str | list[str]]:
         """Sources as the catalogue takes them: the same words in two folders may mean two local catalogues.
@@ -722,9 +755,7 @@ def _check_across(path: Path, config: Config) -> None:
             raise PipelineError(
                 f"{path}: epoch.name: got {name!r} {names.count(name)} times; allowed: each name once"
             )
-    for layer in config.layers:
-        if sum(other.name == layer.name for other in config.layers) > 1:
-            raise PipelineError(f"{path}: layer.name: got {layer.name!r} twice; allowed: each name once")
+    _check_layers(path, config)
     if area.crs is not None:
         try:
             TileGrid(crs=area.crs, resolution_m=area.resolution_m, tile_px=config.cube.tile_px)
@@ -734,6 +765,22 @@ def _check_across(path: Path, config: Config) -> None:
         load_profile(config.cluster.profile, base=config.base)
     except ClusterError as error:
         raise PipelineError(f"{path}: cluster.profile: {error}") from None
+
+
+def _check_layers(path: Path, config: Config) -> None:
+    """Check that the names of layers are one each, and that there is a before whose land cover can be learnt."""
+    for layer in config.layers:
+        if sum(other.name == layer.name for other in config.layers) > 1:
+            raise PipelineError(f"{path}: layer.name: got {layer.name!r} twice; allowed: each name once")
+        if layer.name == "land_cover" and config.land_cover is not None:
+            raise PipelineError(
+                f"{path}: layer.name: got 'land_cover', which [land_cover] makes as well; allowed: one of them"
+            )
+    for epoch in config.epochs:
+        if config.land_cover is not None and epoch.pre is None:
+            raise PipelineError(
+                f"{path}: land_cover: epoch {epoch.name!r} has no pre window, and land cover is that before the event"
+            )
 
 
 def _is_geometry(text: str) -> bool:

@@ -36,6 +36,7 @@ _SECONDS_PER_MPX_GEOMETRY = 2.0
 _RASTER_BYTES = 4  # a pixel of a layer of the TOML, as read; at most this as stored
 _SECONDS_PER_MPX_RASTER = 0.2
 _STRATA_BYTES_PER_PX = 64
+_SECONDS_PER_MPX_CLASSIFY = 1.5
 _EXTRA = len(OBSERVED_VARIABLES)  # clear_count, three dates and spread, beside the bands
 
 
@@ -96,6 +97,8 @@ def estimate(
         reads * (bands + 1) * _SECONDS_PER_MPX_BAND_DATE
         + tiles * epochs * (_SECONDS_PER_MPX_DETECT + (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK)
     )
+    if config.land_cover is not None:
+        seconds += tile_mpx * tiles * epochs * _SECONDS_PER_MPX_CLASSIFY
     stored += tiles * tile_mpx * own * _RASTER_BYTES / _COMPRESSION
     seconds += tile_mpx * own_reads * _SECONDS_PER_MPX_RASTER
     if config.cube.coregistration.check and compares_images(card):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from slidecube.pipeline.auxiliary import dtype_of, nodata_of
 from slidecube.pipeline.config import Layer
@@ -15,7 +17,7 @@ from slidecube.pipeline.inventory import (
 )
 from slidecube.pipeline.radar import DB_PER_STEP, DB_SHIFT
 from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
-from slidecube.pipeline.run_plan import RunPlan
+from slidecube.pipeline.run_plan import LAND_COVER, RunPlan
 from slidecube.pipeline.store import Variable, create_arrays
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
 
@@ -105,9 +107,22 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
     return {**bands, "clear_count": count, **dates, "spread": spread, **of_series}
 
 
-def _auxiliary_variables(layer: Layer) -> dict[str, Variable]:
+def _auxiliary_variables(layer: Layer, made: RunPlan) -> dict[str, Variable]:
     year = {"slidecube:year": layer.year} if layer.year else {}
-    attrs = {"units": layer.units, "long_name": layer.name, "slidecube:resampling": layer.kernel, **year}
+    attrs: dict[str, Any] = {
+        "units": layer.units,
+        "long_name": layer.name,
+        "slidecube:resampling": layer.kernel,
+        **year,
+    }
+    if layer is LAND_COVER and made.points is not None:
+        names = made.points.names
+        words = " ".join(re.sub(r"\W+", "_", name) for name in names.values())
+        attrs = {
+            "long_name": "land cover before the event",
+            "flag_values": list(names),
+            "flag_meanings": words,
+        }
     return {layer.name: Variable(dtype=dtype_of(layer), fill=nodata_of(layer), attrs=attrs)}
 
 
@@ -122,7 +137,7 @@ def create_stores(made: RunPlan) -> None:
     }
     for layer in made.layers:
         own = made.layer_settings(layer.name)
-        variables = by_kind[layer.kind] if own is None else _auxiliary_variables(own)
+        variables = by_kind[layer.kind] if own is None else _auxiliary_variables(own, made)
         attrs = {"slidecube:layer_key": layer.key, "slidecube:window": str(layer.window or "")}
         if layer.orbit:
             attrs["slidecube:orbit"] = layer.orbit

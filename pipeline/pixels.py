@@ -120,10 +120,10 @@ def read_layers(
         elif wanted or (side == "post" and not radar_alone):
             wanted.add("clear_count")
         around = window.padded(margin) if side == "pre" else window
-        read[side] = _read(plan, name, sorted(wanted), around) if name and wanted else xr.Dataset()
+        read[side] = read_stored(plan, name, sorted(wanted), around) if name and wanted else xr.Dataset()
     read["auxiliary"] = xr.Dataset()
     for name in needed["auxiliary"]:
-        read["auxiliary"].update(_read(plan, made.auxiliary[name], [name], window))
+        read["auxiliary"].update(read_stored(plan, made.auxiliary[name], [name], window))
     weights = stratum_weights(plan, window) if mnf else xr.Dataset()
     layers = Layers(**read, mnf=mnf or {}, strata=weights)  # type: ignore[arg-type]  # by the names of SIDES
     if held is None:
@@ -137,7 +137,9 @@ def _measured(plan: RunPlan, epoch: EpochPlan, window: PixelWindow, held: Coregi
     block_px = plan.grid.block_px
     whole = window.on_blocks(block_px)
     assert epoch.pre is not None
-    pre, post = (_read(plan, name, [held.band], whole)[held.band].values for name in (epoch.pre, epoch.post))
+    pre, post = (
+        read_stored(plan, name, [held.band], whole)[held.band].values for name in (epoch.pre, epoch.post)
+    )
     known = (pre != 0) & (post != 0) & aoi_mask(plan, whole)
     found = {}
     for row in range(0, whole.height, block_px):
@@ -222,7 +224,8 @@ def features_of(
     return xr.Dataset({name: (("y", "x"), values) for name, values in made.items()})
 
 
-def _read(plan: RunPlan, layer: str, names: list[str], window: PixelWindow) -> xr.Dataset:
+def read_stored(plan: RunPlan, layer: str, names: list[str], window: PixelWindow) -> xr.Dataset:
+    """Read variables of a layer in a window, as far as its tiles are done; nodata elsewhere."""
     path, ledger, px = plan.workspace.layer(plan.grid, layer), layer_ledger(plan, layer), plan.grid.tile_px
     own = plan.layer_settings(layer)
     out = {

@@ -7,7 +7,7 @@ work. Workers read it and never search. An unchanged TOML finds its plan again; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Literal
 
@@ -29,14 +29,17 @@ from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_pl
 from slidecube.pipeline.plan_keys import (
     auxiliary_layer_plan,
     detect_key_of,
+    land_cover_layer_plan,
     optical_layer_plan,
     radar_layer_plan,
     stat_key_of,
     terrain_layer_plan,
     tile_tasks,
+    tree_key_of,
 )
 from slidecube.pipeline.plan_layers import search_layers
 from slidecube.pipeline.plan_radar import around_tiles, search_radar
+from slidecube.pipeline.points import Points, read_points
 from slidecube.pipeline.run_plan import (
     EpochPlan,
     LayerPlan,
@@ -109,16 +112,34 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
         raise PipelineError(
             f"The AOI {aoi.name!r} covers no pixel of the grid {grid.key}; check its coordinates"
         )
+    points = _points(config, grid, tiles)
     earlier = index.searches.get(search_key(config, tiles))
     if earlier and not refresh and (workspace.plan(earlier) / "scenes.parquet").exists():
         with fetched(workspace.plan(earlier) / "scenes.parquet") as file:
             scenes, reused = SceneTable.read_parquet(file), True
     else:
         scenes, reused = _search(config, aoi, _tiled(aoi, tiles)), False
-    made = _assemble(config, workspace=workspace, aoi=aoi, grid=grid, tiles=tiles, scenes=scenes, model=model)
+    made = _assemble(
+        config,
+        workspace=workspace,
+        aoi=aoi,
+        grid=grid,
+        tiles=tiles,
+        scenes=scenes,
+        model=model,
+        points=points,
+    )
     write_plan(made)
     index.remember(workspace, made)
     return replace(made, reused_scenes=reused)
+
+
+def _points(config: Config, grid: TileGrid, tiles: tuple[Tile, ...]) -> Points | None:
+    settings = config.land_cover
+    if settings is None:
+        return None
+    path = config.resolve(settings.points)
+    return read_points(path, column=settings.column, grid=grid, tiles=tiles, fewest=settings.min_points)
 
 
 def named_plan(config: Config, run: str) -> RunPlan:
@@ -221,6 +242,7 @@ def _assemble(
     tiles: tuple[Tile, ...],
     scenes: SceneTable,
     model: Detector,
+    points: Points | None,
 ) -> RunPlan:
     terrain = terrain_layer_plan(config, grid, scenes, terrain_variables(model.card))
     series = series_variables(model.card)
@@ -245,17 +267,36 @@ def _assemble(
         layer.name: tile_tasks(layer, tiles, scenes, around if layer.kind == "radar" else touching)
         for layer in layers.values()
     }
+    covers = [
+        _land_cover(config, grid, (points, tiles), {**optical, **seen, "terrain": terrain}, tasks)
+        for optical, seen in zip(sides, radar, strict=True)
+    ]
+    for cover in covers:
+        if cover is not None:
+            layers[cover.layer.name] = cover.layer
+            tasks[cover.layer.name] = cover.tasks
+    raster = next((la for la in own if la.feature == "land_cover"), None)
     # the outline counts, too: it decides what is looked at, and another one is another inventory
     outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
     epochs = []
-    for epoch, optical, seen in zip(config.epochs, sides, radar, strict=True):
+    for epoch, optical, seen, cover in zip(config.epochs, sides, radar, covers, strict=True):
         wanted = required_variables(model.card.inputs)["auxiliary"]
-        read_too = {la.feature: la for la in sorted(own, key=lambda la: la.feature) if la.feature in wanted}
+        rasters = [*own, *([cover.layer] if cover else [])]
+        read_too = {
+            la.feature: la for la in sorted(rasters, key=lambda la: la.feature) if la.feature in wanted
+        }
         by = {**optical, **(seen if reads_radar(model.card) else {}), **read_too}
         read = _read_layers(by, terrain)
         contributing = [[tasks[layer.name][tile.key][0] for layer in read] for tile in tiles]
         terms = [contributing, outline, *([config.fit_terms()] if config.fit_terms() else [])]
-        epochs.append(_epoch_plan(config, epoch.name, by, terrain, model=model, terms=terms))
+        made = _epoch_plan(config, epoch.name, by, terrain, model=model, terms=terms)
+        if cover is not None:
+            made = replace(
+                made, land_cover=cover.layer.name, tree_key=cover.tree_key, tree_radar=cover.tree_radar
+            )
+        elif raster is not None:
+            made = replace(made, land_cover=raster.name)
+        epochs.append(made)
     _require_fits(config, epochs)
     rows, cols = [t.row for t in tiles], [t.col for t in tiles]
     extent = [min(rows), min(cols), max(rows), max(cols)]
@@ -276,6 +317,7 @@ def _assemble(
         tasks=tasks,
         inventory=f"{config.stem}-{model.card.name}-{inventory_key[:8]}",
         strata=_strata(config, grid, tiles),
+        points=points,
         estimate=estimate(
             config,
             grid,
@@ -303,6 +345,42 @@ def _strata(config: Config, grid: TileGrid, tiles: tuple[Tile, ...]) -> Strata |
     return read_strata(config.resolve(fit.strata), field=fit.strata_field, bounds=bounds, crs=grid.crs)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cover:
+    """Classified land cover of an epoch: its layer, the tasks of its tiles, and the tree that makes it."""
+
+    layer: LayerPlan
+    tasks: dict[str, tuple[str, tuple[int, ...]]]
+    tree_key: str
+    tree_radar: str | None
+
+
+def _land_cover(
+    config: Config,
+    grid: TileGrid,
+    learnt: tuple[Points | None, tuple[Tile, ...]],
+    by: Mapping[str, LayerPlan],
+    tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
+) -> _Cover | None:
+    """Plan the land cover of an epoch; learnt : points and all tiles; by : its layers; tasks : of these."""
+    (points, tiles), settings = learnt, config.land_cover
+    if points is None or settings is None:
+        return None
+    radar = by.get("radar_pre") if settings.radar else None
+    inputs = [by["pre"], by["terrain"], *([radar] if radar else [])]
+    under = {tile: [tasks[layer.name][tile][0] for layer in inputs] for tile in (t.key for t in tiles)}
+    window = by["pre"].window
+    assert window is not None
+    tree_key = tree_key_of(inputs, points, settings, [[under[tile] for tile in points.tiles(grid)]])
+    layer = land_cover_layer_plan(grid, window, tree_key)
+    return _Cover(
+        layer=layer,
+        tasks={tile: (content_key(layer.key, tile, keys), ()) for tile, keys in under.items()},
+        tree_key=tree_key,
+        tree_radar=radar.name if radar else None,
+    )
+
+
 def _dates(
     layers: Mapping[str, LayerPlan],
     tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
@@ -325,17 +403,16 @@ def _rasters(
     return {
         name: sum(len(read) for _, read in by.values())
         for name, by in tasks.items()
-        if layers[name].kind == "auxiliary"
+        if layers[name].kind in ("auxiliary", "land-cover")
     }
 
 
 def _read_layers(sides: Mapping[str, LayerPlan], terrain: LayerPlan) -> tuple[LayerPlan, ...]:
     """Layers that an epoch reads, in the order of its keys: optical, terrain, radar, those of the TOML."""
-    of_kind = {
-        kind: [layer for layer in sides.values() if layer.kind == kind]
-        for kind in ("optical", "radar", "auxiliary")
-    }
-    return (*of_kind["optical"], terrain, *of_kind["radar"], *of_kind["auxiliary"])
+    optical, radar = (
+        [layer for layer in sides.values() if layer.kind == kind] for kind in ("optical", "radar")
+    )
+    return (*optical, terrain, *radar, *(layer for layer in sides.values() if layer.feature))
 
 
 def _epoch_plan(
@@ -360,7 +437,7 @@ def _epoch_plan(
         radar_pre=sides["radar_pre"].name if "radar_pre" in sides else None,
         radar_post=sides["radar_post"].name if "radar_post" in sides else None,
         terrain=terrain.name,
-        auxiliary={layer.feature: layer.name for layer in sides.values() if layer.kind == "auxiliary"},
+        auxiliary={layer.feature: layer.name for layer in sides.values() if layer.feature},
         stat_key=stat_key,
         detect_key=detect_key_of(read, model.card, stat_key, chosen, device=config.detect.device, held=held),
     )

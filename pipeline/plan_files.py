@@ -20,6 +20,7 @@ from slidecube.pipeline.config import Config, load_config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
+from slidecube.pipeline.points import Points
 from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan
 from slidecube.pipeline.storage import create, fetched, made_once, read_tagged, swap
 from slidecube.pipeline.store import Workspace
@@ -76,6 +77,7 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
         inventory=raw["inventory"],
         estimate=Estimate(**raw["estimate"]),
         strata=Strata.read(folder, raw["strata"]) if raw.get("strata") else None,
+        points=_points_from(raw.get("points")),
     )
 
 
@@ -212,6 +214,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
             for la in made.layers
         ],
         "model": asdict(made.model.card) | {"parameters": dict(made.model.card.parameters)},
+        "points": None if made.points is None else asdict(made.points),
         "scenes_digest": made.scenes.digest,
         "schema_version": SCHEMA_VERSION,
         "sources": [asdict(entry) for entry in made.scenes.sourcing],
@@ -219,6 +222,15 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
         "tiles": len(made.tiles),
         **({"strata": list(made.strata.names)} if made.strata else {}),
     }
+
+
+def _points_from(entry: dict[str, Any] | None) -> Points | None:
+    if entry is None:
+        return None
+    names = {int(code): name for code, name in entry["names"].items()}
+    return Points(
+        **{key: tuple(entry[key]) for key in ("rows", "cols", "codes")}, names=dict(sorted(names.items()))
+    )
 
 
 def _layer_from(entry: dict[str, Any]) -> LayerPlan:

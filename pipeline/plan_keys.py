@@ -14,9 +14,10 @@ from slidecube.models.devices import Device
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.pipeline.composite import WindowEnd
-from slidecube.pipeline.config import Config, Coregistration, Layer
+from slidecube.pipeline.config import Config, Coregistration, LandCover, Layer
 from slidecube.pipeline.coregistration import COREGISTRATION_VERSION
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
+from slidecube.pipeline.points import Points
 from slidecube.pipeline.run_plan import LayerPlan, compositing
 from slidecube.pipeline.terrain import TERRAIN_VERSION
 
@@ -27,6 +28,9 @@ RADAR_VERSION = 1
 
 AUXILIARY_VERSION = 1
 """The same of the layers that the TOML names."""
+
+LAND_COVER_VERSION = 1
+"""The same of classified land cover."""
 
 
 OPTICAL_VERSION = 1
@@ -106,6 +110,25 @@ def auxiliary_layer_plan(grid: TileGrid, layer: Layer) -> LayerPlan:
         layer.kernel,
     )
     return LayerPlan(name=f"auxiliary-{layer.name}-{key[:8]}", kind="auxiliary", key=key, feature=layer.name)
+
+
+def tree_key_of(inputs: Sequence[LayerPlan], points: Points, settings: LandCover, terms: list[Any]) -> str:
+    """Key of a tree; inputs : layers that it reads; terms : task keys of the tiles that hold points."""
+    return content_key(
+        "land-cover-tree",
+        LAND_COVER_VERSION,
+        [layer.key for layer in inputs],
+        [points.rows, points.cols, points.codes, sorted(points.names.items())],
+        settings.model_dump(mode="json", include={"min_points", "min_leaf"}),
+        *terms,
+    )
+
+
+def land_cover_layer_plan(grid: TileGrid, window: Window, tree_key: str) -> LayerPlan:
+    """Name and key the land cover of a tree."""
+    key = content_key("land-cover", LAND_COVER_VERSION, grid.key, tree_key)
+    name = f"land_cover-{window}-{key[:8]}"
+    return LayerPlan(name=name, kind="land-cover", key=key, window=window, feature="land_cover")
 
 
 def _source_term(name: str) -> str:

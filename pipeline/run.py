@@ -26,6 +26,7 @@ from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import event_files, unfinished, write_event
 from slidecube.pipeline.fit import fit_epoch
 from slidecube.pipeline.fit_state import contributing, fit_state, thaw, tried, unfitted
+from slidecube.pipeline.land_cover import grow_tree, tree_lines
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Job, Lock, Shard
@@ -51,7 +52,7 @@ class RunReport:
     complete : nothing is due any more, or the failures lie within the budget
     drained : it was asked to end before it was through, and some work is left
     done, failed : tiles of this run by stage; reasons : of the failures, with their tiles; products : folder or None
-    statistics : what is fitted, an entry an epoch as of `fit_state`
+    statistics : what is fitted, an entry an epoch as of `fit_state`; land_cover : a line a tree
     """
 
     run: str
@@ -62,6 +63,7 @@ class RunReport:
     scene_reads: int = 0
     products: Place | None = None
     statistics: tuple[dict[str, Any], ...] = ()
+    land_cover: tuple[str, ...] = ()
     drained: bool = False
 
 
@@ -189,7 +191,7 @@ class _Driver:
         )
         # nothing due starts no workers; what is due of detect shows when the cubes are done
         if any(self._due(stage) for stage in ("cube", "detect") if stage in stages) or (
-            "fit" in stages and unfitted(self.plan)
+            "fit" in stages and (unfitted(self.plan) or self._due("classify"))
         ):
             with open_runner(self.profile) as runner:
                 self.drain.runner = runner
@@ -222,12 +224,14 @@ class _Driver:
             scene_reads=self.scene_reads,
             products=products,
             statistics=tuple(fit_state(self.plan, e) for e in self.plan.epochs if e.stat_key),
+            land_cover=tuple(tree_lines(self.plan)),
         )
 
     def _on(self, runner: Runner, stages: Sequence[str]) -> None:
         if "cube" in stages:
             self._stage("cube", self._due("cube"), runner)
         if "fit" in stages and not self.drain.asked:
+            self._classify(runner)
             self._fit(runner)
         if "detect" not in stages or self.drain.asked:
             return
@@ -268,6 +272,22 @@ class _Driver:
     def _due(self, stage: str) -> list[TileTask]:
         """What is due of a stage and of our shard."""
         return due(self.plan, stage, shard=self.shard, mend=self.mend and stage == "cube")
+
+    def _classify(self, runner: Runner) -> None:
+        """Grow the trees of the land cover that are not frozen yet, and apply them."""
+        tasks = self._due("classify")
+        layers = {task.layer for task in tasks}
+        for epoch in self.plan.epochs:
+            if not epoch.tree_key or epoch.land_cover not in layers:
+                continue
+            try:
+                grow_tree(self.plan, epoch, self.lock.require)
+            except IncompleteError as error:
+                self.reasons.append((f"classify {epoch.name}", str(error)))
+                self.lost_tiles |= {task.tile for task in tasks if task.layer == epoch.land_cover}
+                tasks = [task for task in tasks if task.layer != epoch.land_cover]
+        if tasks:
+            self._stage("classify", tasks, runner)
 
     def _fit(self, runner: Runner) -> None:
         """Fit what is not frozen yet; what one epoch lacks does not keep another from its fit."""

@@ -26,6 +26,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate, compares_images
 from slidecube.pipeline.feature_sets import require_known, require_source
 from slidecube.pipeline.features import MNF_BANDS, mnf_images, required_variables
+from slidecube.pipeline.points import Points
 from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.strata import Strata
@@ -37,12 +38,12 @@ class LayerPlan:
     """One layer of the run.
 
     name : of its store, key included; key : layer_key; window : None for terrain; orbit : of radar, None of others
-    feature : name of a layer of the TOML, by which features read it
+    feature : name by which features read it, of a layer of the TOML or the classified land cover
     event_at : of an optical layer for which it matters, the end of the window at which the event lies
     """
 
     name: str
-    kind: Literal["optical", "radar", "terrain", "auxiliary"]
+    kind: Literal["optical", "radar", "terrain", "auxiliary", "land-cover"]
     key: str
     window: Window | None = None
     orbit: OrbitState | None = None
@@ -57,6 +58,8 @@ class EpochPlan:
     pre : None where no scene from before the event is read; stat_key : "" where the model learns nothing from the cube
     radar_pre, radar_post : None where the model reads no radar, though the plan may make such layers
     auxiliary : name in the TOML -> layer, of those that the model reads
+    land_cover : layer of the land cover, whether the model reads it or not; tree_key : of the tree that it is made by,
+        "" where it is a raster; tree_radar : radar layer that the tree reads, None without one
     """
 
     name: str
@@ -68,6 +71,9 @@ class EpochPlan:
     radar_pre: str | None = None
     radar_post: str | None = None
     auxiliary: Mapping[str, str] = field(default_factory=dict)
+    land_cover: str | None = None
+    tree_key: str = ""
+    tree_radar: str | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -75,6 +81,10 @@ class EpochPlan:
         own = (layer for _, layer in sorted(self.auxiliary.items()))
         names = (self.pre, self.post, self.terrain, self.radar_pre, self.radar_post, *own)
         return tuple(name for name in names if name is not None)
+
+
+LAND_COVER = Layer(name="land_cover", kind="categorical", source="points")
+"""How classified land cover is stored: as a layer of the TOML would be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +95,7 @@ class RunPlan:
     aoi : frozen with the plan; scenes : everything that the run may read
     tasks : layer -> tile -> (task key, positions in `scenes` of what is read)
     strata : that are fitted apart, None where the whole is fitted
+    points : of which a land cover is learnt, None without one
     reused_scenes : the scene list came from an earlier plan, nothing was searched
     """
 
@@ -101,6 +112,7 @@ class RunPlan:
     inventory: str
     estimate: Estimate = field(repr=False)
     strata: Strata | None = None
+    points: Points | None = field(default=None, repr=False)
     reused_scenes: bool = False
 
     @cached_property
@@ -151,8 +163,10 @@ class RunPlan:
         return series_variables(self.model.card)
 
     def layer_settings(self, layer: str) -> Layer | None:
-        """Settings of a layer of the TOML; None for every other layer."""
+        """Settings of a layer of the TOML, or of a classified land cover; None for every other layer."""
         name = self.by_layer[layer].feature
+        if self.by_layer[layer].kind == "land-cover":
+            return LAND_COVER
         return next((own for own in self.config.layers if own.name == name), None)
 
     def terrain_variables(self) -> tuple[str, ...]:
@@ -171,7 +185,7 @@ def model_of(config: Config) -> Detector:
         features=detect.features,
     )
     model = _with_components(model, config)
-    require_known(model.card.inputs, [layer.name for layer in config.layers])
+    require_known(model.card.inputs, config.layer_names)
     needed = required_variables(model.card.inputs)
     if config.sources.optical in SOURCES:  # of others each item says what it has
         require_source(model.card.inputs, config.sources.optical, SOURCES[config.sources.optical].bands)

@@ -13,6 +13,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.events import read_events
 from slidecube.pipeline.fit_state import fit_state, unfitted
 from slidecube.pipeline.inventory import REASONS, Observability
+from slidecube.pipeline.land_cover import tree_lines
 from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
@@ -57,7 +58,7 @@ class _Tally:
             "peak_mem_gb",
         )
         table = wanted.ledger.table(*columns)
-        counts = self.tiles[wanted.stage]
+        counts = self.tiles.setdefault(wanted.stage, Counter())
         numbers: Counter[str] = Counter()
         known = failed = 0
         rows = zip(*(table[name].to_pylist() for name in ("tile", *columns)), strict=True)
@@ -104,6 +105,7 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
     Returns {"run", "inventory", "tiles": {stage: {"done", "due", "failed", "running"}}, "scene_reads",
     "scene_reads_last_run", "jobs": as of `jobs_of`,
     "statistics": [{epoch, key, frozen, clusters, reasons, repaired_tiles, sheet}],
+    "land_cover": what each tree of it learnt from, a line each,
     "observability": {name: pixels}, "not_observable": {reason: pixels},
     "shifts": as of `shift_sums`, {} where no images are compared,
     "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}],
@@ -134,7 +136,8 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
         tally.failures += fit_failures
         frozen, stuck = sum(fit["frozen"] for fit in fits), len({f["what"] for f in fit_failures})
         fit_tiles = {"done": frozen, "due": len(fits) - frozen - stuck, "failed": stuck, "running": 0}
-        tiles = {"cube": tiles["cube"], "fit": fit_tiles, "detect": tiles["detect"]}
+        tiles["fit"] = fit_tiles
+    tiles = {stage: tiles[stage] for stage in ("cube", "classify", "fit", "detect") if stage in tiles}
     in_work = sum(lock["running"] for lock in at_work if lock["run"] == made.run)
     if in_work:
         stage = next((stage for stage in tiles if tiles[stage]["due"]), "detect")
@@ -152,6 +155,7 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
         "scene_reads_last_run": last,
         "jobs": jobs_of(workspace, made.run),
         "statistics": fits,
+        "land_cover": tree_lines(made),
         "observability": {v.name.lower(): tally.observed[v.name.lower()] for v in Observability},
         "not_observable": {reason: tally.unseen[reason] for i, reason in REASONS.items() if i},
         "shifts": shift_sums(tally.shifts, made),
@@ -227,7 +231,8 @@ def clean(where: str | Place, *, dry_run: bool = False) -> list[tuple[Place, int
             stores.append(workspace.inventory(made.inventory))
             keep |= {workspace.plan(name), workspace.products(made.inventory), *stores}
             keep |= {store.with_suffix(".ledger") for store in stores}
-            keep |= {workspace.statistics(epoch.stat_key) for epoch in made.epochs if epoch.stat_key}
+            fits = {key for epoch in made.epochs for key in (epoch.stat_key, epoch.tree_key) if key}
+            keep |= {workspace.statistics(key) for key in fits}
         candidates = matching(
             workspace.root, "plans/*", "layers/*/*", "statistics/*", "inventories/*", "products/*"
         )

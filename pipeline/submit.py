@@ -175,7 +175,7 @@ def _refuse_beside_others(made: RunPlan) -> None:
 def _stages_due(made: RunPlan) -> dict[str, list[TileTask]]:
     """What is due now by stage, in order: every stage after one with something due is there, too."""
     found = {"cube": due(made, "cube")}
-    if unfitted(made):
+    if unfitted(made) or due(made, "classify"):
         found["fit"] = []
     if found["cube"] or "fit" in found:
         found["detect"] = [task for task, _ in tasks_of(made, "detect")]  # which ones shows after the cubes

@@ -37,6 +37,7 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         * any(entry.unsearched for entry in made.scenes.sourcing),
         *_table(("  window", "tile", "scenes", "first", "last", "cloud"), _scene_rows(made)),
         *_radar_lines(made),
+        *_layer_lines(made),
         *_charged(made),
         f"reads       {_count(cost.scene_reads, 'scene')} times tile, {cost.read_gb:.1f} GB of pixels",
         f"writes      {cost.stored_gb:.1f} GB in {_count(cost.files, 'file')}",
@@ -57,6 +58,19 @@ def _radar_lines(made: RunPlan) -> list[str]:
     return [f"radar       {made.config.cube.radar.orbit}, relative orbits {tracks}; scenes: {counts}"]
 
 
+def _layer_lines(made: RunPlan) -> list[str]:
+    """Describe the layers of the TOML and the points of the land cover."""
+    lines = []
+    for layer in made.config.layers:
+        n = sum(layer.name in scene.bands for scene in made.scenes.role("layer"))
+        year = f" of {layer.year}" if layer.year else ""
+        lines.append(f"layer       {layer.name}: {layer.kind}{year}, {layer.kernel}, {_count(n, 'raster')}")
+    if made.points is not None:
+        held = ", ".join(f"{name} {n}" for name, n in made.points.counts.items())
+        lines.append(f"land cover  from points: {held}")
+    return lines
+
+
 def _charged(made: RunPlan) -> list[str]:
     """Say which sources charge whoever reads them."""
     used = sorted({scene.source for scene in made.scenes})
@@ -75,6 +89,7 @@ def run_summary(report: RunReport) -> str:
     """Describe what a run did."""
     done = ", ".join(f"{stage} {n}" for stage, n in report.done.items()) or "nothing was due"
     lines = [f"run         {report.run}", f"done        {done}", f"scene reads {report.scene_reads}"]
+    lines += [f"land cover  {line}" for line in report.land_cover]
     lines += [line for fit in report.statistics for line in fit_lines(fit)]
     if report.products is not None:
         lines.append(f"products    {report.products}")
@@ -122,6 +137,7 @@ def status_summary(state: dict[str, Any]) -> str:
     lines += _watched(state)
     lines += [_job_line(job) for job in state["jobs"]]
     lines.append(f"scene reads {state['scene_reads']}")
+    lines += [f"land cover  {line}" for line in state["land_cover"]]
     lines += [line for fit in state["statistics"] for line in fit_lines(fit)]
     lines += _shares("pixels", state["observability"])
     lines += _shares("not observable", state["not_observable"])

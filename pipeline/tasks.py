@@ -23,6 +23,9 @@ from slidecube.pipeline.store import erase_tile, geobox_of, stored_bytes, write_
 FIT_STAGES = ("moments", "sample")
 """Steps of the fit that run tile by tile."""
 
+LAYER_STAGES = ("cube", "classify")
+"""Stages that fill layers: from scenes, and from other layers by a tree."""
+
 FENCED = "fenced: another driver holds the workspace now"
 """Reason of a tile that was not written because this driver was believed dead and its workspace taken over."""
 
@@ -47,7 +50,7 @@ class TileContext:
 
 def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:
     """Ledger that holds a task's record."""
-    if task.stage == "cube":
+    if task.stage in LAYER_STAGES:
         return Ledger.of(plan.workspace.layer(plan.grid, task.layer))
     if task.stage in FIT_STAGES:
         return Ledger.of(plan.workspace.statistics(task.layer) / task.stage)
@@ -69,10 +72,14 @@ class Wanted:
 
 def wanted_of(plan: RunPlan, *stages: str) -> Iterator[Wanted]:
     """Yield what a plan asks for, of all stages or of some, without a task for each tile."""
-    if "cube" in (stages or ("cube",)):
+    for stage in LAYER_STAGES:
+        if stage not in (stages or (stage,)):
+            continue
         for layer in plan.layers:
+            if (layer.kind == "land-cover") != (stage == "classify"):
+                continue
             keys = {tile: key for tile, (key, _) in plan.tasks[layer.name].items()}
-            yield Wanted(stage="cube", what=layer.name, keys=keys, ledger=layer_ledger(plan, layer.name))
+            yield Wanted(stage=stage, what=layer.name, keys=keys, ledger=layer_ledger(plan, layer.name))
     if "detect" in (stages or ("detect",)):
         for epoch in plan.epochs:
             ledger = Ledger.of(plan.workspace.inventory(plan.inventory), epoch.name)
@@ -83,7 +90,7 @@ def wanted_of(plan: RunPlan, *stages: str) -> Iterator[Wanted]:
 def tasks_of(plan: RunPlan, *stages: str) -> Iterator[tuple[TileTask, Ledger]]:
     """Yield all tasks of a plan, or those of some stages, done or not, each with the ledger of its record."""
     for wanted in wanted_of(plan, *stages):
-        layer, epoch = (wanted.what, "") if wanted.stage == "cube" else (plan.inventory, wanted.what)
+        layer, epoch = (wanted.what, "") if wanted.stage in LAYER_STAGES else (plan.inventory, wanted.what)
         for tile, key in wanted.keys.items():
             task = TileTask(stage=wanted.stage, layer=layer, epoch=epoch, tile=tile, key=key)
             yield task, wanted.ledger

@@ -35,6 +35,7 @@ from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PassingError, PipelineError
 from slidecube.pipeline.fit import sample_tile
 from slidecube.pipeline.fit_mnf import moments_tile
+from slidecube.pipeline.land_cover import classify_tile
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.masks import MaskRule, clear_mask
 from slidecube.pipeline.plan_files import read_plan
@@ -286,7 +287,7 @@ def _auxiliary_data(work: _Work) -> dict[str, np.ndarray]:
 
 def _seen(layer: LayerPlan, data: dict[str, np.ndarray]) -> np.ndarray:
     """Pixels of which a layer knows something."""
-    if layer.kind == "auxiliary":
+    if layer.feature:
         values = data[layer.feature]
         return np.asarray(~np.isnan(values) if values.dtype == np.float32 else values != CLASS_NODATA)
     if layer.kind == "terrain":
@@ -303,6 +304,7 @@ _MAKERS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
 }
 _STAGES: dict[str, Callable[[RunPlan, TileTask, TileContext], Record]] = {
     "cube": _cube,
+    "classify": classify_tile,
     "moments": moments_tile,
     "sample": sample_tile,
     "detect": detect_tile,
