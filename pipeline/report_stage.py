@@ -17,6 +17,7 @@ from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import lineage, mosaic_due
 from slidecube.pipeline.open import open_detected, open_plan
+from slidecube.pipeline.quality import quality_of
 from slidecube.pipeline.report import EpochView, Picture, render_picture, write_report
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place, matching, staged
@@ -106,7 +107,13 @@ def write_plan_report(
     ]
     files = {path.name: path for path in matching(folder, "landslides.*", "*/*.tif", "stac/*.json")}
     index = write_report(
-        folder / "report", inventory=inventory, objects=table, views=views, lineage=made, products=files
+        folder / "report",
+        inventory=inventory,
+        objects=table,
+        views=views,
+        lineage=made,
+        products=files,
+        quality=quality_of(plan),
     )
     if picture is not None:
         title = f"{plan.inventory}: {plan.model.card.address}, unreviewed"

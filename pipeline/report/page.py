@@ -24,6 +24,7 @@ from slidecube.pipeline.disk import naming_a_full_disk
 from slidecube.pipeline.evaluate import size_label
 from slidecube.pipeline.inventory import REASONS, geobox_of
 from slidecube.pipeline.lineage import Lineage, sourcing_lines
+from slidecube.pipeline.quality import Quality
 from slidecube.pipeline.report import maps
 from slidecube.pipeline.report.numbers import densest_box, largest, observed_parts, size_rows
 from slidecube.pipeline.report.pictures import (
@@ -37,6 +38,7 @@ from slidecube.pipeline.report.pictures import (
     save_overlay,
     visible_layers,
 )
+from slidecube.pipeline.report.quality import save_counts, save_edges
 from slidecube.pipeline.report.static import render_picture
 from slidecube.pipeline.storage import Place, relative_href, replaced
 
@@ -54,17 +56,18 @@ def write_report(
     views: Sequence[EpochView],
     lineage: Lineage,
     products: Mapping[str, Place] | None = None,
+    quality: Quality | None = None,
 ) -> Place:
     """Write the report of an inventory; what was there is replaced when the new one is whole.
 
     inventory : (epoch, y, x), opened decoded or as stored; objects : by `polygons.SCHEMA`, of all epochs
     views : one an epoch: its pictures, and its evaluation when there is a reference
-    products : label -> file to link to
+    products : label -> file to link to; quality : written beside the page as JSON and CSV, too
     Returns the path of index.html.
     """
     with replaced(out_dir) as partial, naming_a_full_disk(partial):
         page = _Page(folder=partial, inventory=inventory, objects=objects, lineage=lineage)
-        _fill(page, views, _links(products or {}, out_dir))
+        _fill(page, views, _links(products or {}, out_dir), quality)
     return out_dir / "index.html"
 
 
@@ -78,7 +81,9 @@ class _Page:
     lineage: Lineage
 
 
-def _fill(of: _Page, views: Sequence[EpochView], links: list[dict[str, str]]) -> None:
+def _fill(
+    of: _Page, views: Sequence[EpochView], links: list[dict[str, str]], quality: Quality | None
+) -> None:
     folder = of.folder
     (folder / "img").mkdir(parents=True)
     sections, figures = [], {}
@@ -89,7 +94,7 @@ def _fill(of: _Page, views: Sequence[EpochView], links: list[dict[str, str]]) ->
     script, divs = components(figures, wrap_script=False)
     for section in sections:
         section["div"] = {key: divs[f"{section['prefix']}-{key}"] for key in (*maps.PANELS, "sizes")}
-    context = _context(of, sections, links)
+    context = _context(of, sections, links) | {"quality": _quality(folder, quality) if quality else None}
     _copy_assets(folder, script)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("slidecube.pipeline.report", "templates"),
@@ -161,6 +166,32 @@ def _epoch(of: _Page, prefix: str, view: EpochView) -> tuple[dict[str, Any], dic
     }
     figures = {f"{prefix}-{panel}": fig for panel, fig in panels.items()}
     return section, {**figures, f"{prefix}-sizes": maps.size_plot(areas, palette)}
+
+
+def _quality(folder: Path, quality: Quality) -> dict[str, Any]:
+    """Write the quality as JSON, CSV and pictures; returns what the page shows of it."""
+    (folder / "quality.json").write_text(quality.to_json(), encoding="utf-8")
+    (folder / "quality.csv").write_text(quality.to_csv(), encoding="utf-8")
+    for row in quality.epochs:
+        save_counts(folder / "img" / f"quality-{row['epoch']}.png", quality, row["epoch"])
+    lined = [edge for edge in quality.edges if edge.line]
+    if lined:
+        save_edges(folder / "img" / "quality-edges.png", lined)
+    worst = sorted(quality.edges, key=lambda edge: -edge.measured.score)[:N_TABLE]
+    tiles = sorted(
+        quality.tiles, key=lambda row: (row["observed_px"] / max(row["expected_px"], 1), row["tile"])
+    )
+    return {
+        "epochs": quality.epochs,
+        "tiles": tiles[:N_TABLE],
+        "n_tiles": len(tiles),
+        "reasons": {f"reason_{i:d}_px": text for i, text in REASONS.items() if i},
+        "edges": [edge.row() for edge in worst],
+        "n_edges": len(quality.edges),
+        "n_seams": len(quality.seams()),
+        "drawn": bool(lined),
+        "sensors": quality.sensors(),
+    }
 
 
 def _overlays(
