@@ -26,6 +26,7 @@ from slidecube.cluster.resources import load_profile
 from slidecube.models.devices import Device
 from slidecube.pipeline.composite import METHODS
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.masks import MaskRule
 from slidecube.pipeline.refusals import did_you_mean, refusal
 from slidecube.pipeline.storage import SCHEME, Place, place_of
 
@@ -303,6 +304,35 @@ class Mask(_Section):
         le=100,
         description="a whole number of grid pixels, 0 to 100, by which clouds and shadows grow",
     )
+    cloud_heights_m: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=20_000)], ...], BeforeValidator(_tuple)
+    ] = Field(
+        (200.0, 3000.0),
+        description="the lowest and the highest cloud, in metres above the ground, whose shadow is looked for "
+        "where the sun throws it, and kept where B08 is dark; [] looks for none",
+    )
+    readmit: bool = Field(
+        True,
+        description="true, or false: whether what is called cloud is used where it proves to be bright ground, the "
+        "same on three dates, by B02, B04 and B08",
+    )
+
+    @pydantic.field_validator("cloud_heights_m")
+    @classmethod
+    def _two_heights(cls, heights: tuple[float, ...]) -> tuple[float, ...]:
+        if heights and (len(heights) != 2 or heights[0] > heights[1]):
+            raise ValueError("")
+        return heights
+
+    def rule(self) -> MaskRule:
+        """Return it as the masks take it."""
+        heights = self.cloud_heights_m
+        return MaskRule(
+            scl_classes=self.scl_classes,
+            dilation_px=self.dilation_px,
+            cloud_heights_m=(heights[0], heights[1]) if heights else None,
+            readmit=self.readmit,
+        )
 
 
 class Radar(_Section):
@@ -369,7 +399,10 @@ class Cube(_Section):
     bands: Annotated[tuple[Band, ...], BeforeValidator(_distinct)] = Field(
         DEFAULT_BANDS, min_length=1, description=f"a list of bands, none twice, out of {', '.join(BANDS)}"
     )
-    mask: Mask = Field(default_factory=Mask, description="a table with scl_classes and dilation_px")
+    mask: Mask = Field(
+        default_factory=Mask,
+        description="a table with scl_classes, dilation_px, cloud_heights_m and readmit",
+    )
     radar: Radar = Field(
         default_factory=Radar, description="a table with orbit, slope_correction and speckle_window_px"
     )

@@ -37,7 +37,7 @@ _RASTER_BYTES = 4  # a pixel of a layer of the TOML, as read; at most this as st
 _SECONDS_PER_MPX_RASTER = 0.2
 _STRATA_BYTES_PER_PX = 64
 _SECONDS_PER_MPX_CLASSIFY = 1.5
-_EXTRA = len(OBSERVED_VARIABLES)  # clear_count, three dates and spread, beside the bands
+_EXTRA = len(OBSERVED_VARIABLES) + 1  # and the share of snow, beside the bands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

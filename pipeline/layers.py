@@ -15,6 +15,7 @@ from slidecube.pipeline.inventory import (
     Observability,
     finish_inventory,
 )
+from slidecube.pipeline.masks import SNOW_NODATA
 from slidecube.pipeline.radar import DB_PER_STEP, DB_SHIFT
 from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.run_plan import LAND_COVER, RunPlan
@@ -87,6 +88,11 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
             "comment": "0 = fewer than two clear observations",
         },
     )
+    snow = Variable(
+        dtype="uint8",
+        fill=SNOW_NODATA,
+        attrs={"units": "%", "long_name": "share of the overpasses that called the pixel snow"},
+    )
     series = {
         "ndvi_mean": ("mean of NDVI over the clear observations", -1.0001),
         "ndvi_std": ("standard deviation of NDVI over the clear observations", -0.0001),
@@ -104,7 +110,7 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
         )
         for name in made.series_variables()
     }
-    return {**bands, "clear_count": count, **dates, "spread": spread, **of_series}
+    return {**bands, "clear_count": count, **dates, "spread": spread, "snow_pct": snow, **of_series}
 
 
 def _auxiliary_variables(layer: Layer, made: RunPlan) -> dict[str, Variable]:

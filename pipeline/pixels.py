@@ -21,6 +21,7 @@ from slidecube.pipeline.config import Coregistration
 from slidecube.pipeline.coregistration import BlockShifts, margin_px, measure_shift, move
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import SIDES, Layers, build_features, required_variables
+from slidecube.pipeline.masks import SNOW_NODATA
 from slidecube.pipeline.mnf_strata import StratifiedMnf
 from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan, coregistration_of
@@ -29,10 +30,11 @@ from slidecube.pipeline.strata import blend_weights
 from slidecube.pipeline.tasks import layer_ledger
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
 
-_RADAR_FILL: dict[str, tuple[float, str]] = {
+_FILL: dict[str, tuple[float, str]] = {
     "lia_deg": (ANGLE_NODATA, "uint16"),
     "layover": (MASK_NODATA, "uint8"),
     "shadow": (MASK_NODATA, "uint8"),
+    "snow_pct": (SNOW_NODATA, "uint8"),
 }
 
 
@@ -254,7 +256,7 @@ def read_stored(plan: RunPlan, layer: str, names: list[str], window: PixelWindow
 def _nodata_and_dtype(variable: str) -> tuple[float, str]:
     terrain = TERRAIN_VARIABLES.get(variable)
     if terrain is None:
-        return _RADAR_FILL.get(variable, (0, "uint16"))
+        return _FILL.get(variable, (0, "uint16"))
     return terrain.nodata, terrain.dtype
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from slidecube.catalog.grid import Tile, TileGrid
@@ -50,7 +50,7 @@ def optical_layer_plan(
 
     side : "pre" or "post", which tells where the event lies; series : what it stores of its dates' NDVI
     """
-    cube = config.cube
+    cube, rule = config.cube, config.cube.mask.rule()
     how = compositing(config, event_at=_EVENT_AT[side] if cube.composite == "nearest-clear" else None)
     key = content_key(
         "optical",
@@ -59,7 +59,7 @@ def optical_layer_plan(
         grid.key,
         _source_term(scenes.source_of("optical", config.sources.optical)),
         sorted([*cube.bands, *series]),
-        {"classes": sorted(cube.mask.scl_classes), "dilation_px": cube.mask.dilation_px},
+        replace(rule, scl_classes=tuple(sorted(rule.scl_classes))),
         how,
         str(window),
     )

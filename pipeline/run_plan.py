@@ -156,7 +156,7 @@ class RunPlan:
 
     def optical_variables(self) -> list[str]:
         """Stored variables of an optical layer."""
-        return [*self.config.cube.bands, *OBSERVED_VARIABLES, *self.series_variables()]
+        return [*self.config.cube.bands, *OBSERVED_VARIABLES, "snow_pct", *self.series_variables()]
 
     def series_variables(self) -> tuple[str, ...]:
         """Stored variables of an optical layer that tell of its dates' NDVI."""

@@ -30,14 +30,14 @@ from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.errors import ModelError
 from slidecube.pipeline.auxiliary import CLASS_NODATA, auxiliary
 from slidecube.pipeline.blocks import by_block, touching
-from slidecube.pipeline.composite import Compositing, composite
+from slidecube.pipeline.composite import Compositing, composite, observations
 from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PassingError, PipelineError
 from slidecube.pipeline.fit import sample_tile
 from slidecube.pipeline.fit_mnf import moments_tile
 from slidecube.pipeline.land_cover import classify_tile
 from slidecube.pipeline.ledger import Ledger, Record
-from slidecube.pipeline.masks import MaskRule, clear_mask
+from slidecube.pipeline.masks import MaskRule, admitted, judge, sun_of
 from slidecube.pipeline.plan_files import read_plan
 from slidecube.pipeline.radar import SpeckleFilter
 from slidecube.pipeline.radar_layer import RadarSettings, radar_layer
@@ -111,7 +111,7 @@ def optical_layer(
     how: Compositing,
     mask: MaskRule,
     block_px: int,
-    clear_tyx: da.Array | None = None,
+    judged: tuple[da.Array, da.Array] | None = None,
     series: bool = False,
     log: ReadLog | None = None,
     loader: Loader = "odc-stac",
@@ -119,25 +119,27 @@ def optical_layer(
     """Composite of scenes over a window, lazily, block by block on the lattice.
 
     scenes : of one window of time; geobox : on the lattice's blocks; see `composite` for the rest
-    clear_tyx : what may be used, when it is known already, as by `clear_observations`
+    judged : codes and share of snow, when they are known already, as by `judged_scenes`
     series : add `ndvi_mean` and `ndvi_std`; see `ndvi_series`
-    Returns (y, x) uint16 variables: the bands, and `composite.OBSERVED_VARIABLES`.
+    Returns (y, x) uint16 variables: the bands, and `composite.OBSERVED_VARIABLES`; and `snow_pct` uint8, the share of
+    the overpasses that called the pixel snow, 255 where none saw it.
     """
     cube = load(scenes, geobox, bands, block_px=block_px, log=log, loader=loader)
-    clear = (
-        clear_observations(scenes, geobox, mask=mask, block_px=block_px, log=log, loader=loader)
-        if clear_tyx is None
-        else clear_tyx
+    codes, snow_pct = judged or judged_scenes(
+        scenes, geobox, mask=mask, block_px=block_px, log=log, loader=loader
     )
     data = {b: cube[b].data for b in bands}
+    offsets = [0.0 if scene.offset is None else scene.offset.value for scene in scenes]
+    clear = admitted(codes, data, offsets=offsets)
     made = composite(data, clear, scenes=scenes, how=how)
+    made["snow_pct"] = snow_pct
     if series:
         made |= ndvi_series(data, clear, scenes=scenes)
     coords = {name: cube.coords[name] for name in ("y", "x", "spatial_ref")}
     return xr.Dataset({name: (("y", "x"), data) for name, data in made.items()}, coords=coords)
 
 
-def clear_observations(
+def judged_scenes(
     scenes: Sequence[Scene],
     geobox: GeoBox,
     *,
@@ -145,20 +147,20 @@ def clear_observations(
     block_px: int,
     log: ReadLog | None = None,
     loader: Loader = "odc-stac",
-) -> da.Array:
-    """Which pixels of which scene may be used, lazily: (t, y, x) bool.
+) -> tuple[da.Array, da.Array]:
+    """Say which pixels of which scene may be used, lazily, and how often each lay under snow: see `masks.judge`.
 
-    The classification is read one block wider on each side: the dilation looks into the neighbouring blocks.
+    The classification is read one block wider on each side: clouds are widened, and throw shadows, across blocks.
     """
-    halo = block_px if mask.dilation_px else 0
+    halo = block_px if mask.dilation_px or mask.cloud_heights_m else 0
     around = geobox.pad(halo) if halo else geobox
     scl = load(scenes, around, ["SCL"], block_px=block_px, log=log, loader=loader)["SCL"].data
-    clear = clear_mask(scl, mask, halo_px=halo)
-    touches_tji = touching(scenes, geobox, clear, block_px)
-    only: da.Array = clear.map_blocks(
-        lambda part, block_id: part & touches_tji[:, block_id[1], block_id[2], None, None], dtype=bool
+    touches_tji = touching(scenes, around, scl, block_px)
+    scl = scl.map_blocks(
+        lambda part, block_id: part * touches_tji[:, block_id[1], block_id[2], None, None], dtype=np.uint8
     )
-    return only
+    suns, groups = [sun_of(scene) for scene in scenes], observations(scenes)
+    return judge(scl, mask, geobox=geobox, suns=suns, groups=groups, halo_px=halo)
 
 
 def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
@@ -241,11 +243,11 @@ def _terrain_data(work: _Work) -> dict[str, np.ndarray]:
 def _optical_data(work: _Work) -> dict[str, np.ndarray]:
     """Composite one tile in bounded memory: what is clear first, once, then one block after another."""
     cube, block_px = work.plan.config.cube, work.plan.grid.block_px
-    mask = MaskRule(scl_classes=cube.mask.scl_classes, dilation_px=cube.mask.dilation_px)
-    lazy = clear_observations(
+    mask = cube.mask.rule()
+    codes, snow_pct = judged_scenes(
         work.scenes, work.tile.geobox, mask=mask, block_px=block_px, log=work.log, loader=work.context.loader
     )
-    clear = by_block({"clear": lazy}, work.context.threads)["clear"]
+    seen = by_block({"codes": codes, "snow_pct": snow_pct}, work.context.threads)
     layer = optical_layer(
         work.scenes,
         work.tile.geobox,
@@ -254,7 +256,10 @@ def _optical_data(work: _Work) -> dict[str, np.ndarray]:
         mask=mask,
         block_px=block_px,
         series=bool(work.plan.series_variables()),
-        clear_tyx=da.from_array(clear, chunks=(-1, block_px, block_px), name=False),
+        judged=(
+            da.from_array(seen["codes"], chunks=(-1, block_px, block_px), name=False),
+            da.from_array(seen["snow_pct"], chunks=block_px, name=False),
+        ),
         log=work.log,
         loader=work.context.loader,
     )

@@ -28,7 +28,7 @@ from slidecube.pipeline.detect import without_small
 from slidecube.pipeline.features import build_features
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.lock import Lock
-from slidecube.pipeline.masks import MaskRule, clear_mask
+from slidecube.pipeline.masks import admitted, judge, sun_of
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, read_layers
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run_plan import RunPlan, halo_px, minimum_size_px
@@ -154,14 +154,20 @@ def _blocks() -> Iterator[tuple[slice, slice]]:
 
 def _optical(made: RunPlan, tile, scenes, taken: dict[str, float]) -> dict[str, np.ndarray]:
     config = made.config.cube
-    rule = MaskRule(scl_classes=config.mask.scl_classes, dilation_px=config.mask.dilation_px)
+    rule = config.mask.rule()
     with _timed(taken, "read"):
         cube = load(scenes, tile.geobox, config.bands, block_px=BLOCK_PX).compute(scheduler="synchronous")
         around = load(scenes, tile.geobox.pad(BLOCK_PX), ["SCL"], block_px=BLOCK_PX)
         scl = around["SCL"].compute(scheduler="synchronous").values
     with _timed(taken, "mask"):
-        lazy = clear_mask(da.from_array(scl, chunks=(-1, 3 * BLOCK_PX, 3 * BLOCK_PX)), rule, halo_px=BLOCK_PX)
-        clear = lazy.compute(scheduler="synchronous")
+        lazy = da.from_array(scl, chunks=(-1, 3 * BLOCK_PX, 3 * BLOCK_PX))
+        groups, suns = observations(scenes), [sun_of(scene) for scene in scenes]
+        codes, _ = judge(lazy, rule, geobox=tile.geobox, suns=suns, groups=groups, halo_px=BLOCK_PX)
+        data = {name: cube[name].chunk(y=BLOCK_PX, x=BLOCK_PX).data for name in config.bands}
+        open_cases = admitted(
+            codes.rechunk(data["B04"].chunks), data, offsets=[s.offset.value for s in scenes]
+        )
+        clear = open_cases.compute(scheduler="synchronous")
     names = list(config.bands)
     stored = np.empty((len(names) + len(OBSERVED_VARIABLES), TILE_PX, TILE_PX), np.uint16)
     with _timed(taken, "composite"):

@@ -9,7 +9,6 @@ from fractions import Fraction
 import dask.array as da
 import numpy as np
 import pytest
-import scipy.ndimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -22,7 +21,6 @@ from slidecube.pipeline.composite import (
     observations,
 )
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.masks import SCL_DILATED, SCL_MASKED, MaskRule, clear_mask
 from slidecube.pipeline.medians import median_of_positive, sort_columns, sorting_network
 
 EPOCH = np.datetime64("1970-01-01")
@@ -271,47 +269,6 @@ def test_what_cannot_be_composed_is_refused():
         composite({"B02": one}, clear, scenes=[scene(0)], how=Compositing(method="greenest"))
     with pytest.raises(PipelineError, match="'S000' has no offset decision"):
         composite({"B02": one}, clear, scenes=[scene(0, offset=None)], how=Compositing(method="median"))
-
-
-# --- the mask ----------------------------------------------------------------------------------------------------
-
-
-@unhurried
-@given(
-    hnp.arrays(np.uint8, (2, 24, 24), elements=st.sampled_from([0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])),
-    st.integers(0, 4),
-    st.sampled_from([SCL_MASKED, (9, 11), (0, 4), ()]),
-)
-def test_mask_equals_morphology_and_sees_no_block_edge(scl, dilation, classes):
-    """Against scipy on the whole; blocks of 8 px with a halo of one block, the result in its middle."""
-    rule = MaskRule(scl_classes=classes, dilation_px=dilation)
-    cloudy = np.isin(scl, [c for c in classes if c in SCL_DILATED])
-    square = np.ones((1, 2 * dilation + 1, 2 * dilation + 1), bool)
-    want = ~(np.isin(scl, classes) | scipy.ndimage.binary_dilation(cloudy, square))
-
-    for chunk in (8, 24):
-        lazy = da.from_array(scl, chunks=(-1, chunk, chunk))
-        got = clear_mask(lazy, rule, halo_px=8).compute(scheduler="synchronous")
-        np.testing.assert_array_equal(got, want[:, 8:16, 8:16])
-
-
-@pytest.mark.parametrize("method", EVERY)
-def test_block_cuts_change_nothing(method):
-    """Mask, dilation and composite of 16 px in blocks of 4, 8 or 16, with 16 px of halo around."""
-    rng = np.random.default_rng(4)
-    scl = rng.choice([4, 5, 3, 8, 9, 11], (4, 48, 48), p=[0.6, 0.35, 0.01, 0.01, 0.01, 0.02]).astype(np.uint8)
-    bands = {name: rng.integers(0, 2000, (4, 16, 16)).astype(np.uint16) for name in ("B02", "B04", "B08")}
-    scenes = [scene(i, offset=[0.0, -0.1][i % 2]) for i in range(4)]
-    whole = None
-    for block in (16, 8, 4):
-        clear = clear_mask(da.from_array(scl, chunks=(-1, block, block)), MaskRule(dilation_px=2), halo_px=16)
-        cut = {n: da.from_array(v, chunks=(-1, block, block)) for n, v in bands.items()}
-        made = composite(cut, clear, scenes=scenes, how=how_of(method))
-        got = dict(zip(made, da.compute(*made.values(), scheduler="synchronous"), strict=True))
-        assert 0 < (got["clear_count"] == 0).mean() < 1
-        whole = whole or got
-        for name, values in whole.items():
-            np.testing.assert_array_equal(got[name], values, err_msg=name)
 
 
 @pytest.mark.parametrize("n", [*range(1, 15), 24, 61, 128, 200])
