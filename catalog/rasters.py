@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyproj
 import rasterio
 import shapely
 from rasterio.warp import transform_bounds
@@ -64,7 +65,7 @@ def read_header(href: str, *, source: str = "", band: int = 1) -> Header:
         at = min(band, file.count) - 1
         return Header(
             crs=file.crs.to_wkt() if file.crs else None,
-            epsg=file.crs.to_epsg() if file.crs else None,
+            epsg=_horizontal_epsg(file.crs.to_wkt()) if file.crs else None,
             bounds=tuple(file.bounds),
             shape=file.shape,
             dtype=file.dtypes[at],
@@ -81,6 +82,13 @@ def read_header(href: str, *, source: str = "", band: int = 1) -> Header:
     if band > header.bands:
         raise CatalogError(f"{href!r} has no band {band}; it has 1 to {header.bands}")
     return header
+
+
+def _horizontal_epsg(wkt: str) -> int | None:
+    """Code of a CRS, without its heights."""
+    crs = pyproj.CRS.from_wkt(wkt)
+    code = (crs.sub_crs_list[0] if crs.is_compound else crs).to_epsg()
+    return None if code is None else int(code)
 
 
 def find_rasters(
@@ -112,6 +120,56 @@ def find_rasters(
         replace(scene, identity=f"{name}/{scene.identity}", bands={name: asset}, offset=None) for scene in own
     ]
     return tuple(kept)
+
+
+def dem_scene(href: str, aoi: Aoi, *, measured: dt.date | None = None, vertical_datum: str = "") -> Scene:
+    """Make the one scene of a DEM that is a single file, such as a country's LiDAR heights.
+
+    measured : day on which its heights were measured; left out, what the file's own tag says
+    vertical_datum : left out, that of the file's CRS
+    Raises CatalogError as `raster_scene`, and where its band holds no heights.
+    """
+    scene = raster_scene(href, aoi, name="elevation")
+    header = read_header(scene.item["assets"]["data"]["href"])
+    if np.dtype(header.dtype).kind not in "iuf":
+        raise CatalogError(
+            f"{href!r} holds {header.dtype}, and heights are real numbers; give the DEM's file"
+        )
+    if (header.scale, header.offset) != (1.0, 0.0):
+        raise CatalogError(
+            f"{href!r} holds scaled numbers (x {header.scale:g} + {header.offset:g}); write metres, as with "
+            "gdal_translate -unscale"
+        )
+    day = measured or _day_of(header.tags)
+    datum = vertical_datum or _vertical_datum(header)
+    when = dt.datetime.combine(day or dt.date(1970, 1, 1), dt.time(), dt.UTC)
+    properties = {
+        **scene.item["properties"],
+        "datetime": when.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **({"slidecube:vertical_datum": datum} if datum else {}),
+    }
+    return replace(
+        scene,
+        role="dem",
+        source=href,
+        datetime=when,
+        identity="dem",
+        item={**scene.item, "properties": properties},
+    )
+
+
+def _day_of(tags: dict[str, str]) -> dt.date | None:
+    """Day of a TIFF's own tag."""
+    try:
+        return dt.datetime.strptime(tags["TIFFTAG_DATETIME"][:10], "%Y:%m:%d").replace(tzinfo=dt.UTC).date()
+    except (KeyError, ValueError):
+        return None
+
+
+def _vertical_datum(header: Header) -> str:
+    crs = pyproj.CRS.from_user_input(header.crs)
+    parts = crs.sub_crs_list if crs.is_compound else []
+    return next((part.name for part in parts if part.is_vertical), "")
 
 
 def raster_scene(

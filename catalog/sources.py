@@ -6,6 +6,7 @@ source says under which asset key it keeps them, and the item itself is asked wh
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 import math
 import re
@@ -116,6 +117,8 @@ class Source:
     licence, attribution : of the pixels, as the provider asks
     signing : how hrefs are made readable, when they are read and never before
     quantity : of radar backscatter: "gamma0", "sigma0", or "dn", amplitudes that nobody calibrated; "" = ask each item
+    acquired : of a DEM, first and last day on which its heights were measured, None = its items say
+    vertical_datum : of a DEM, "" = nobody says
     note : what a user should know
     """
 
@@ -131,6 +134,8 @@ class Source:
     attribution: str = ""
     signing: Signing = "none"
     quantity: Quantity = ""
+    acquired: tuple[dt.date, dt.date] | None = None
+    vertical_datum: str = ""
     note: str = ""
 
     @property
@@ -173,6 +178,9 @@ def _glo30(name: str, endpoint: str, signing: Signing = "none") -> Source:
         licence=_DEM_LICENCE,
         attribution=_DEM_ATTRIBUTION,
         signing=signing,
+        # the items of both providers say when they were published
+        acquired=(dt.date(2010, 12, 12), dt.date(2015, 1, 16)),
+        vertical_datum="EGM2008",
         note="metres above the EGM2008 geoid, a surface model; tiles of open sea do not exist",
     )
 
@@ -302,6 +310,12 @@ def find_source(name: str, *, kind: Kind = "optical") -> Source:
         f"Source {name!r} is neither known nor an existing folder or file; {hint}known: {', '.join(SOURCES)}; or give "
         "the path of a local STAC catalogue"
     )
+
+
+def is_raster(name: str) -> bool:
+    """Tell a raster's path or address from a source's name and from a catalogue's."""
+    path = urlsplit(name).path if "://" in name else name
+    return path.lower().endswith((".tif", ".tiff", ".jp2"))
 
 
 def _of_kind(kind: Kind) -> str:

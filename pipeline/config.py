@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.grid import TILE_SIZES_PX, TileGrid
 from slidecube.catalog.scenes import Window
+from slidecube.catalog.sources import is_raster
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
 from slidecube.models.devices import Device
@@ -176,7 +177,18 @@ class Sources(_Section):
     dem: str = Field(
         "earth-search/cop-dem-glo-30",
         min_length=1,
-        description="a source's name, or a local catalogue's path",
+        description="a source's name, a local catalogue's path, or the path or address of one GeoTIFF of heights in "
+        "metres, such as a country's LiDAR",
+    )
+    dem_date: Day | None = Field(
+        None,
+        description='the day on which the DEM was measured, such as "2019-05-01"; left out, what it says itself',
+    )
+    dem_datum: str | None = Field(
+        None,
+        min_length=1,
+        max_length=80,
+        description="what its heights count from; left out, what it says itself",
     )
     radar: str | None = Field(
         None,
@@ -701,13 +713,18 @@ class Config:
         Fallbacks count where there are any: they decide what a plan knows of other places, and no key of a layer.
         """
         sources = self.sources
-        others = {
+        others: dict[str, str | list[str]] = {
             key: [self.source(name) for name in names]
             for key, names in (("fallback", sources.fallback), ("fallback_dem", sources.fallback_dem))
             if names
         }
         radar = {"radar": self.source(sources.radar)} if sources.radar else {}
-        return {"optical": self.source(sources.optical), "dem": self.source(sources.dem), **radar, **others}
+        said = {"dem_date": sources.dem_date and str(sources.dem_date), "dem_datum": sources.dem_datum}
+        others |= {key: value for key, value in said.items() if value}
+        dem = self.source(sources.dem)
+        if is_raster(dem) and "://" not in dem:
+            dem = file_digest(self.resolve(dem), f"{self.path}: sources.dem")
+        return {"optical": self.source(sources.optical), "dem": dem, **radar, **others}
 
     def _layer_terms(self) -> list[dict[str, Any]]:
         """Layers of the TOML; a local file counts by its content, so that a moved one is the same."""

@@ -65,6 +65,7 @@ class Lineage:
     grid : key of the grid
     model : name, version, threshold, ... of the model card, in the order in which they are to be read
     keys : name -> key ("detect", "statistics", a layer's name)
+    dem : source, days on which it was measured, and vertical datum, in words; "" without one
     sources : where the scenes of each role came from, and who stood by; substituted : what was read elsewhere
     licences : name of the source -> licence of its data; attributions : lines that must be shown
     simulated : True when any scene is simulated
@@ -78,6 +79,7 @@ class Lineage:
     model: Mapping[str, str | float | int]
     keys: Mapping[str, str] = field(default_factory=dict)
     scenes: tuple[LineageScene, ...] = ()
+    dem: str = ""
     sources: tuple[Sourcing, ...] = ()
     substituted: tuple[Substitution, ...] = ()
     licences: Mapping[str, str] = field(default_factory=dict)

@@ -27,6 +27,7 @@ from slidecube.pipeline.lineage import (
 )
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.open import detected, open_detected
+from slidecube.pipeline.plan_dem import dem_facts
 from slidecube.pipeline.publish import write_products
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.shift_table import shift_table
@@ -92,6 +93,7 @@ def mosaic_run(
                 detect_key=epoch.detect_key,
             )
         )
+    tables = [with_dem(plan, table) for table in tables]
     objects = gpd.GeoDataFrame(pd.concat(tables, ignore_index=True), crs=tables[0].crs)
     if say is not None:
         print(f"mosaic: {len(objects)} objects", file=say)
@@ -129,6 +131,20 @@ def mosaic_run(
     }
     write_atomic(folder / RECORD, json.dumps(record, indent=1, sort_keys=True))
     return folder
+
+
+def with_dem(plan: RunPlan, objects: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+    """Say of each object which DEM its slope is of, and whether its event is later than that."""
+    facts = dem_facts(plan.config, plan.scenes.role("dem"))
+    days = {epoch.name: epoch.event or epoch.post.start for epoch in plan.config.epochs}
+    later = {name: facts.later_event(day) for name, day in days.items()}
+    return objects.assign(
+        dem_source=pd.Series([", ".join(facts.sources)] * len(objects), dtype="string", index=objects.index),
+        dem_date=pd.Series([facts.last] * len(objects), dtype=objects["dem_date"].dtype, index=objects.index),
+        event_after_dem=pd.Series(
+            [later[name] for name in objects["epoch"]], dtype="boolean", index=objects.index
+        ),
+    )
 
 
 def _read_record(folder: Place) -> dict[str, Any]:
@@ -218,6 +234,7 @@ def lineage(plan: RunPlan) -> Lineage:
             **{la.name: la.key for la in plan.layers},
         },
         scenes=tuple(scenes[k] for k in sorted(scenes)),
+        dem=str(dem_facts(plan.config, plan.scenes.role("dem"))),
         sources=plan.scenes.sourcing,
         substituted=substituted,
         licences=licences,

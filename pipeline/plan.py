@@ -25,6 +25,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import estimate
 from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
+from slidecube.pipeline.plan_dem import search_dem
 from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_plan
 from slidecube.pipeline.plan_keys import (
     auxiliary_layer_plan,
@@ -184,9 +185,7 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
                     f"{config.cube.max_cloud_pct:g} % cloud; widen the window or raise max_cloud_pct"
                     f"{_elsewhere(found, window)}"
                 )
-    heights = seek(
-        [config.source(name) for name in (sources.dem, *sources.fallback_dem)], tiled, None, role="dem"
-    )
+    heights = search_dem(config, tiled)
     dem = [scene for scene in heights.scenes if "elevation" in scene.bands]  # a catalogue may hold both
     if not dem:
         raise PipelineError(

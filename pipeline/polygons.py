@@ -68,6 +68,14 @@ SCHEMA: dict[str, Column] = {
     "post_date_max": Column(
         DATE, "day (UTC)", "first clear day after the event of the pixel that waited longest for one"
     ),
+    "dem_source": Column("string", "", "source of the DEM"),
+    "dem_date": Column(DATE, "day", "last day on which the DEM was measured; null where nobody says"),
+    "event_after_dem": Column(
+        "boolean",
+        "",
+        "true where the event (without one, the first day of the window after it) is later than the DEM, which then "
+        "shows the ground before the landslide",
+    ),
     "model": Column("string", "", "name and version of the model"),
     "detect_key": Column(
         "string", "", "key of the detection: layers, statistics, features, weights, threshold"

@@ -195,6 +195,7 @@ def _properties(lineage: Lineage, geobox: GeoBox) -> dict[str, Any]:
             {"id": s.id, "source": s.source, "datetime": s.datetime.isoformat(), "use": s.use}
             for s in lineage.scenes
         ],
+        "slidecube:dem": lineage.dem,
         "slidecube:sources": [asdict(entry) for entry in lineage.sources],
         "slidecube:substituted": [asdict(entry) for entry in lineage.substituted],
         "slidecube:licences": dict(lineage.licences),

@@ -9,6 +9,7 @@ from slidecube.catalog.search import Newest, scenes_by_tile
 from slidecube.catalog.sources import SOURCES
 from slidecube.cluster.resources import Profile, ProfileFile
 from slidecube.pipeline.lineage import sourcing_lines
+from slidecube.pipeline.plan_dem import dem_facts
 from slidecube.pipeline.probe import Found
 from slidecube.pipeline.radar_layer import track_of
 from slidecube.pipeline.run import RunReport
@@ -36,6 +37,7 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         *["warning     `slidecube plan --refresh` asks again"]
         * any(entry.unsearched for entry in made.scenes.sourcing),
         *_table(("  window", "tile", "scenes", "first", "last", "cloud"), _scene_rows(made)),
+        f"dem         {dem_facts(made.config, made.scenes.role('dem'))}",
         *_radar_lines(made),
         *_layer_lines(made),
         *_charged(made),
