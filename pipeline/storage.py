@@ -739,13 +739,28 @@ def _open(bucket: str, settings: tuple[str, ...], *, prefix: str = "", retries: 
 
 @functools.lru_cache(maxsize=8)
 def _endpoint(settings: tuple[str, ...]) -> tuple[str, str]:
-    """Endpoint, "" for AWS itself, and region, from the environment and the profile files."""
+    """Endpoint, "" for AWS itself, and region, from the environment and the profile files.
+
+    Raises PipelineError when these contradict themselves: a profile that is not there, a file that cannot be read.
+    """
     del settings  # what it depends on; botocore reads it itself
+    import botocore.exceptions  # noqa: PLC0415
     import botocore.session  # noqa: PLC0415
 
     session = botocore.session.Session()
-    region = session.get_config_variable("region") or "us-east-1"
-    client = session.create_client("s3", region_name=region, aws_access_key_id="x", aws_secret_access_key="x")  # noqa: S106
+    try:
+        region = session.get_config_variable("region") or "us-east-1"
+        client = session.create_client(
+            "s3",
+            region_name=region,
+            aws_access_key_id="x",
+            aws_secret_access_key="x",  # noqa: S106
+        )
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise PipelineError(
+            f"The AWS settings cannot be used: {' '.join(str(error).split())}; check AWS_PROFILE, AWS_ENDPOINT_URL, "
+            "AWS_REGION and the files that AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE name"
+        ) from None
     url = str(client.meta.endpoint_url)
     return ("" if re.search(r"\.amazonaws\.com(\.cn)?$", url) else url), str(region)
 

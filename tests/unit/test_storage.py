@@ -350,6 +350,19 @@ def test_a_number_that_is_no_answer_says_nothing(s3, monkeypatch, number):
     assert f"127.0.0.1:{number} does not answer" in refusal(f"s3://bucket-{number}.{number}/some/{number}")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("AWS_PROFILE", "nobody", r"profile \(nobody\) could not be found"),
+        ("AWS_ENDPOINT_URL", "not an address", "not an address"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(s3, monkeypatch, name, value, told):
+    monkeypatch.setenv(name, value)
+
+    assert re.search(f"^The AWS settings cannot be used: .*{told}.*; check AWS_PROFILE", refusal(s3))
+
+
 def test_missing_credentials_are_named(s3, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
