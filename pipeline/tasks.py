@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
+from slidecube.catalog.grid import Tile
 from slidecube.catalog.load import Loader
 from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import FencedError
@@ -109,33 +110,53 @@ def fit_tasks(plan: RunPlan, epoch: str, stage: str, *terms: str) -> Iterator[tu
 
 def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
     """Keys of tasks that read all layers of the 3 x 3 tiles around a tile."""
-    states = {name: _states(layer_ledger(plan, name)) for name in epoch.layers}
-    read: dict[
-        tuple[int, int], str
-    ] = {}  # of each tile a digest, once, and not in each of its nine neighbours
-    for tile in plan.tiles:
-        said = [tile.key]
-        for name, of in states.items():
-            key = plan.tasks[name][tile.key][0]
-            said.append(f"{name} {key} {of.get((tile.key, key), '')}")
-        read[tile.row, tile.col] = text_key(*said)
+    said = [[tile.key for tile in plan.tiles]]
+    for name in epoch.layers:
+        states, tasks = _states(layer_ledger(plan, name)), plan.tasks[name]
+        keys = [tasks[tile][0] for tile in said[0]]
+        found = [states.get(tile) for tile in said[0]]
+        said.append(
+            [
+                f"{name} {key} {of[1] if of is not None and of[0] == key else ''}"
+                for key, of in zip(keys, found, strict=True)
+            ]
+        )
+    # of each tile a digest, once, and not in each of its nine neighbours; the last one is of no tile
+    read = [*map(text_key, *said), ""]
     own = content_key(*terms)
-    around = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)]
     return {
-        tile.key: text_key(own, tile.key, *(read.get((tile.row + r, tile.col + c), "") for r, c in around))
-        for tile in plan.tiles
+        tile: text_key(own, tile, *map(read.__getitem__, around))
+        for tile, around in zip(said[0], _around(plan.tiles), strict=True)
     }
 
 
-def _states(ledger: Ledger) -> dict[tuple[str, str], str]:
-    """What of a layer's records decides what is read from them: that they are done, and the scenes that they lack."""
+def _around(tiles: Sequence[Tile]) -> list[list[int]]:
+    """Positions of the 3 x 3 tiles around each, row by row; past the last one where there is none."""
+    row, col = (np.array([getattr(tile, name) for tile in tiles], np.int64) for name in ("row", "col"))
+    width = (
+        int(col.max(initial=0)) + 2
+    )  # a column more: the right neighbour of the last is not the next row's first
+    order = np.argsort(row * width + col)
+    codes = (row * width + col)[order]
+    found = np.full((len(tiles), 9), len(tiles), np.int64)
+    for i, (r, c) in enumerate((r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)):
+        wanted = np.where(col + c >= 0, (row + r) * width + col + c, -1)
+        at = np.searchsorted(codes, wanted).clip(max=len(codes) - 1)
+        there = codes[at] == wanted
+        found[there, i] = order[at[there]]
+    positions: list[list[int]] = found.tolist()
+    return positions
+
+
+def _states(ledger: Ledger) -> dict[str, tuple[str, str]]:
+    """What of a layer's records decides what is read from them: their key, and the scenes that they lack, if done."""
     table = ledger.table("key", "state", "lost")
     columns = (table[name].to_pylist() for name in ("tile", "key", "state", "lost"))
     found = {}
     for tile, key, state, lost in zip(*columns, strict=True):
         if state != "failed":
             lacking = sorted({(scene, asset) for scene, asset, _ in json.loads(lost)}) if lost != "[]" else []
-            found[tile, key] = f"done {content_key(lacking)}" if lacking else "done"
+            found[tile] = (key, f"done {content_key(lacking)}" if lacking else "done")
     return found
 
 
