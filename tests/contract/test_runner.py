@@ -17,6 +17,7 @@ import distributed
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from slidecube.cluster import clusters
 from slidecube.cluster.dask import DaskPool
@@ -520,13 +521,24 @@ def test_the_scratch_of_a_killed_driver_is_removed(request, tmp_path, monkeypatc
         (OSError(5, "Input/output error"), "transient"),
         (ConnectionResetError(), "transient"),
         (TimeoutError(), "transient"),
+        (OSError(24, "Too many open files"), "transient"),
+        (OSError(23, "Too many open files in system"), "transient"),
         (MemoryError(), "memory"),
+        (OSError(12, "Cannot allocate memory"), "memory"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory"),
+        (RuntimeError("no kernel image is available"), "bug"),
         (FileNotFoundError(2, "no such file"), "bug"),
         (ValueError("?"), "bug"),
     ],
 )
 def test_the_class_of_an_error(error, fault):
     assert fault_of(error) == fault
+
+
+def test_memory_that_torch_does_not_get_is_no_bug():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert fault_of(refused.value) == "memory"
 
 
 def test_waits_grow_up_to_the_longest_and_differ():
