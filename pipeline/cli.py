@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata, resources
 from pathlib import Path
@@ -28,6 +28,7 @@ import click
 
 if TYPE_CHECKING:
     from slidecube.catalog.aoi import Aoi
+    from slidecube.pipeline.doctor import Check
     from slidecube.pipeline.lock import Job
 
 COMPLETE, USER_ERROR, INCOMPLETE, BUG, DRAINED, INTERRUPTED = 0, 1, 2, 70, 75, 130
@@ -435,13 +436,20 @@ def cluster_show(profile: str) -> None:
 
 @cluster.command("check")
 @click.argument("profile")
-def cluster_check(profile: str) -> None:
-    """Start a profile, run a probe on its workers, and print what was there."""
-    from slidecube.cluster.resources import load_profile
+def cluster_check(profile: str) -> int:
+    """Start a profile, run a probe on its workers, and print what was there.
+
+    Of a profile of job arrays the scheduler is asked what it would do; nothing is sent.
+    """
+    from slidecube.cluster.resources import load_profile, read_profile
+    from slidecube.pipeline.array_check import array_checks
     from slidecube.pipeline.errors import IncompleteError
     from slidecube.pipeline.probe import probe
     from slidecube.pipeline.summaries import worker_line, worker_share
 
+    array = read_profile(profile).array
+    if array is not None:
+        return _checked(array_checks(array))
     asked, n = load_profile(profile), 0
     for found in probe(asked):
         click.echo(worker_line(found))
@@ -450,6 +458,7 @@ def cluster_check(profile: str) -> None:
     click.echo(f"{n} of {wanted} workers answered; each may use {worker_share(asked)}")
     if n < wanted:
         raise IncompleteError(f"only {n} of {wanted} workers of profile {profile!r} came; look at the queue")
+    return COMPLETE
 
 
 @cluster.command("manifests")
@@ -504,10 +513,7 @@ def doctor() -> int:
     """Check this machine and what is installed."""
     from slidecube.pipeline.doctor import checks
 
-    found = list(checks())
-    for check in found:
-        click.echo(f"{check.level:<4}  {check.name:<20}  {check.text}")
-    return USER_ERROR if any(check.level == "fail" for check in found) else COMPLETE
+    return _checked(checks())
 
 
 @cli.command()
@@ -519,6 +525,15 @@ def clean(workspace: str, *, dry_run: bool) -> None:
     from slidecube.pipeline.summaries import clean_summary
 
     click.echo(clean_summary(remove_superseded(workspace, dry_run=dry_run), dry_run=dry_run))
+
+
+def _checked(found: Iterable[Check]) -> int:
+    """Print checks as they come, and return the exit code."""
+    code = COMPLETE
+    for check in found:
+        click.echo(f"{check.level:<4}  {check.name:<20}  {check.text}")
+        code = USER_ERROR if check.level == "fail" else code
+    return code
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
 from slidecube.pipeline.pace import pace
-from slidecube.pipeline.plan_files import INDEX, collector_paused, current_run, known_runs, read_plan
-from slidecube.pipeline.queue import jobs_of
+from slidecube.pipeline.plan_files import INDEX, PLAN, collector_paused, current_run, known_runs, read_plan
+from slidecube.pipeline.queue import jobs_of, queued_runs
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place, matching, remove_tree, size_of, sizes
 from slidecube.pipeline.store import Workspace
@@ -197,7 +197,8 @@ def _fit_failures(made: RunPlan) -> list[dict[str, str]]:
 def clean(where: str | Place, *, dry_run: bool = False) -> list[tuple[Place, int]]:
     """Remove what no current plan uses: superseded plans, layers, inventories and products.
 
-    A plan is current while it is the newest of its TOML. Events stay. Returns what was (or would be) removed, with
+    A plan is current while it is the newest of its TOML, and while jobs of it are queued or running, or may be: those
+    go on with it by its name. Events stay. Returns what was (or would be) removed, with
     its size in bytes.
     """
     workspace = Workspace.at(where)
@@ -206,7 +207,8 @@ def clean(where: str | Place, *, dry_run: bool = False) -> list[tuple[Place, int
         raise PipelineError(f"{where} is not a workspace with a plan; there is nothing to clean")
     with Lock(workspace.locks, run="clean"):
         keep: set[Place] = set()
-        for name in current.values():
+        waiting = {run for run in queued_runs(workspace) if (workspace.plan(run) / PLAN).exists()}
+        for name in {*current.values(), *waiting}:
             made = read_plan(workspace, name)
             stores = [workspace.layer(made.grid, la.name) for la in made.layers]
             stores.append(workspace.inventory(made.inventory))
