@@ -180,7 +180,7 @@ class Runner:
     `run` yields one result a task as they finish, in any order. The function itself turns its failures into results;
     what it still raises, the death of a worker and a missed deadline become failed results, too. Results of a fault
     that is worth it are tried again; see `RETRIES`. Closing the generator early gives up what has not begun, and waits
-    for what has.
+    for what has, but not after `leave`.
     """
 
     def __init__(
@@ -190,6 +190,7 @@ class Runner:
         self._deadline_s = deadline_s
         self._retries = retries
         self._draining = threading.Event()
+        self._leaving = False
 
     @property
     def address(self) -> str:
@@ -204,6 +205,10 @@ class Runner:
     def draining(self) -> bool:
         """True after `drain`."""
         return self._draining.is_set()
+
+    def leave(self) -> None:
+        """Wait for nothing when the results are closed: whoever reads them was interrupted and is on the way out."""
+        self._leaving = True
 
     def __enter__(self) -> Self:
         """Start the workers."""
@@ -223,7 +228,6 @@ class Runner:
         Raises ClusterError when the first `HOPELESS` tasks or more fail in a row, or when no worker is left.
         """
         queue, in_work, in_a_row = _Queue(deque(tasks)), dict[str, _InWork](), 0
-        wait = True
         try:
             while self._fill(queue, in_work, function):
                 for outcome in self._pool.wait(self._patience_s(queue)):
@@ -242,11 +246,11 @@ class Runner:
                         )
                 self._end_overdue(in_work)
         except KeyboardInterrupt:
-            wait = False
+            self.leave()
             raise
         finally:
             if in_work:
-                self._pool.give_up(patience_s=self._left_s(in_work) if wait else 0.0)
+                self._pool.give_up(patience_s=0.0 if self._leaving else self._left_s(in_work))
 
     def _fill(self, queue: _Queue, in_work: dict[str, _InWork], function: TaskFunction) -> bool:
         """Give every idle worker a task; tells whether there is anything to wait for."""

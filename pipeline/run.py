@@ -6,18 +6,18 @@ import datetime as dt
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
 from tqdm import tqdm
 
 from slidecube.catalog.load import require_loader
 from slidecube.cluster.errors import ClusterError
+from slidecube.cluster.limits import memory_gb
 from slidecube.cluster.pools import open_runner
 from slidecube.cluster.resources import Profile, load_profile
 from slidecube.cluster.runner import Retried, Runner, TaskResult, TileTask
@@ -31,6 +31,7 @@ from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Job, Lock, Shard
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import plan
+from slidecube.pipeline.progress import progress
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import frozen_digest
 from slidecube.pipeline.storage import Place, below, guard
@@ -39,7 +40,6 @@ from slidecube.pipeline.tasks import FIT_STAGES, TileContext, ledger_of, tasks_o
 from slidecube.pipeline.tile import run_task
 
 STAGES = ("cube", "fit", "detect", "mosaic")
-_LOG_EVERY_S = 30.0
 _STORES_S = 600.0
 """How long a shard waits while others make the stores in a bucket, one after another."""
 
@@ -323,9 +323,17 @@ class _Driver:
         self.lock.set_running(min(len(tasks), self.profile.workers))
         # closed here: after the lock is given back, no thread may be at work
         try:
-            with closing(runner.run(partial(run_task, context), tasks, tell=self._retried)) as results:
-                for result in self._shown(stage, results, len(tasks)):
-                    self._take(result)
+            with (
+                self._bar(desc=stage, unit="tile", total=len(tasks)) as bar,
+                closing(runner.run(partial(run_task, context), tasks, tell=self._retried)) as results,
+            ):
+                try:
+                    for result in results:
+                        self._take(result)
+                        bar.update()
+                except KeyboardInterrupt:  # a tile may take hours
+                    runner.leave()
+                    raise
         except ClusterError as error:  # nothing works, or nobody is left to work
             raise IncompleteError(f"{error}; what is done stays done") from None
         self.lock.set_running(0)
@@ -345,27 +353,11 @@ class _Driver:
             wait_s=round(again.wait_s, 3),
         )
 
-    def _shown(self, stage: str, results: Iterator[TaskResult], total: int) -> Iterable[TaskResult]:
-        if not self.progress or not total:
-            return results
-        bar: Iterable[TaskResult] = self._bar(results, total=total, desc=stage, unit="tile")
-        return bar
-
-    def _bar(self, results: Iterator[TaskResult] | None = None, **what: Any) -> Any:
-        """Progress: a bar on a terminal, a line now and then in a log; nothing is shown before something is done."""
-        tty = self.say.isatty()
-        what["desc"] = f"{what['desc']:>6}"
-        return tqdm(
-            results,
-            file=self.say,
-            disable=not self.progress,
-            mininterval=0.2 if tty else _LOG_EVERY_S,
-            maxinterval=1.0 if tty else _LOG_EVERY_S,
-            ascii=not tty,
-            dynamic_ncols=tty,
-            delay=0 if results is not None else 1e-9,
-            **what,
-        )
+    def _bar(self, *, desc: str, unit: str, total: int | None = None) -> Any:
+        """Progress, which is not shown where nobody wants it or nothing is due."""
+        if not self.progress or total == 0:
+            return tqdm(disable=True)
+        return progress(self.say, desc=desc, unit=unit, total=total)
 
     def _fold(self) -> None:
         """Fold a nation's records, where nobody else writes: shards work side by side."""
@@ -533,11 +525,11 @@ def _dealt(made: RunPlan, shard: Shard) -> list[TileTask]:
 
 
 def _refuse_too_large(made: RunPlan, profile: Profile) -> None:
-    held = psutil.virtual_memory().total / 1e9
+    held = memory_gb()
     if made.estimate.fit_mem_gb > held and unfitted(made):
         raise PipelineError(
-            f"Projected memory {made.estimate.fit_mem_gb:.1f} GB of the fit exceeds the {held:.0f} GB of this machine; "
-            "lower sample in [detect] parameters"
+            f"Projected memory {made.estimate.fit_mem_gb:.1f} GB of the fit exceeds the {held:.1f} GB that this "
+            "process may use; lower sample in [detect] parameters"
         )
     projected = made.estimate.worker_mem_gb(profile.worker.cpus)
     if projected > profile.worker.mem_gb:
