@@ -32,6 +32,7 @@ class TileTask:
     """One piece of work: a stage of a layer (or of an epoch's detection) on one tile, and the key that says which.
 
     attempt : which one it is, from 1; last : True when a passing fault will not be tried again
+    suspect : it failed in an earlier run, and its failing again says nothing of the others
     """
 
     stage: str
@@ -41,6 +42,7 @@ class TileTask:
     key: str
     attempt: int = field(default=1, compare=False)
     last: bool = field(default=True, compare=False)
+    suspect: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,11 +223,19 @@ class Runner:
         """Stop them."""
         self._pool.__exit__(kind, error, trace)
 
-    def run(self, function: TaskFunction, tasks: Iterable[TileTask], *, tell: Tell | None = None) -> Results:
+    def run(
+        self,
+        function: TaskFunction,
+        tasks: Iterable[TileTask],
+        *,
+        tell: Tell | None = None,
+        hopeless: int = HOPELESS,
+    ) -> Results:
         """Yield the results of all tasks; those that were not begun when it was drained are left out.
 
         tell : told of every attempt that is followed by another one
-        Raises ClusterError when the first `HOPELESS` tasks or more fail in a row, or when no worker is left.
+        hopeless : tasks that may not fail in a row, those not counted that failed in an earlier run
+        Raises ClusterError when so many fail in a row while others wait, or when no worker is left.
         """
         queue, in_work, in_a_row = _Queue(deque(tasks)), dict[str, _InWork](), 0
         try:
@@ -238,8 +248,11 @@ class Runner:
                     if result is None:
                         continue
                     yield result
-                    in_a_row = in_a_row + 1 if result.status == "failed" else 0
-                    if in_a_row >= HOPELESS and queue:
+                    if result.status != "failed":
+                        in_a_row = 0
+                    elif not result.task.suspect:
+                        in_a_row += 1
+                    if in_a_row >= hopeless and queue:
                         raise ClusterError(
                             f"{in_a_row} tiles failed one after another, and the rest was not begun; the last: "
                             f"{result.reason}"

@@ -20,7 +20,7 @@ from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.limits import memory_gb
 from slidecube.cluster.pools import open_runner
 from slidecube.cluster.resources import Profile, load_profile
-from slidecube.cluster.runner import Retried, Runner, TaskResult, TileTask
+from slidecube.cluster.runner import HOPELESS, Retried, Runner, TaskResult, TileTask
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import event_files, unfinished, write_event
@@ -323,10 +323,9 @@ class _Driver:
         self.lock.set_running(min(len(tasks), self.profile.workers))
         # closed here: after the lock is given back, no thread may be at work
         try:
-            with (
-                self._bar(desc=stage, unit="tile", total=len(tasks)) as bar,
-                closing(runner.run(partial(run_task, context), tasks, tell=self._retried)) as results,
-            ):
+            hopeless = max(HOPELESS, self.plan.config.cluster.failure_budget + 1)
+            work = runner.run(partial(run_task, context), tasks, tell=self._retried, hopeless=hopeless)
+            with self._bar(desc=stage, unit="tile", total=len(tasks)) as bar, closing(work) as results:
                 try:
                     for result in results:
                         self._take(result)
@@ -497,6 +496,7 @@ def _move(bar: Any, done: int, total: int) -> None:
 def due(made: RunPlan, stage: str, *, shard: Shard | None = None, mend: bool = False) -> list[TileTask]:
     """List the tasks of a stage, or of a shard of it, that have no finished record under the plan's key.
 
+    Those that failed before come last: they may fail again, and must not keep the others waiting.
     mend : and those that do without scenes which a passing fault kept away
     """
     tasks = list(tasks_of(made, stage))
@@ -505,12 +505,15 @@ def due(made: RunPlan, stage: str, *, shard: Shard | None = None, mend: bool = F
     ledgers = {ledger.folder: ledger for _, ledger in tasks}
     known = {folder: ledger.keys() for folder, ledger in ledgers.items()}
     lacking = {folder: ledger.passing() for folder, ledger in ledgers.items()} if mend else {}
-    return [
-        task
-        for task, ledger in tasks
-        if known[ledger.folder].get(task.tile) != (task.key, True)
-        or task.tile in lacking.get(ledger.folder, ())
-    ]
+    found: list[TileTask] = []
+    suspects: list[TileTask] = []
+    for task, ledger in tasks:
+        record = known[ledger.folder].get(task.tile)
+        if record == (task.key, False):
+            suspects.append(replace(task, suspect=True))
+        elif record != (task.key, True) or task.tile in lacking.get(ledger.folder, ()):
+            found.append(task)
+    return found + suspects
 
 
 def _by(ledger: Ledger, drivers: set[str]) -> dict[tuple[str, str], str]:

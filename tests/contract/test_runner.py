@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
@@ -262,6 +264,16 @@ def test_where_nothing_works_the_rest_is_left_alone(runner, tmp_path):
     with pytest.raises(ClusterError, match=f"{HOPELESS} tiles failed one after another.*the last: data 1"):
         found.extend(run(runner, noted, tasks(200)))
     assert noted.begun() <= HOPELESS + 3
+
+
+def test_what_failed_in_an_earlier_run_says_nothing_of_the_rest(runner, tmp_path):
+    bad = HOPELESS + 5
+    noted = Noted(tmp_path, script={f"k{i}": ["data"] for i in range(bad)})
+    wanted = [dataclasses.replace(task, suspect=i < bad) for i, task in enumerate(tasks(bad + 9))]
+
+    found = list(run(runner, noted, wanted))
+
+    assert Counter(r.status for r in found) == {"failed": bad, "done": 9}
 
 
 def test_a_tile_that_kills_its_workers_is_given_up_and_fails_alone(processes, tmp_path):
