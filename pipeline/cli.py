@@ -105,7 +105,7 @@ def _usage(error: click.ClickException) -> str:
 
 
 def _machine_error(error: BaseException) -> tuple[int, str] | None:
-    """Tell a full disk, a folder that cannot be written and exhausted memory from a bug."""
+    """Tell what this machine or its storage refuses, and exhausted memory, from a bug."""
     for link in _chain(error):
         if isinstance(link, MemoryError):
             return INCOMPLETE, "out of memory; lower workers in [cluster] or tile_px in [cube] and run again"
@@ -115,7 +115,13 @@ def _machine_error(error: BaseException) -> tuple[int, str] | None:
         if link.errno in (errno.ENOSPC, errno.EDQUOT):
             return INCOMPLETE, f"{_one_line(what)}; free some space and run the same command to resume"
         if link.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR):
-            return USER_ERROR, f"{_one_line(what)}; name a folder that you may write to"
+            remedy = "name a folder that you may write to"
+            if str(link.filename).startswith("s3://"):
+                remedy = "check the credentials and their rights to list, read, write and delete"
+            return USER_ERROR, f"{_one_line(what)}; {remedy}"
+        if link.filename and link.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+            remedy = "when the storage answers again, run the same command to resume"
+            return INCOMPLETE, f"{_one_line(what)}; {remedy}"
     return None
 
 

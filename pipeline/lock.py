@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import psutil
 
-from slidecube.pipeline.errors import IncompleteError, InUseError
+from slidecube.pipeline.errors import IncompleteError, InUseError, PipelineError
 from slidecube.pipeline.storage import Place, create, guard, names, read_tagged, release, swap
 
 BEAT_S = 2.0
@@ -210,8 +210,8 @@ class Lock:
                     return  # taken over: whoever did believed us dead, and our tasks are fenced
                 self._beat += 1
                 swap(self.path, self._content(), found[1])
-            except OSError:  # a full disk must not end the run here: the tile that meets it says so
-                continue
+            except (OSError, PipelineError):
+                continue  # a full disk or a frozen neighbour must not end the run here: the tile that meets it says so
 
     def _take(self, found: tuple[bytes, str] | None, silent: Mapping[Place, str]) -> bool:
         """Write the lock over what was found; returns whether nobody was faster.

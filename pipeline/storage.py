@@ -55,6 +55,8 @@ _ABANDONED_S = 6 * 3600.0
 
 GUARD_S = 600.0
 """How long a local file may be held by another process; making the stores of a nation takes seconds."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 _LOOK_S = 0.01
 
 _BACKOFF_S, _MAX_BACKOFF_S, _RETRY_S = 0.1, 15.0, 180.0
@@ -218,6 +220,12 @@ class ObjectStat:
     """What is known of an object; st_size : bytes."""
 
     st_size: int
+
+
+class StorageError(OSError):
+    """A server that keeps objects did not do what was asked; what is refused today may be granted with other keys."""
+
+    fault = "transient"
 
 
 Place = Path | ObjectPath
@@ -399,7 +407,7 @@ def guard(place: Path) -> Iterator[None]:
     held = place.with_name(f".{place.name}.guard")
     fd, until = os.open(held, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + GUARD_S
     try:
-        while not _locked(fd):
+        while not _locked(fd, place):
             if time.monotonic() > until:
                 raise PipelineError(
                     f"Another process has held {held} for {GUARD_S:.0f} s and does not go on; end it (`fuser {held}` "
@@ -411,11 +419,19 @@ def guard(place: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _locked(fd: int) -> bool:
+def _locked(fd: int, place: Path) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise PipelineError(
+                f"The file system of {place.parent} has no file locks ({error.strerror}), by which drivers keep out of "
+                "each other's way; have it mounted with them (Lustre: -o flock), or choose a workspace elsewhere or on "
+                "s3://"
+            ) from None
+        raise
     return True
 
 
@@ -843,7 +859,9 @@ def give_up(place: ObjectPath, error: Exception, *, last: bool) -> None:
         r"status code: 4(?!08|09|29)\d\d", said
     )
     if last or lasting:
-        raise OSError(errno.EIO, f"Storage failed: {_brief(said)}", str(place)) from None
+        denied = re.search(r"status code: 40[13]\b", said)
+        number = errno.EACCES if denied else errno.EIO
+        raise StorageError(number, f"Storage failed: {_brief(said)}", str(place)) from None
 
 
 def _brief(said: str) -> str:

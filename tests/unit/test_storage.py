@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -14,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from obstore.exceptions import PermissionDeniedError
 
+from slidecube.cluster.faults import fault_of
 from slidecube.pipeline import storage
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.storage import (
     ObjectPath,
     Place,
+    StorageError,
     below,
     create,
     fetched,
@@ -379,3 +383,24 @@ def test_who_holds_a_file_and_does_not_go_on_is_told_of(tmp_path, monkeypatch):
     with storage.guard(tmp_path / "a"), refused:
         storage.create(tmp_path / "a", b"1")
     assert storage.create(tmp_path / "a", b"1")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuses(_fd, _operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(storage.fcntl, "flock", refuses)
+    with pytest.raises(PipelineError, match=r"has no file locks \(Function not implemented\).*-o flock"):
+        storage.create(tmp_path / "a", b"1")
+
+
+def test_credentials_that_may_only_read_are_told_when_something_is_written(s3):
+    place = place_of(s3)
+
+    def denied(*_, **__):
+        raise PermissionDeniedError("Generic S3 error: status code: 403 Forbidden: <Code>AccessDenied</Code>")
+
+    with pytest.raises(StorageError, match="403 Forbidden AccessDenied") as told:
+        storage.asked(place, denied)
+    assert told.value.errno == errno.EACCES
+    assert fault_of(told.value) == "transient"
