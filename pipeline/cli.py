@@ -474,13 +474,19 @@ def cluster_check(profile: str) -> int:
     type=click.Path(path_type=Path, file_okay=False),
     help="Write a file each into this folder, in place of printing them.",
 )
-def cluster_manifests(profile: str, *, out: Path | None) -> None:
-    """Write the Kubernetes resources of a profile as YAML."""
+@click.option(
+    "--plan", metavar="RUN", default="", help="Write the stages after the plan, too, for this plan."
+)
+def cluster_manifests(profile: str, *, out: Path | None, plan: str) -> None:
+    """Write the Kubernetes resources of a profile as YAML.
+
+    Jobs of stages go on with a plan by its name, and so are written when it has one, by --plan.
+    """
     from slidecube.cluster.clusters import DASK_SETTINGS
     from slidecube.cluster.kubernetes import manifests
     from slidecube.cluster.resources import load_profile
 
-    texts = manifests(load_profile(profile), DASK_SETTINGS)
+    texts = manifests(load_profile(profile), DASK_SETTINGS, plan=plan)
     if out is None:
         click.echo("\n".join(f"# ---- {name}\n---\n{text}" for name, text in texts.items()), nl=False)
         return

@@ -39,6 +39,7 @@ _FIELDS = {
     "started",
     "beat",
     "running",
+    "dashboard",
 }
 
 
@@ -101,6 +102,7 @@ class Lock:
         self._patience_s = patience_s
         self._beat = 0
         self._running = 0
+        self._dashboard = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -202,6 +204,10 @@ class Lock:
         """Say how many tasks are in work; written with the next beat."""
         self._running = n
 
+    def set_dashboard(self, address: str) -> None:
+        """Say where the workers can be watched; written with the next beat."""
+        self._dashboard = address
+
     def _keep(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
@@ -265,6 +271,7 @@ class Lock:
                 "started": born_s(pid),
                 "beat": self._beat,
                 "running": self._running,
+                "dashboard": self._dashboard,
             }
         ).encode()
 

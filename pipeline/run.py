@@ -195,6 +195,7 @@ class _Driver:
                 self.drain.runner = runner
                 if self.drain.asked:
                     runner.drain()
+                self.lock.set_dashboard(runner.address)
                 if runner.address and self.progress:
                     print(f"Dask dashboard: {runner.address}", file=self.say)
                 self._on(runner, stages)

@@ -93,6 +93,7 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
     "observability": {name: pixels}, "not_observable": {reason: pixels},
     "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}],
     "substituted": [{scene, asset, source, reason}], "complete", "running", "drivers": at work,
+    "dashboards": their addresses,
     "silent": [{run, shard, host, silent_s}] of drivers elsewhere whose heartbeat has stopped,
     "pace": {stage: tiles a minute}, "minutes_left": at that pace, None when it is not known,
     "used": {"bytes", "task_hours", "peak_mem_gb"}, "predicted": {"bytes", "cpu_hours", "peak_mem_gb"}}.
@@ -148,6 +149,7 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
         "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
         "running": at_work[0]["run"] if at_work else None,
         "drivers": len([lock for lock in at_work if lock["run"] == made.run]),
+        "dashboards": [lock["dashboard"] for lock in at_work if lock["dashboard"]],
         "silent": [{name: lock[name] for name in ("run", "shard", "host", "silent_s")} for lock in silent],
         "pace": speed,
         "minutes_left": _minutes_left(tiles, speed),

@@ -114,6 +114,7 @@ def _watched(state: dict[str, Any]) -> list[str]:
         left = state["minutes_left"]
         when = f"; {_duration(left)} left" if left is not None else ""
         lines.append(f"running     {_count(state['drivers'], 'driver')}: {speed or 'no tile done yet'}{when}")
+    lines += [f"dashboard   {address}" for address in state["dashboards"]]
     for lock in state["silent"]:
         who = f"shard {lock['shard']}" if lock["shard"] else "the driver"
         lines.append(

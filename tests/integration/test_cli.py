@@ -300,6 +300,7 @@ STATE = {
     "jobs": [],
     "running": "hokkaido-1a2b3c4d",
     "drivers": 1,
+    "dashboards": ["http://127.0.0.1:8787/status"],
     "silent": [],
     "pace": {"cube": 4.0},
     "minutes_left": 30.0,
@@ -326,6 +327,7 @@ def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
     assert "sheet       statistics/0123456789abcdef/sheet/index.html" in out
     assert "1 tile made or mended after the freeze took no part in it" in out
     assert "running     1 driver: cube 4 tiles a minute; 30 minutes left" in out
+    assert "dashboard   http://127.0.0.1:8787/status" in out
     assert out.endswith("incomplete: run the same command to go on\n")
 
 
