@@ -39,7 +39,18 @@ _GAP_S = 300.0
 """While work is due, `status --watch` waits so long for the next driver after it saw the last one."""
 
 TomlFile = click.Path(path_type=Path)
-Folder = click.Path(path_type=Path)
+
+
+class _FolderType(click.Path):
+    """A folder to write to; an empty name, as of a variable that is not set, would be the one that we are in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name is empty; name a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+Folder = _FolderType(path_type=Path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -349,8 +360,8 @@ def publish(file: Path) -> None:
     from slidecube.pipeline.plan import plan as make_plan
 
     made = make_plan(load_config(file))
-    with Lock(made.workspace.locks, run=made.run):
-        click.echo(mosaic_run(made, say=sys.stderr))
+    with Lock(made.workspace.locks, run=made.run) as lock:
+        click.echo(mosaic_run(made, say=sys.stderr, fence=lock.require))
 
 
 @cli.command()
@@ -364,7 +375,9 @@ def report(workspace: str) -> None:
 
 @cli.command()
 @click.option("--out", type=Folder, required=True, help="Folder of the simulated archive.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulation.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the simulation."
+)
 @click.option("--size", default="default", show_default=True, help="Its extent: default, small or island.")
 @click.option("--radar", is_flag=True, help="Add Sentinel-1.")
 @click.option(
@@ -400,7 +413,9 @@ def simulate(
 
 @cli.command()
 @click.option("--out", type=Folder, required=True, help="Folder of the demonstration.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulated archive.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the simulated archive."
+)
 @click.option("--size", default="default", show_default=True, help="Its extent: default, small or island.")
 def demo(out: Path, *, seed: int, size: str) -> None:
     """Map a simulated archive from end to end."""

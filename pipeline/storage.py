@@ -69,6 +69,8 @@ _SETTINGS = (
     "AWS_CONFIG_FILE",
 )
 
+_FAILING_CREDENTIALS = "the credentials cannot be had"
+_END = " (end)"  # of what was said; the library puts its own words around it
 _NO_CREDENTIALS = "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
@@ -275,6 +277,9 @@ def _unreachable(place: ObjectPath, said: str) -> str:
         return f"There is no bucket {place.bucket!r} at {endpoint}; make it, or name another in [output] workspace"
     if _NO_CREDENTIALS in said:
         return f"For {place} {_NO_CREDENTIALS}"
+    if _FAILING_CREDENTIALS in said:
+        why = said.partition(_FAILING_CREDENTIALS)[2].partition(_END)[0]
+        return f"For {place} {_FAILING_CREDENTIALS}{' '.join(why.split())}; check AWS_PROFILE and its files"
     if status in {"401", "403"} or re.search(r"AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch", said):
         return (
             f"{endpoint} refuses access to {place} with these credentials; check AWS_ACCESS_KEY_ID and "
@@ -786,15 +791,18 @@ def _credentials() -> Any:
 
     Asked for by the library when those it has run out; they are held in memory and never told.
     """
+    import botocore.exceptions  # noqa: PLC0415
     import botocore.session  # noqa: PLC0415
 
-    found = botocore.session.Session().get_credentials()
-    if found is None:
-        raise PermissionError(
-            errno.EACCES,
-            _NO_CREDENTIALS,
-        )
-    frozen = found.get_frozen_credentials()
+    try:
+        found = botocore.session.Session().get_credentials()
+        frozen = None if found is None else found.get_frozen_credentials()
+    except (
+        botocore.exceptions.BotoCoreError
+    ) as error:  # of a process, a role or a profile that another one names
+        raise PermissionError(errno.EACCES, f"{_FAILING_CREDENTIALS}: {error}{_END}") from None
+    if frozen is None:
+        raise PermissionError(errno.EACCES, _NO_CREDENTIALS)
     return {
         "access_key_id": frozen.access_key,
         "secret_access_key": frozen.secret_key,

@@ -377,6 +377,20 @@ def test_missing_credentials_are_named(s3, monkeypatch):
     assert "AWS_ENDPOINT_URL" not in line
 
 
+def test_credentials_that_fail_are_told(s3, tmp_path, monkeypatch):
+    (tmp_path / "config").write_text("[profile maps]\nregion = eu-west-1\ncredential_process = /bin/false\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_PROFILE", "maps")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+
+    line = refusal(s3)
+
+    assert line.startswith(f"For {s3} the credentials cannot be had: Error when retrieving credentials")
+    assert line.endswith("; check AWS_PROFILE and its files")
+    assert "end)" not in line
+
+
 def test_who_holds_a_file_and_does_not_go_on_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "GUARD_S", 0.3)
     refused = pytest.raises(PipelineError, match=r"has held .*\.a\.guard for 0 s and does not go on; end it")
