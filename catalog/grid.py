@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -27,6 +27,7 @@ from slidecube.catalog.errors import CatalogError
 
 TILE_SIZES_PX = (512, 1024, 2048, 4096)
 BLOCK_PX = 512
+_KEY = re.compile(r"r(\d{3,})c(\d{3,})")
 _FRAME_STEP_PX = max(TILE_SIZES_PX)
 _FRAME_MARGIN_M = 200_000.0
 _FRAME_HALF_M = 5_000_000.0  # of a CRS without an area of use: wide enough for the largest nation
@@ -102,20 +103,21 @@ class TileGrid:
 
     def tile(self, row: int, col: int) -> Tile:
         """Return the tile at a row and a column of the frame."""
+        return next(self._tiles_at([(row, col)]))
+
+    def tiles_of(self, keys: Iterable[str]) -> tuple[Tile, ...]:
+        """Return the tiles with these keys."""
+        return tuple(self._tiles_at(map(_position, keys)))
+
+    def _tiles_at(self, positions: Iterable[tuple[int, int]]) -> Iterator[Tile]:
         frame = self.frame
         rows, cols = (n // self.tile_px for n in frame.shape)
-        if not (0 <= row < rows and 0 <= col < cols):
-            raise CatalogError(
-                f"Tile row {row}, column {col} lies outside the frame of {rows} x {cols} tiles"
-            )
-        return Tile(key=f"r{row:03d}c{col:03d}", row=row, col=col, frame=frame, side_px=self.tile_px)
-
-    def tile_of(self, key: str) -> Tile:
-        """Return the tile with a key."""
-        match = re.fullmatch(r"r(\d{3,})c(\d{3,})", key)
-        if match is None:
-            raise CatalogError(f"{key!r} is not a tile key; keys look like 'r012c034'")
-        return self.tile(int(match[1]), int(match[2]))
+        for row, col in positions:
+            if not (0 <= row < rows and 0 <= col < cols):
+                raise CatalogError(
+                    f"Tile row {row}, column {col} lies outside the frame of {rows} x {cols} tiles"
+                )
+            yield Tile(key=f"r{row:03d}c{col:03d}", row=row, col=col, frame=frame, side_px=self.tile_px)
 
     def tiles(self, aoi: Aoi) -> tuple[Tile, ...]:
         """Return the tiles that share area with the AOI, by row, then column."""
@@ -139,8 +141,7 @@ class TileGrid:
         shapely.prepare(shape)
         # the interiors must meet: an AOI that only touches a tile's edge has no pixel in it
         hit = shapely.intersects(shape, boxes) & ~shapely.touches(shape, boxes)
-        for row, col in zip(r[hit], c[hit], strict=True):
-            yield self.tile(int(row), int(col))
+        yield from self._tiles_at(zip(r[hit].tolist(), c[hit].tolist(), strict=True))
 
     def offset_px(self, geobox: GeoBox) -> tuple[int, int]:
         """Row and column in the frame of a GeoBox's first pixel; the GeoBox must lie on the grid's pixels."""
@@ -200,6 +201,14 @@ def _crs_slug(crs: str) -> str:
         return f"laea-{'ns'[lat < 0]}{abs(lat):02d}{'ew'[lon < 0]}{abs(lon):03d}"
     wkt = pyproj.CRS.from_user_input(crs).to_wkt()
     return "crs" + hashlib.blake2b(wkt.encode(), digest_size=6).hexdigest()
+
+
+def _position(key: str) -> tuple[int, int]:
+    """Row and column of a tile's key."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise CatalogError(f"{key!r} is not a tile key; keys look like 'r012c034'")
+    return int(match[1]), int(match[2])
 
 
 @lru_cache(maxsize=64)

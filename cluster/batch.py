@@ -58,7 +58,15 @@ def prepare(job: BatchJob) -> list[str]:
     """Lines of shell before the work: the site's own, and where temporary files go."""
     lines = list(job.prologue)
     if job.scratch:
-        lines += [f'export TMPDIR="{job.scratch}"', 'mkdir -p "$TMPDIR"']
+        # a variable that a site does not set, or a disk that a node lacks, must not cost every job of an array
+        lines += [
+            f'scratch="{job.scratch}"',
+            'if [ -n "$scratch" ] && mkdir -p "$scratch"; then',
+            '  export TMPDIR="$scratch"',
+            "else",
+            "  echo \"no scratch folder '$scratch' on $(hostname): temporary files go to ${TMPDIR:-/tmp}\"",
+            "fi",
+        ]
     return lines
 
 

@@ -66,7 +66,11 @@ _PASSING_ERRNO = (
     errno.ENETUNREACH,
     errno.EHOSTUNREACH,
     errno.EPIPE,
+    errno.EMFILE,  # too many files are open now: what others hold they close
+    errno.ENFILE,
 )
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+"""What PyTorch says, on a GPU and on a CPU: its errors are a RuntimeError, and it is not imported here."""
 
 
 def fault_of(error: BaseException) -> Fault:
@@ -74,7 +78,9 @@ def fault_of(error: BaseException) -> Fault:
     said = getattr(error, "fault", None)
     if said in get_args(Fault):
         return cast("Fault", said)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "memory"
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY):
         return "memory"
     if isinstance(error, OSError):
         if error.errno in _FULL:

@@ -63,14 +63,16 @@ def run_job(profile: Profile) -> Manifest:
     return _job(profile, "run", pod)
 
 
-def stage_job(profile: Profile, stage: str) -> Manifest:
+def stage_job(profile: Profile, stage: str, *, plan: str = "") -> Manifest:
     """Job of one stage, without the operator; where a stage has shards, one pod a shard.
 
-    stage : of `STAGES`
+    stage : of `STAGES`; plan : that the stages after it go on with: their pods search for nothing
     """
     shards = profile.options["shards"] or profile.workers
     gpus = profile.worker.gpus if stage == "detect" else 0
     arguments = [stage, f"{_CONFIG}/run.toml"]
+    if stage != "plan":
+        arguments += ["--plan", plan]
     if stage in _SHARDED:
         arguments += ["--shard", f"$(JOB_COMPLETION_INDEX)/{shards}"]  # from 0, as ours
     if stage != "plan":
@@ -192,12 +194,14 @@ def access(profile: Profile) -> list[Manifest]:
     return [account, role, binding] if profile.options["service_account"] else [role, binding]
 
 
-def manifests(profile: Profile, settings: Mapping[str, Any] | None = None) -> dict[str, str]:
+def manifests(
+    profile: Profile, settings: Mapping[str, Any] | None = None, *, plan: str = ""
+) -> dict[str, str]:
     """YAML texts of all resources by path, in the order in which they are applied.
 
     The two ways exclude each other, so the stages lie in a folder below, into which `kubectl apply -f` does not look.
 
-    settings : of Dask, for the pods of its cluster
+    settings : of Dask, for the pods of its cluster; plan : of the stages: while it has no name, only its own is written
     Raises ClusterError when the profile is not for Kubernetes, or names no image.
     """
     if profile.runner != "dask-kubernetes":
@@ -209,7 +213,11 @@ def manifests(profile: Profile, settings: Mapping[str, Any] | None = None) -> di
         "setup": [*access(profile), *network_policies(profile), stage_profiles(profile)],
         "cluster": [cluster_spec(profile, settings)],
         "run": [run_job(profile)],
-        **{f"stages/{n}-{stage}": [stage_job(profile, stage)] for n, stage in enumerate(STAGES, start=1)},
+        **{
+            f"stages/{n}-{stage}": [stage_job(profile, stage, plan=plan)]
+            for n, stage in enumerate(STAGES, start=1)
+            if plan or stage == "plan"
+        },
     }
     return {
         f"{name}.yaml": yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100)

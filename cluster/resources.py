@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import psutil
 import pydantic
 from pydantic import Field
 
+from slidecube.cluster import limits
 from slidecube.cluster.errors import ClusterError
 
 Kind = Literal[
@@ -182,11 +182,6 @@ _OWN_TABLE = {
 _ELSEWHERE = ("dask-address", "dask-jobqueue", "dask-kubernetes")
 
 
-def cores() -> int:
-    """Cores that this process may use, as its affinity says, not as the machine counts."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def profiles() -> dict[str, Path]:
     """Profiles by name with their files: those that come with slidecube, and the user's own, which win."""
     folders = [Path(str(resources.files("slidecube.cluster"))) / "profiles", own_profiles()]
@@ -206,18 +201,20 @@ def load_profile(
     threads_per_worker: int | None = None,
     mem_gb: float | None = None,
 ) -> Profile:
-    """Read a profile and fill in what it leaves open from this machine.
+    """Read a profile and fill in what it leaves open from this machine, as far as this process may use it.
 
     name : of a profile, or the path of a TOML, from the folder `base`
     workers, threads_per_worker, mem_gb : in place of the profile's
     Raises ClusterError for an unknown name, an unreadable file, and a key or value that is not allowed.
     """
     file = read_profile(name, base=base)
-    n = workers or file.workers or (cores() if file.runner == "dask-local" else _gpus(file) or 1)
+    n = workers or file.workers or (limits.cores() if file.runner == "dask-local" else _gpus(file) or 1)
     elsewhere = file.runner in _ELSEWHERE
     # threads of one tile = cores / workers, never more: two tiles with two threads each were 21 times slower
-    threads = threads_per_worker or file.threads_per_worker or (1 if elsewhere else max(1, cores() // n))
-    here_gb = round(0.8 * psutil.virtual_memory().total / 1e9 / n, 1)
+    threads = (
+        threads_per_worker or file.threads_per_worker or (1 if elsewhere else max(1, limits.cores() // n))
+    )
+    here_gb = round(0.8 * limits.memory_gb() / n, 1)
     memory = mem_gb or file.mem_gb or (4.0 if elsewhere else here_gb)
     own = _OWN_TABLE.get(file.runner, "")
     table = getattr(file, own) if own else None

@@ -32,6 +32,7 @@ class TileTask:
     """One piece of work: a stage of a layer (or of an epoch's detection) on one tile, and the key that says which.
 
     attempt : which one it is, from 1; last : True when a passing fault will not be tried again
+    suspect : it failed in an earlier run, and its failing again says nothing of the others
     """
 
     stage: str
@@ -41,6 +42,7 @@ class TileTask:
     key: str
     attempt: int = field(default=1, compare=False)
     last: bool = field(default=True, compare=False)
+    suspect: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +182,7 @@ class Runner:
     `run` yields one result a task as they finish, in any order. The function itself turns its failures into results;
     what it still raises, the death of a worker and a missed deadline become failed results, too. Results of a fault
     that is worth it are tried again; see `RETRIES`. Closing the generator early gives up what has not begun, and waits
-    for what has.
+    for what has, but not after `leave`.
     """
 
     def __init__(
@@ -190,6 +192,7 @@ class Runner:
         self._deadline_s = deadline_s
         self._retries = retries
         self._draining = threading.Event()
+        self._leaving = False
 
     @property
     def address(self) -> str:
@@ -205,6 +208,10 @@ class Runner:
         """True after `drain`."""
         return self._draining.is_set()
 
+    def leave(self) -> None:
+        """Wait for nothing when the results are closed: whoever reads them was interrupted and is on the way out."""
+        self._leaving = True
+
     def __enter__(self) -> Self:
         """Start the workers."""
         self._pool.__enter__()
@@ -216,14 +223,21 @@ class Runner:
         """Stop them."""
         self._pool.__exit__(kind, error, trace)
 
-    def run(self, function: TaskFunction, tasks: Iterable[TileTask], *, tell: Tell | None = None) -> Results:
+    def run(
+        self,
+        function: TaskFunction,
+        tasks: Iterable[TileTask],
+        *,
+        tell: Tell | None = None,
+        hopeless: int = HOPELESS,
+    ) -> Results:
         """Yield the results of all tasks; those that were not begun when it was drained are left out.
 
         tell : told of every attempt that is followed by another one
-        Raises ClusterError when the first `HOPELESS` tasks or more fail in a row, or when no worker is left.
+        hopeless : tasks that may not fail in a row, those not counted that failed in an earlier run
+        Raises ClusterError when so many fail in a row while others wait, or when no worker is left.
         """
         queue, in_work, in_a_row = _Queue(deque(tasks)), dict[str, _InWork](), 0
-        wait = True
         try:
             while self._fill(queue, in_work, function):
                 for outcome in self._pool.wait(self._patience_s(queue)):
@@ -234,19 +248,22 @@ class Runner:
                     if result is None:
                         continue
                     yield result
-                    in_a_row = in_a_row + 1 if result.status == "failed" else 0
-                    if in_a_row >= HOPELESS and queue:
+                    if result.status != "failed":
+                        in_a_row = 0
+                    elif not result.task.suspect:
+                        in_a_row += 1
+                    if in_a_row >= hopeless and queue:
                         raise ClusterError(
                             f"{in_a_row} tiles failed one after another, and the rest was not begun; the last: "
                             f"{result.reason}"
                         )
                 self._end_overdue(in_work)
         except KeyboardInterrupt:
-            wait = False
+            self.leave()
             raise
         finally:
             if in_work:
-                self._pool.give_up(patience_s=self._left_s(in_work) if wait else 0.0)
+                self._pool.give_up(patience_s=0.0 if self._leaving else self._left_s(in_work))
 
     def _fill(self, queue: _Queue, in_work: dict[str, _InWork], function: TaskFunction) -> bool:
         """Give every idle worker a task; tells whether there is anything to wait for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,8 +21,12 @@ State = Literal["pending", "running", "done", "failed"]
 _STATES: dict[str, State] = {
     "PENDING": "pending",
     "CONFIGURING": "pending",
+    "EXPEDITING": "pending",
+    "POWER_UP_NODE": "pending",
     "REQUEUED": "pending",
+    "REQUEUE_FED": "pending",
     "REQUEUE_HOLD": "pending",
+    "RESV_DEL_HOLD": "pending",
     "SPECIAL_EXIT": "pending",
     "RUNNING": "running",
     "COMPLETING": "running",
@@ -108,10 +113,15 @@ def _directives(job: BatchJob) -> list[str]:
 def submit(script: str, *, after: str = "") -> str:
     """Submit a script and return the job's id; after : id of a job that must have ended, however it did.
 
-    Raises ClusterError with what sbatch says.
+    Where Slurm has several clusters, the id ends in `;` and the cluster's name, and what follows a job goes there, too.
+    Raises ClusterError with what sbatch says, or that it said nothing: the job may be there even so, see `named`.
     """
-    dependency = [f"--dependency=afterany:{after}"] if after else []
-    return _call("sbatch", "--parsable", *dependency, script).partition(";")[0]
+    number, cluster = _split(after)
+    dependency = [*_at(cluster), f"--dependency=afterany:{number}"] if after else []
+    said = _call("sbatch", "--parsable", *dependency, script).splitlines()
+    if not said:
+        raise ClusterError("`sbatch` names no job; look at `squeue --me`")
+    return said[-1].strip()
 
 
 def there() -> bool:
@@ -119,17 +129,66 @@ def there() -> bool:
     return shutil.which("sbatch") is not None
 
 
+def require_there() -> None:
+    """Raise ClusterError where no job can be submitted from this machine."""
+    _require("sbatch")
+
+
+def test_only(script: str) -> str:
+    """Say when and where a script would start; nothing is sent.
+
+    Raises ClusterError with why it is refused.
+    """
+    return _done("sbatch", "--test-only", said=script).stderr.strip().removeprefix("sbatch: ")
+
+
 def try_out(script: str) -> str:
     """Say what Slurm would do with the text of a script: when and where it would start, or why it is refused."""
     try:
-        return _done("sbatch", "--test-only", said=script).stderr.strip().removeprefix("sbatch: ")
+        return test_only(script)
     except ClusterError as error:
         return str(error)
 
 
 def cancel(jobs: Sequence[str]) -> None:
     """Cancel jobs; raises ClusterError with what scancel says."""
-    _call("scancel", *jobs)
+    for cluster, numbers in _by_cluster(jobs).items():
+        _call("scancel", *_at(cluster), *numbers)
+
+
+def cancel_lines(jobs: Sequence[str]) -> str:
+    """What a user types to cancel jobs."""
+    return "; ".join(
+        " ".join(["scancel", *_at(cluster), *numbers]) for cluster, numbers in _by_cluster(jobs).items()
+    )
+
+
+def named(names: Sequence[str]) -> dict[str, str]:
+    """Ids by name of jobs that are queued or running.
+
+    Raises ClusterError when the queue does not answer.
+    """
+    if not names:
+        return {}
+    lines = _call("squeue", "--noheader", f"--name={','.join(names)}", "--format=%F|%j").splitlines()
+    return {name: job for job, bar, name in (line.strip().partition("|") for line in lines) if bar}
+
+
+def _split(job: str) -> tuple[str, str]:
+    """Number and cluster of a job's id, the cluster "" where there is only one."""
+    number, _, cluster = job.partition(";")
+    return number, cluster
+
+
+def _at(cluster: str) -> list[str]:
+    return [f"--clusters={cluster}"] if cluster else []
+
+
+def _by_cluster(jobs: Sequence[str]) -> dict[str, list[str]]:
+    found = dict[str, list[str]]()
+    for number, cluster in dict.fromkeys(map(_split, jobs)):
+        found.setdefault(cluster, []).append(number)
+    return found
 
 
 def max_array_size() -> int | None:
@@ -144,53 +203,74 @@ def max_array_size() -> int | None:
 
 def queued(jobs: Sequence[str]) -> list[QueuedTask] | None:
     """What the queue, and the accounting where there is one, know of jobs; None where nobody can be asked."""
-    if not jobs:
-        return []
+    found = list[QueuedTask]()
+    for cluster, numbers in _by_cluster(jobs).items():
+        tasks = _queued(numbers, cluster)
+        if tasks is None:
+            return None
+        found += tasks
+    return found
+
+
+def _queued(numbers: Sequence[str], cluster: str) -> list[QueuedTask] | None:
+    """What is known of jobs of a cluster."""
+    asked = (*_at(cluster), f"--jobs={','.join(numbers)}")
     try:
         lines = _call(
-            "squeue",
-            "--noheader",
-            "--array",
-            "--states=all",
-            f"--jobs={','.join(jobs)}",
-            "--format=%F|%K|%T|%r",
+            "squeue", "--noheader", "--array", "--states=all", *asked, "--format=%F|%K|%T|%r"
         ).splitlines()
     except ClusterError as error:
         if "Invalid job id" not in str(error):
             return None
         lines = []  # the queue has forgotten a job that ended long ago
-    found = list(map(_parsed, lines))
+    # where a cluster is named, a line says so
+    found = [_parsed(line, cluster) for line in lines if "|" in line]
     known = {(task.job, task.task) for task in found}
-    return found + [task for task in _accounted(jobs) if (task.job, task.task) not in known]
+    return found + [task for task in _accounted(asked, cluster) if (task.job, task.task) not in known]
 
 
-def _parsed(line: str) -> QueuedTask:
-    job, task, state, reason = (line.split("|", 3) + [""] * 3)[:4]
+def _parsed(line: str, cluster: str) -> QueuedTask:
+    number, task, state, reason = (line.split("|", 3) + [""] * 3)[:4]
     ours = _STATES.get(state, "failed")
     why = state.lower().replace("_", " ") if ours == "failed" else reason if ours == "pending" else ""
+    job = f"{number};{cluster}" if cluster else number
     return QueuedTask(job=job, task=task if task.isdecimal() else "", state=ours, reason=why)
 
 
-def _accounted(jobs: Sequence[str]) -> list[QueuedTask]:
+def _accounted(asked: Sequence[str], cluster: str) -> list[QueuedTask]:
     """What the accounting knows, nothing where there is none."""
     try:
-        text = _call(
-            "sacct",
-            "--noheader",
-            "--allocations",
-            "--parsable2",
-            f"--jobs={','.join(jobs)}",
-            "--format=JobID,State",
-        )
+        text = _call("sacct", "--noheader", "--allocations", "--parsable2", *asked, "--format=JobID,State")
     except ClusterError:
         return []
     found = []
     for line in text.splitlines():
         name, _, state = line.partition("|")
-        job, _, task = name.partition("_")
+        job, _, tasks = name.partition("_")
         word = state.split()[0] if state else ""  # "CANCELLED by 1000"
-        found.append(_parsed(f"{job}|{task}|{word}|"))
+        found += [_parsed(f"{job}|{task}|{word}|", cluster) for task in _indices(tasks)]
     return found
+
+
+def _indices(text: str) -> list[str]:
+    """Indices of tasks as the accounting writes them: "3", or "[0-2,7%2]" for those that have not begun yet.
+
+    What it cuts short with dots is left out.
+    """
+    if not text.startswith("["):
+        return [text]
+    found = list[str]()
+    for part in text.strip("[]").partition("%")[0].split(","):
+        span = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if span:
+            first, last, step = span[1], span[2] or span[1], span[3] or "1"
+            found += map(str, range(int(first), int(last) + 1, int(step)))
+    return found
+
+
+def _require(command: str) -> None:
+    if shutil.which(command) is None:
+        raise ClusterError(f"`{command}` is not on this machine; start on a login node of the cluster")
 
 
 def _call(*command: str) -> str:
@@ -200,8 +280,7 @@ def _call(*command: str) -> str:
 
 def _done(*command: str, said: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command; said : on its standard input. Raises ClusterError where it fails."""
-    if shutil.which(command[0]) is None:
-        raise ClusterError(f"`{command[0]}` is not on this machine; start on a login node of the cluster")
+    _require(command[0])
     try:
         done = subprocess.run(  # noqa: S603  our own words, no shell
             command, capture_output=True, text=True, timeout=_ANSWER_S, check=False, input=said

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata, resources
 from pathlib import Path
@@ -28,6 +28,7 @@ import click
 
 if TYPE_CHECKING:
     from slidecube.catalog.aoi import Aoi
+    from slidecube.pipeline.doctor import Check
     from slidecube.pipeline.lock import Job
 
 COMPLETE, USER_ERROR, INCOMPLETE, BUG, DRAINED, INTERRUPTED = 0, 1, 2, 70, 75, 130
@@ -38,7 +39,18 @@ _GAP_S = 300.0
 """While work is due, `status --watch` waits so long for the next driver after it saw the last one."""
 
 TomlFile = click.Path(path_type=Path)
-Folder = click.Path(path_type=Path)
+
+
+class _FolderType(click.Path):
+    """A folder to write to; an empty name, as of a variable that is not set, would be the one that we are in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name is empty; name a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+Folder = _FolderType(path_type=Path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +116,7 @@ def _usage(error: click.ClickException) -> str:
 
 
 def _machine_error(error: BaseException) -> tuple[int, str] | None:
-    """Tell a full disk, a folder that cannot be written and exhausted memory from a bug."""
+    """Tell what this machine or its storage refuses, and exhausted memory, from a bug."""
     for link in _chain(error):
         if isinstance(link, MemoryError):
             return INCOMPLETE, "out of memory; lower workers in [cluster] or tile_px in [cube] and run again"
@@ -114,7 +126,13 @@ def _machine_error(error: BaseException) -> tuple[int, str] | None:
         if link.errno in (errno.ENOSPC, errno.EDQUOT):
             return INCOMPLETE, f"{_one_line(what)}; free some space and run the same command to resume"
         if link.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR):
-            return USER_ERROR, f"{_one_line(what)}; name a folder that you may write to"
+            remedy = "name a folder that you may write to"
+            if str(link.filename).startswith("s3://"):
+                remedy = "check the credentials and their rights to list, read, write and delete"
+            return USER_ERROR, f"{_one_line(what)}; {remedy}"
+        if link.filename and link.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+            remedy = "when the storage answers again, run the same command to resume"
+            return INCOMPLETE, f"{_one_line(what)}; {remedy}"
     return None
 
 
@@ -342,8 +360,8 @@ def publish(file: Path) -> None:
     from slidecube.pipeline.plan import plan as make_plan
 
     made = make_plan(load_config(file))
-    with Lock(made.workspace.locks, run=made.run):
-        click.echo(mosaic_run(made, say=sys.stderr))
+    with Lock(made.workspace.locks, run=made.run) as lock:
+        click.echo(mosaic_run(made, say=sys.stderr, fence=lock.require))
 
 
 @cli.command()
@@ -357,7 +375,9 @@ def report(workspace: str) -> None:
 
 @cli.command()
 @click.option("--out", type=Folder, required=True, help="Folder of the simulated archive.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulation.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the simulation."
+)
 @click.option("--size", default="default", show_default=True, help="Its extent: default, small or island.")
 @click.option("--radar", is_flag=True, help="Add Sentinel-1.")
 @click.option(
@@ -393,7 +413,9 @@ def simulate(
 
 @cli.command()
 @click.option("--out", type=Folder, required=True, help="Folder of the demonstration.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulated archive.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the simulated archive."
+)
 @click.option("--size", default="default", show_default=True, help="Its extent: default, small or island.")
 def demo(out: Path, *, seed: int, size: str) -> None:
     """Map a simulated archive from end to end."""
@@ -435,13 +457,20 @@ def cluster_show(profile: str) -> None:
 
 @cluster.command("check")
 @click.argument("profile")
-def cluster_check(profile: str) -> None:
-    """Start a profile, run a probe on its workers, and print what was there."""
-    from slidecube.cluster.resources import load_profile
+def cluster_check(profile: str) -> int:
+    """Start a profile, run a probe on its workers, and print what was there.
+
+    Of a profile of job arrays the scheduler is asked what it would do; nothing is sent.
+    """
+    from slidecube.cluster.resources import load_profile, read_profile
+    from slidecube.pipeline.array_check import array_checks
     from slidecube.pipeline.errors import IncompleteError
     from slidecube.pipeline.probe import probe
     from slidecube.pipeline.summaries import worker_line, worker_share
 
+    array = read_profile(profile).array
+    if array is not None:
+        return _checked(array_checks(array))
     asked, n = load_profile(profile), 0
     for found in probe(asked):
         click.echo(worker_line(found))
@@ -450,6 +479,7 @@ def cluster_check(profile: str) -> None:
     click.echo(f"{n} of {wanted} workers answered; each may use {worker_share(asked)}")
     if n < wanted:
         raise IncompleteError(f"only {n} of {wanted} workers of profile {profile!r} came; look at the queue")
+    return COMPLETE
 
 
 @cluster.command("manifests")
@@ -459,13 +489,19 @@ def cluster_check(profile: str) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Write a file each into this folder, in place of printing them.",
 )
-def cluster_manifests(profile: str, *, out: Path | None) -> None:
-    """Write the Kubernetes resources of a profile as YAML."""
+@click.option(
+    "--plan", metavar="RUN", default="", help="Write the stages after the plan, too, for this plan."
+)
+def cluster_manifests(profile: str, *, out: Path | None, plan: str) -> None:
+    """Write the Kubernetes resources of a profile as YAML.
+
+    Jobs of stages go on with a plan by its name, and so are written when it has one, by --plan.
+    """
     from slidecube.cluster.clusters import DASK_SETTINGS
     from slidecube.cluster.kubernetes import manifests
     from slidecube.cluster.resources import load_profile
 
-    texts = manifests(load_profile(profile), DASK_SETTINGS)
+    texts = manifests(load_profile(profile), DASK_SETTINGS, plan=plan)
     if out is None:
         click.echo("\n".join(f"# ---- {name}\n---\n{text}" for name, text in texts.items()), nl=False)
         return
@@ -504,10 +540,7 @@ def doctor() -> int:
     """Check this machine and what is installed."""
     from slidecube.pipeline.doctor import checks
 
-    found = list(checks())
-    for check in found:
-        click.echo(f"{check.level:<4}  {check.name:<20}  {check.text}")
-    return USER_ERROR if any(check.level == "fail" for check in found) else COMPLETE
+    return _checked(checks())
 
 
 @cli.command()
@@ -519,6 +552,15 @@ def clean(workspace: str, *, dry_run: bool) -> None:
     from slidecube.pipeline.summaries import clean_summary
 
     click.echo(clean_summary(remove_superseded(workspace, dry_run=dry_run), dry_run=dry_run))
+
+
+def _checked(found: Iterable[Check]) -> int:
+    """Print checks as they come, and return the exit code."""
+    code = COMPLETE
+    for check in found:
+        click.echo(f"{check.level:<4}  {check.name:<20}  {check.text}")
+        code = USER_ERROR if check.level == "fail" else code
+    return code
 
 
 @contextmanager

@@ -130,17 +130,15 @@ def _temporary() -> Iterator[Check]:
 
 
 def _memory() -> Iterator[Check]:
-    psutil = importlib.import_module("psutil")
-    memory = psutil.virtual_memory()
-    level: Level = "ok" if memory.available / 1e9 >= MIN_MEMORY_GB else "warn"
-    text = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    yield Check(name="memory", level=level, text=text)
+    limits = importlib.import_module("slidecube.cluster.limits")
+    free_gb = limits.free_memory_gb()
+    level: Level = "ok" if free_gb >= MIN_MEMORY_GB else "warn"
+    yield Check(name="memory", level=level, text=f"{free_gb:.1f} of {limits.memory_gb():.1f} GB free")
 
 
 def _cores() -> Iterator[Check]:
-    affinity = getattr(os, "sched_getaffinity", None)
-    usable = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    yield Check(name="cores", level="ok", text=f"{usable} usable of {os.cpu_count()}")
+    limits = importlib.import_module("slidecube.cluster.limits")
+    yield Check(name="cores", level="ok", text=f"{limits.cores()} usable of {os.cpu_count()}")
 
 
 def _gpu() -> Iterator[Check]:

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import psutil
 
-from slidecube.pipeline.errors import IncompleteError, InUseError
+from slidecube.pipeline.errors import IncompleteError, InUseError, PipelineError
 from slidecube.pipeline.storage import Place, create, guard, names, read_tagged, release, swap
 
 BEAT_S = 2.0
@@ -39,6 +39,7 @@ _FIELDS = {
     "started",
     "beat",
     "running",
+    "dashboard",
 }
 
 
@@ -101,6 +102,7 @@ class Lock:
         self._patience_s = patience_s
         self._beat = 0
         self._running = 0
+        self._dashboard = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -202,6 +204,10 @@ class Lock:
         """Say how many tasks are in work; written with the next beat."""
         self._running = n
 
+    def set_dashboard(self, address: str) -> None:
+        """Say where the workers can be watched; written with the next beat."""
+        self._dashboard = address
+
     def _keep(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
@@ -210,8 +216,8 @@ class Lock:
                     return  # taken over: whoever did believed us dead, and our tasks are fenced
                 self._beat += 1
                 swap(self.path, self._content(), found[1])
-            except OSError:  # a full disk must not end the run here: the tile that meets it says so
-                continue
+            except (OSError, PipelineError):
+                continue  # a full disk or a frozen neighbour must not end the run here: the tile that meets it says so
 
     def _take(self, found: tuple[bytes, str] | None, silent: Mapping[Place, str]) -> bool:
         """Write the lock over what was found; returns whether nobody was faster.
@@ -265,6 +271,7 @@ class Lock:
                 "started": born_s(pid),
                 "beat": self._beat,
                 "running": self._running,
+                "dashboard": self._dashboard,
             }
         ).encode()
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 
 import numpy as np
-import psutil
 import xarray as xr
 
+from slidecube.cluster.limits import cores, memory_gb
 from slidecube.cluster.pools import open_runner
-from slidecube.cluster.resources import Profile, cores
+from slidecube.cluster.resources import Profile
 from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.predict import predict
 from slidecube.models.zoo import build_model
@@ -81,7 +81,7 @@ def _probe(task: TileTask) -> TaskResult:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "cores": cores(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": round(memory_gb(), 1),
         "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         "slidecube": metadata.version("slidecube"),
         "seconds": round(seconds, 3),

@@ -1,13 +1,16 @@
-"""What was submitted of a run, and what the queue says of it."""
+"""What was submitted of the runs of a workspace, and what the queue says of it."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from slidecube.cluster.slurm import QueuedTask, queued
+from slidecube.cluster import slurm
+from slidecube.cluster.errors import ClusterError
+from slidecube.cluster.slurm import QueuedTask
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.storage import Place, matching, write_atomic
 from slidecube.pipeline.store import Workspace
@@ -17,11 +20,16 @@ _LIVE = ("pending", "running")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentJob:
-    """A job that was submitted. tasks : of its array, 1 for a job without one."""
+    """A job that was submitted, or is about to be.
+
+    id : "" until it is known; name : of its own, by which it is found when its id never was
+    tasks : of its array, 1 for a job without one
+    """
 
     stage: str
     id: str
     tasks: int
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,34 +72,66 @@ def live_jobs(workspace: Workspace) -> list[tuple[str, str]]:
     Raises PipelineError when there are jobs that nobody can be asked about.
     """
     found = []
-    for sent in submissions(workspace):
-        tasks = _asked(sent)
+    for sent, tasks in _looked(workspace):
         if tasks is None:
-            ids = " ".join(job.id for job in sent.jobs)
+            ids = " ".join(job.id or job.name for job in sent.jobs)
             raise PipelineError(
                 f"Jobs {ids} of run {sent.run!r} were submitted in this workspace, and Slurm cannot be asked whether "
                 "they are there still; submit from a login node when `squeue` answers or, if they are known to have "
                 f"ended, remove {_place(workspace, sent.run)} first"
             )
-        there = {task.job for task in tasks if task.state in _LIVE}
-        found += [(sent.run, job.id) for job in sent.jobs if job.id in there]
+        found += [(sent.run, job) for job in _live(sent, tasks)]
     return found
 
 
+def queued_runs(workspace: Workspace) -> set[str]:
+    """Runs with jobs that are queued or running, or may be: their plans are needed."""
+    return {sent.run for sent, tasks in _looked(workspace) if tasks is None or _live(sent, tasks)}
+
+
 def jobs_of(workspace: Workspace, run: str) -> list[dict[str, Any]]:
-    """Say what the queue knows of the jobs that were submitted last of a run.
+    """Say what the queue knows of the jobs that were submitted last of a run, and of others' that are not known to end.
 
-    Returns [{"stage", "id", "asked", "pending", "running", "done", "failed", "gone", "reasons"}], counts of tasks:
-    `gone` are those that no queue knows any more, `reasons` why tasks wait or failed. Not `asked` are jobs whose queue
-    does not answer: nothing is known of them. Empty when nothing was submitted.
+    Returns [{"run", "stage", "id", "asked", "pending", "running", "done", "failed", "gone", "reasons"}], counts of
+    tasks: `gone` are those that no queue knows any more, `reasons` why tasks wait or failed. Not `asked` are jobs whose
+    queue does not answer: nothing is known of them. Empty when nothing was submitted.
     """
-    last = [sent for sent in submissions(workspace) if sent.run == run]
-    return [_state(job, tasks) for sent in last for tasks in [_asked(sent)] for job in sent.jobs]
+    seen = [
+        (sent, tasks)
+        for sent, tasks in _looked(workspace)
+        if sent.run == run or tasks is None or _live(sent, tasks)
+    ]
+    return [
+        {"run": sent.run, **_state(job, tasks)}
+        for sent, tasks in sorted(seen, key=lambda found: found[0].run != run)
+        for job in sent.jobs
+        if job.id or tasks is None  # one without an id, and of no name in the queue, was never sent
+    ]
 
 
-def _asked(sent: Submission) -> list[QueuedTask] | None:
-    """What is known of jobs, None where nobody can be asked."""
-    return queued([job.id for job in sent.jobs]) if sent.system == "slurm" else []
+def _looked(workspace: Workspace) -> Iterator[tuple[Submission, list[QueuedTask] | None]]:
+    """Yield each submission with what is known of its tasks, None where nobody can be asked: one look at the queue.
+
+    Jobs whose sending was cut short have the id that the queue knows by their name.
+    """
+    sent = submissions(workspace)
+    lost = [job.name for entry in sent for job in entry.jobs if not job.id and job.name]
+    try:
+        ids = slurm.named(lost)
+    except ClusterError:
+        ids = None
+    known = {job.id for entry in sent for job in entry.jobs} | set((ids or {}).values())
+    tasks = slurm.queued(sorted(known - {""}))
+    for entry in sent:
+        jobs = tuple(replace(job, id=job.id or (ids or {}).get(job.name, "")) for job in entry.jobs)
+        unknown = ids is None and not all(job.id for job in jobs)
+        yield replace(entry, jobs=jobs), None if unknown else tasks
+
+
+def _live(sent: Submission, tasks: list[QueuedTask]) -> list[str]:
+    """Ids of those jobs of a submission that are queued or running."""
+    there = {task.job for task in tasks if task.state in _LIVE}
+    return [job.id for job in sent.jobs if job.id in there]
 
 
 def _state(job: SentJob, known: list[QueuedTask] | None) -> dict[str, Any]:

@@ -6,21 +6,21 @@ import datetime as dt
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
 from tqdm import tqdm
 
 from slidecube.catalog.load import require_loader
 from slidecube.cluster.errors import ClusterError
+from slidecube.cluster.limits import memory_gb
 from slidecube.cluster.pools import open_runner
 from slidecube.cluster.resources import Profile, load_profile
-from slidecube.cluster.runner import Retried, Runner, TaskResult, TileTask
+from slidecube.cluster.runner import HOPELESS, Retried, Runner, TaskResult, TileTask
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import event_files, unfinished, write_event
@@ -32,6 +32,7 @@ from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import Job, Lock, Shard
 from slidecube.pipeline.mosaic_stage import any_detected, mosaic_due, mosaic_run
 from slidecube.pipeline.plan import plan
+from slidecube.pipeline.progress import progress
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.statistics import frozen_digest
 from slidecube.pipeline.storage import Place, below, guard
@@ -40,7 +41,6 @@ from slidecube.pipeline.tasks import FIT_STAGES, TileContext, ledger_of, tasks_o
 from slidecube.pipeline.tile import run_task
 
 STAGES = ("cube", "fit", "detect", "mosaic")
-_LOG_EVERY_S = 30.0
 _STORES_S = 600.0
 """How long a shard waits while others make the stores in a bucket, one after another."""
 
@@ -197,6 +197,7 @@ class _Driver:
                 self.drain.runner = runner
                 if self.drain.asked:
                     runner.drain()
+                self.lock.set_dashboard(runner.address)
                 if runner.address and self.progress:
                     print(f"Dask dashboard: {runner.address}", file=self.say)
                 self._on(runner, stages)
@@ -343,9 +344,16 @@ class _Driver:
         self.lock.set_running(min(len(tasks), self.profile.workers))
         # closed here: after the lock is given back, no thread may be at work
         try:
-            with closing(runner.run(partial(run_task, context), tasks, tell=self._retried)) as results:
-                for result in self._shown(stage, results, len(tasks)):
-                    self._take(result)
+            hopeless = max(HOPELESS, self.plan.config.cluster.failure_budget + 1)
+            work = runner.run(partial(run_task, context), tasks, tell=self._retried, hopeless=hopeless)
+            with self._bar(desc=stage, unit="tile", total=len(tasks)) as bar, closing(work) as results:
+                try:
+                    for result in results:
+                        self._take(result)
+                        bar.update()
+                except KeyboardInterrupt:  # a tile may take hours
+                    runner.leave()
+                    raise
         except ClusterError as error:  # nothing works, or nobody is left to work
             raise IncompleteError(f"{error}; what is done stays done") from None
         self.lock.set_running(0)
@@ -365,27 +373,11 @@ class _Driver:
             wait_s=round(again.wait_s, 3),
         )
 
-    def _shown(self, stage: str, results: Iterator[TaskResult], total: int) -> Iterable[TaskResult]:
-        if not self.progress or not total:
-            return results
-        bar: Iterable[TaskResult] = self._bar(results, total=total, desc=stage, unit="tile")
-        return bar
-
-    def _bar(self, results: Iterator[TaskResult] | None = None, **what: Any) -> Any:
-        """Progress: a bar on a terminal, a line now and then in a log; nothing is shown before something is done."""
-        tty = self.say.isatty()
-        what["desc"] = f"{what['desc']:>6}"
-        return tqdm(
-            results,
-            file=self.say,
-            disable=not self.progress,
-            mininterval=0.2 if tty else _LOG_EVERY_S,
-            maxinterval=1.0 if tty else _LOG_EVERY_S,
-            ascii=not tty,
-            dynamic_ncols=tty,
-            delay=0 if results is not None else 1e-9,
-            **what,
-        )
+    def _bar(self, *, desc: str, unit: str, total: int | None = None) -> Any:
+        """Progress, which is not shown where nobody wants it or nothing is due."""
+        if not self.progress or total == 0:
+            return tqdm(disable=True)
+        return progress(self.say, desc=desc, unit=unit, total=total)
 
     def _fold(self) -> None:
         """Fold a nation's records, where nobody else writes: shards work side by side."""
@@ -525,6 +517,7 @@ def _move(bar: Any, done: int, total: int) -> None:
 def due(made: RunPlan, stage: str, *, shard: Shard | None = None, mend: bool = False) -> list[TileTask]:
     """List the tasks of a stage, or of a shard of it, that have no finished record under the plan's key.
 
+    Those that failed before come last: they may fail again, and must not keep the others waiting.
     mend : and those that do without scenes which a passing fault kept away
     """
     tasks = list(tasks_of(made, stage))
@@ -533,12 +526,15 @@ def due(made: RunPlan, stage: str, *, shard: Shard | None = None, mend: bool = F
     ledgers = {ledger.folder: ledger for _, ledger in tasks}
     known = {folder: ledger.keys() for folder, ledger in ledgers.items()}
     lacking = {folder: ledger.passing() for folder, ledger in ledgers.items()} if mend else {}
-    return [
-        task
-        for task, ledger in tasks
-        if known[ledger.folder].get(task.tile) != (task.key, True)
-        or task.tile in lacking.get(ledger.folder, ())
-    ]
+    found: list[TileTask] = []
+    suspects: list[TileTask] = []
+    for task, ledger in tasks:
+        record = known[ledger.folder].get(task.tile)
+        if record == (task.key, False):
+            suspects.append(replace(task, suspect=True))
+        elif record != (task.key, True) or task.tile in lacking.get(ledger.folder, ()):
+            found.append(task)
+    return found + suspects
 
 
 def _by(ledger: Ledger, drivers: set[str]) -> dict[tuple[str, str], str]:
@@ -553,11 +549,11 @@ def _dealt(made: RunPlan, shard: Shard) -> list[TileTask]:
 
 
 def _refuse_too_large(made: RunPlan, profile: Profile) -> None:
-    held = psutil.virtual_memory().total / 1e9
+    held = memory_gb()
     if made.estimate.fit_mem_gb > held and unfitted(made):
         raise PipelineError(
-            f"Projected memory {made.estimate.fit_mem_gb:.1f} GB of the fit exceeds the {held:.0f} GB of this machine; "
-            "lower sample in [detect] parameters"
+            f"Projected memory {made.estimate.fit_mem_gb:.1f} GB of the fit exceeds the {held:.1f} GB that this "
+            "process may use; lower sample in [detect] parameters"
         )
     projected = made.estimate.worker_mem_gb(profile.worker.cpus)
     if projected > profile.worker.mem_gb:

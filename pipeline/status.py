@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from slidecube.pipeline.coregistration import Shift, shifts_in
 from slidecube.pipeline.drivers import Drivers
 from slidecube.pipeline.errors import PipelineError
@@ -18,8 +20,8 @@ from slidecube.pipeline.ledger import Ledger
 from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import mosaic_due
 from slidecube.pipeline.pace import pace
-from slidecube.pipeline.plan_files import INDEX, current_run, known_runs, read_plan
-from slidecube.pipeline.queue import jobs_of
+from slidecube.pipeline.plan_files import INDEX, PLAN, collector_paused, current_run, known_runs, read_plan
+from slidecube.pipeline.queue import jobs_of, queued_runs
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.shift_table import shift_sums
 from slidecube.pipeline.storage import Place, matching, remove_tree, size_of, sizes
@@ -38,49 +40,38 @@ class _Tally:
     unseen: Counter[str] = field(default_factory=Counter)
     shifts: list[Shift | None] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
-    lost: set[tuple[str, str, str]] = field(default_factory=set)
-    substituted: set[tuple[str, str, str, str]] = field(default_factory=set)
+    lost: set[tuple[str, ...]] = field(default_factory=set)
+    substituted: set[tuple[str, ...]] = field(default_factory=set)
     bytes: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     peak_mem_gb: float = 0.0
 
     def add(self, wanted: Wanted) -> None:
         """Take in the records of a layer or an epoch."""
-        columns = (
-            "key",
-            "state",
-            "reason",
-            "lost",
-            "substituted",
-            "numbers",
-            "bytes",
-            "seconds",
-            "peak_mem_gb",
+        told = wanted.ledger.table(*_TOLD)
+        rows = zip(told["tile"].to_pylist(), told["key"].to_pylist(), strict=True)
+        known = told.filter(pa.array([wanted.keys.get(tile) == key for tile, key in rows], pa.bool_()))
+        failed = known.filter(
+            pa.array([state == "failed" for state in known["state"].to_pylist()], pa.bool_())
         )
-        table = wanted.ledger.table(*columns)
+        for tile, reason in zip(failed["tile"].to_pylist(), failed["reason"].to_pylist(), strict=True):
+            failure = {"stage": wanted.stage, "what": wanted.what, "tile": tile, "reason": reason}
+            self.failures.append(failure)
+        # a nation's records say few different things
+        for seen, name in ((self.lost, "lost"), (self.substituted, "substituted")):
+            seen |= {tuple(entry) for text in known[name].unique().to_pylist() for entry in json.loads(text)}
+        sums = known.group_by([]).aggregate([("bytes", "sum"), ("seconds", "sum"), ("peak_mem_gb", "max")])
+        size, seconds, peak = (column[0].as_py() for column in sums.columns)
+        self.bytes += size or 0
+        self.seconds[wanted.stage] = self.seconds.get(wanted.stage, 0.0) + (seconds or 0.0)
+        self.peak_mem_gb = max(self.peak_mem_gb, peak or 0.0)
         counts = self.tiles.setdefault(wanted.stage, Counter())
-        numbers: Counter[str] = Counter()
-        known = failed = 0
-        rows = zip(*(table[name].to_pylist() for name in ("tile", *columns)), strict=True)
-        for tile, key, state, reason, lost, substituted, said, size, seconds, peak in rows:
-            if wanted.keys.get(tile) != key:
-                continue
-            known += 1
-            if state == "failed":
-                failed += 1
-                failure = {"stage": wanted.stage, "what": wanted.what, "tile": tile, "reason": reason}
-                self.failures.append(failure)
-            self.lost |= {tuple(entry) for entry in _entries(lost)}
-            self.substituted |= {tuple(entry) for entry in _entries(substituted)}
-            numbers[said] += 1
-            self.bytes += size
-            self.seconds[wanted.stage] += seconds
-            self.peak_mem_gb = max(self.peak_mem_gb, peak)
-        counts["due"] += len(wanted.keys) - known
-        counts["done"] += known - failed
-        counts["failed"] += failed
-        for said, tiles in numbers.items() if wanted.stage == "detect" else ():
-            self._count(json.loads(said), tiles)
+        counts["due"] += len(wanted.keys) - len(known)
+        counts["done"] += len(known) - len(failed)
+        counts["failed"] += len(failed)
+        if wanted.stage == "detect":
+            for said in known["numbers"].value_counts().to_pylist():
+                self._count(json.loads(said["values"]), said["counts"])
 
     def _count(self, numbers: dict[str, int], tiles: int) -> None:
         """Take in the pixels of so many tiles of equal numbers: most of a nation is all of one kind."""
@@ -92,9 +83,8 @@ class _Tally:
                 self.unseen[REASONS[int(name.split()[1])]] += n * tiles
 
 
-def _entries(text: str) -> list[Any]:
-    """List of a column, which is nearly always empty."""
-    return [] if text == "[]" else list(json.loads(text))
+_TOLD = ("key", "state", "reason", "lost", "substituted", "numbers", "bytes", "seconds", "peak_mem_gb")
+"""What of the records is summed up."""
 
 
 def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, Any]:
@@ -110,6 +100,7 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
     "shifts": as of `shift_sums`, {} where no images are compared,
     "failures": [{stage, what, tile, reason}], "lost": [{scene, asset, reason}],
     "substituted": [{scene, asset, source, reason}], "complete", "running", "drivers": at work,
+    "dashboards": their addresses,
     "silent": [{run, shard, host, silent_s}] of drivers elsewhere whose heartbeat has stopped,
     "pace": {stage: tiles a minute}, "minutes_left": at that pace, None when it is not known,
     "used": {"bytes", "task_hours", "peak_mem_gb"}, "predicted": {"bytes", "cpu_hours", "peak_mem_gb"}}.
@@ -124,10 +115,11 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
     made = read_plan(workspace, name)
     tally = _Tally()
     keys = {}
-    for wanted in wanted_of(made):
-        tally.add(wanted)
-        if wanted.stage == "detect":
-            keys[wanted.what] = wanted.keys
+    with collector_paused():
+        for wanted in wanted_of(made):
+            tally.add(wanted)
+            if wanted.stage == "detect":
+                keys[wanted.what] = wanted.keys
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
     at_work, silent = (drivers or Drivers()).look(workspace.locks)
     fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]
@@ -167,6 +159,7 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
         "complete": not any(t[state] for t in tiles.values() for state in ("due", "failed", "running")),
         "running": at_work[0]["run"] if at_work else None,
         "drivers": len([lock for lock in at_work if lock["run"] == made.run]),
+        "dashboards": [lock["dashboard"] for lock in at_work if lock["dashboard"]],
         "silent": [{name: lock[name] for name in ("run", "shard", "host", "silent_s")} for lock in silent],
         "pace": speed,
         "minutes_left": _minutes_left(tiles, speed),
@@ -216,7 +209,8 @@ def _fit_failures(made: RunPlan) -> list[dict[str, str]]:
 def clean(where: str | Place, *, dry_run: bool = False) -> list[tuple[Place, int]]:
     """Remove what no current plan uses: superseded plans, layers, inventories and products.
 
-    A plan is current while it is the newest of its TOML. Events stay. Returns what was (or would be) removed, with
+    A plan is current while it is the newest of its TOML, and while jobs of it are queued or running, or may be: those
+    go on with it by its name. Events stay. Returns what was (or would be) removed, with
     its size in bytes.
     """
     workspace = Workspace.at(where)
@@ -225,7 +219,8 @@ def clean(where: str | Place, *, dry_run: bool = False) -> list[tuple[Place, int
         raise PipelineError(f"{where} is not a workspace with a plan; there is nothing to clean")
     with Lock(workspace.locks, run="clean"):
         keep: set[Place] = set()
-        for name in current.values():
+        waiting = {run for run in queued_runs(workspace) if (workspace.plan(run) / PLAN).exists()}
+        for name in {*current.values(), *waiting}:
             made = read_plan(workspace, name)
             stores = [workspace.layer(made.grid, la.name) for la in made.layers]
             stores.append(workspace.inventory(made.inventory))

@@ -55,6 +55,8 @@ _ABANDONED_S = 6 * 3600.0
 
 GUARD_S = 600.0
 """How long a local file may be held by another process; making the stores of a nation takes seconds."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 _LOOK_S = 0.01
 
 _BACKOFF_S, _MAX_BACKOFF_S, _RETRY_S = 0.1, 15.0, 180.0
@@ -67,6 +69,8 @@ _SETTINGS = (
     "AWS_CONFIG_FILE",
 )
 
+_FAILING_CREDENTIALS = "the credentials cannot be had"
+_END = " (end)"  # of what was said; the library puts its own words around it
 _NO_CREDENTIALS = "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
@@ -220,6 +224,12 @@ class ObjectStat:
     st_size: int
 
 
+class StorageError(OSError):
+    """A server that keeps objects did not do what was asked; what is refused today may be granted with other keys."""
+
+    fault = "transient"
+
+
 Place = Path | ObjectPath
 """Where something lies."""
 
@@ -267,6 +277,9 @@ def _unreachable(place: ObjectPath, said: str) -> str:
         return f"There is no bucket {place.bucket!r} at {endpoint}; make it, or name another in [output] workspace"
     if _NO_CREDENTIALS in said:
         return f"For {place} {_NO_CREDENTIALS}"
+    if _FAILING_CREDENTIALS in said:
+        why = said.partition(_FAILING_CREDENTIALS)[2].partition(_END)[0]
+        return f"For {place} {_FAILING_CREDENTIALS}{' '.join(why.split())}; check AWS_PROFILE and its files"
     if status in {"401", "403"} or re.search(r"AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch", said):
         return (
             f"{endpoint} refuses access to {place} with these credentials; check AWS_ACCESS_KEY_ID and "
@@ -399,7 +412,7 @@ def guard(place: Path) -> Iterator[None]:
     held = place.with_name(f".{place.name}.guard")
     fd, until = os.open(held, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + GUARD_S
     try:
-        while not _locked(fd):
+        while not _locked(fd, place):
             if time.monotonic() > until:
                 raise PipelineError(
                     f"Another process has held {held} for {GUARD_S:.0f} s and does not go on; end it (`fuser {held}` "
@@ -411,11 +424,19 @@ def guard(place: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _locked(fd: int) -> bool:
+def _locked(fd: int, place: Path) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise PipelineError(
+                f"The file system of {place.parent} has no file locks ({error.strerror}), by which drivers keep out of "
+                "each other's way; have it mounted with them (Lustre: -o flock), or choose a workspace elsewhere or on "
+                "s3://"
+            ) from None
+        raise
     return True
 
 
@@ -739,13 +760,28 @@ def _open(bucket: str, settings: tuple[str, ...], *, prefix: str = "", retries: 
 
 @functools.lru_cache(maxsize=8)
 def _endpoint(settings: tuple[str, ...]) -> tuple[str, str]:
-    """Endpoint, "" for AWS itself, and region, from the environment and the profile files."""
+    """Endpoint, "" for AWS itself, and region, from the environment and the profile files.
+
+    Raises PipelineError when these contradict themselves: a profile that is not there, a file that cannot be read.
+    """
     del settings  # what it depends on; botocore reads it itself
+    import botocore.exceptions  # noqa: PLC0415
     import botocore.session  # noqa: PLC0415
 
     session = botocore.session.Session()
-    region = session.get_config_variable("region") or "us-east-1"
-    client = session.create_client("s3", region_name=region, aws_access_key_id="x", aws_secret_access_key="x")  # noqa: S106
+    try:
+        region = session.get_config_variable("region") or "us-east-1"
+        client = session.create_client(
+            "s3",
+            region_name=region,
+            aws_access_key_id="x",
+            aws_secret_access_key="x",  # noqa: S106
+        )
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise PipelineError(
+            f"The AWS settings cannot be used: {' '.join(str(error).split())}; check AWS_PROFILE, AWS_ENDPOINT_URL, "
+            "AWS_REGION and the files that AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE name"
+        ) from None
     url = str(client.meta.endpoint_url)
     return ("" if re.search(r"\.amazonaws\.com(\.cn)?$", url) else url), str(region)
 
@@ -755,15 +791,18 @@ def _credentials() -> Any:
 
     Asked for by the library when those it has run out; they are held in memory and never told.
     """
+    import botocore.exceptions  # noqa: PLC0415
     import botocore.session  # noqa: PLC0415
 
-    found = botocore.session.Session().get_credentials()
-    if found is None:
-        raise PermissionError(
-            errno.EACCES,
-            _NO_CREDENTIALS,
-        )
-    frozen = found.get_frozen_credentials()
+    try:
+        found = botocore.session.Session().get_credentials()
+        frozen = None if found is None else found.get_frozen_credentials()
+    except (
+        botocore.exceptions.BotoCoreError
+    ) as error:  # of a process, a role or a profile that another one names
+        raise PermissionError(errno.EACCES, f"{_FAILING_CREDENTIALS}: {error}{_END}") from None
+    if frozen is None:
+        raise PermissionError(errno.EACCES, _NO_CREDENTIALS)
     return {
         "access_key_id": frozen.access_key,
         "secret_access_key": frozen.secret_key,
@@ -828,7 +867,9 @@ def give_up(place: ObjectPath, error: Exception, *, last: bool) -> None:
         r"status code: 4(?!08|09|29)\d\d", said
     )
     if last or lasting:
-        raise OSError(errno.EIO, f"Storage failed: {_brief(said)}", str(place)) from None
+        denied = re.search(r"status code: 40[13]\b", said)
+        number = errno.EACCES if denied else errno.EIO
+        raise StorageError(number, f"Storage failed: {_brief(said)}", str(place)) from None
 
 
 def _brief(said: str) -> str:

@@ -1,15 +1,14 @@
 """Storage: one Zarr v3 group a layer, one array a variable over the whole frame, one shard a tile.
 
 The shard is the unit of safe writing: two writers in one shard lose pixels silently, so a write that is not exactly
-one tile is refused here and nowhere else needs to think of it (ADR 4).
+one tile is refused in `staging` and nowhere else needs to think of it (ADR 4).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,7 +24,7 @@ from zarr.codecs import ZstdCodec
 from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.inventory import geozarr_attrs, reading
-from slidecube.pipeline.storage import Place, place_of, remove_tree, require_reachable, size_of, zarr_store
+from slidecube.pipeline.storage import Place, place_of, remove_tree, require_reachable, zarr_store
 
 _WRITTEN = ("layers", "statistics", "inventories", "products")
 """Folders of a workspace that only the holder of its lock writes to."""
@@ -152,57 +151,6 @@ def geobox_of(path: Place) -> GeoBox:
     return GeoBox((rows, cols), Affine(*cast("list[float]", transform)), str(wkt))
 
 
-def write_tile(
-    path: Place, data: Mapping[str, np.ndarray], *, at_px: tuple[int, int], leading: tuple[int, ...] = ()
-) -> dict[str, str]:
-    """Write one tile of several variables, each exactly one shard, bring it to the disk, and read it back.
-
-    data : variable -> (y, x) of the tile's shape; at_px : row and column in the array of its first pixel
-    Returns variable -> checksum of the stored bytes, "empty" where all is fill (nothing is stored then).
-    Raises PipelineError when the tile is not exactly one shard, or when the read-back differs.
-    """
-    group = zarr.open_group(zarr_store(path), mode="r+")
-    checksums = {}
-    for name, values in data.items():
-        array = group[name]
-        assert isinstance(array, zarr.Array)
-        _require_shard(path, name, array, values, at_px)
-        region: tuple[int | slice, ...] = (
-            *leading,
-            slice(at_px[0], at_px[0] + values.shape[0]),
-            slice(at_px[1], at_px[1] + values.shape[1]),
-        )
-        array[region] = values
-        if not _same(np.asarray(array[region]), values):
-            raise PipelineError(
-                f"Read-back of {path.name}/{name} differs from what was written; check the disk"
-            )
-        file = _shard_file(path, name, at_px=at_px, shard=values.shape[0], leading=leading)
-        _flush(file)
-        checksums[name] = _checksum(file)
-    return checksums
-
-
-def erase_tile(path: Place, *, at_px: tuple[int, int], shard: int, leading: tuple[int, ...] = ()) -> None:
-    """Remove what is stored of a tile, so that it reads as fill."""
-    for folder in path.glob("*/c"):
-        file = _shard_file(path, folder.parent.name, at_px=at_px, shard=shard, leading=leading)
-        file.unlink(missing_ok=True)
-
-
-def stored_bytes(
-    path: Place,
-    names: Iterator[str] | list[str],
-    *,
-    at_px: tuple[int, int],
-    shard: int,
-    leading: tuple[int, ...] = (),
-) -> int:
-    """Bytes that a tile takes on disk."""
-    files = [_shard_file(path, name, at_px=at_px, shard=shard, leading=leading) for name in names]
-    return sum(map(size_of, files))
-
-
 def read_window(
     path: Place, names: list[str], *, window: tuple[slice, slice], leading: tuple[int, ...] = ()
 ) -> dict[str, np.ndarray]:
@@ -271,54 +219,8 @@ def remove_partials(workspace: Workspace) -> int:
     return removed
 
 
-def _shard_file(
-    path: Place, name: str, *, at_px: tuple[int, int], shard: int, leading: tuple[int, ...]
-) -> Place:
-    """File of a tile's one shard of a variable."""
-    return path.joinpath(name, "c", *map(str, [*leading, at_px[0] // shard, at_px[1] // shard]))
-
-
-def _flush(file: Place) -> None:
-    """Bring a file to the disk: a record must not outlive its data in a power cut, or a full network disk.
-
-    What a bucket has taken, it keeps.
-    """
-    if not isinstance(file, Path):
-        return
-    try:
-        fd = os.open(file, os.O_RDONLY)
-    except FileNotFoundError:  # all fill: nothing is stored
-        return
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _checksum(file: Place) -> str:
-    try:
-        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-    except FileNotFoundError:
-        return "empty"
-
-
 def _bounding_roi(geobox: GeoBox, tiles: list[Tile]) -> tuple[slice, slice]:
     px = tiles[0].geobox.shape[0]
     rows, cols = [t.row for t in tiles], [t.col for t in tiles]
     assert geobox.shape[0] % px == 0
     return np.s_[min(rows) * px : (max(rows) + 1) * px, min(cols) * px : (max(cols) + 1) * px]
-
-
-def _require_shard(
-    path: Place, name: str, array: zarr.Array[Any], values: np.ndarray, at_px: tuple[int, int]
-) -> None:
-    assert array.shards is not None
-    shard = array.shards[-2:]
-    if values.shape != shard or at_px[0] % shard[0] or at_px[1] % shard[1]:
-        raise PipelineError(
-            f"Region at {at_px} of {values.shape} does not align with shards {shard} of {path.name}/{name}"
-        )
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")

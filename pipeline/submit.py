@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import secrets
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from slidecube.cluster import slurm
@@ -30,6 +32,8 @@ from slidecube.pipeline.tasks import tasks_of
 
 _DRIVER_GB = 0.7
 """Memory of the process that deals the tiles of a shard to its workers."""
+
+STAGES = ("cube", "fit", "detect", "mosaic")
 
 _EARLY_S = 60
 """Slurm may tell a job to end so much earlier than asked."""
@@ -83,8 +87,9 @@ def prepare(config: Config, *, profile: str | None = None) -> Prepared:
     submits = root / "submits" if isinstance(root, Path) else config.base / f"{config.stem}.submits"
     folder = submits / made.run / now
     limit = (slurm.max_array_size() if array.system == "slurm" else None) or array.max_array_size
-    jobs, remarks = list[StageJob](), list[str]()
-    for stage, tasks in _stages_due(made).items():
+    wanted = _stages_due(made)
+    jobs, remarks = list[StageJob](), _gpu_remarks(made, array) if "detect" in wanted else []
+    for stage, tasks in wanted.items():
         request: StageRequest = getattr(array, stage)
         shards = min(request.shards, sum(1 for _ in tasks_of(made, stage))) if tasks else 1
         if shards > limit:
@@ -101,26 +106,104 @@ def prepare(config: Config, *, profile: str | None = None) -> Prepared:
 def send(prepared: Prepared) -> Submission:
     """Create the stores, write the scripts and submit them, all or none; returns what was recorded.
 
+    One `submit` of a workspace at a time: from the look at the queue to the last record it holds a lock of its own.
     Scripts for PBS are written and not submitted: `submission_text` says how.
+    Raises PipelineError when a job is refused, and when jobs of the workspace are queued or running; InUseError beside
+    another `submit`.
     """
-    made, folder = prepared.made, prepared.folder
-    with Lock(made.workspace.locks, run=made.run):
-        create_stores(made)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    scripts = [write(entry, folder) for entry in prepared.jobs]
-    if prepared.array.system != "slurm":
-        return _submission(prepared, [])
-    sent = list[SentJob]()
-    for entry, path in zip(prepared.jobs, scripts, strict=True):
-        try:
-            job = slurm.submit(str(path), after=sent[-1].id if sent else "")
-        except ClusterError as error:
-            if sent:
-                slurm.cancel([job.id for job in sent])
-            raise PipelineError(f"Stage {entry.stage} is not submitted, and no other is: {error}") from None
-        sent.append(SentJob(stage=entry.stage, id=job, tasks=len(entry.job.tasks) or 1))
-        record_submission(made.workspace, _submission(prepared, sent))
+    made, array = prepared.made, prepared.array
+    if array.system == "slurm":
+        slurm.require_there()
+    with Lock(made.workspace.root / "submits", run=made.run):
+        _refuse_beside_others(made)  # another submit may have sent some since the plan was made
+        with Lock(made.workspace.locks, run=made.run):
+            create_stores(made)
+        (prepared.folder / "logs").mkdir(parents=True, exist_ok=True)
+        scripts = [write(entry, prepared.folder) for entry in prepared.jobs]
+        return _submission(prepared, []) if array.system != "slurm" else _send(prepared, scripts)
+
+
+def _send(prepared: Prepared, scripts: list[Path]) -> Submission:
+    """Submit scripts one after the other; whatever goes wrong, those that were sent are cancelled.
+
+    What is about to be sent is recorded first, by names: were this process killed, the next one finds its jobs.
+    """
+    sent = [
+        SentJob(stage=entry.stage, id="", tasks=len(entry.job.tasks) or 1, name=entry.job.name)
+        for entry in prepared.jobs
+    ]
+    record_submission(prepared.made.workspace, _submission(prepared, sent))
+    try:
+        for i, path in enumerate(scripts):
+            sent[i] = replace(sent[i], id=_sent_id(sent[i], path, after=sent[i - 1].id if i else ""))
+            record_submission(prepared.made.workspace, _submission(prepared, sent))
+    except BaseException as error:
+        left = _take_back(sent)
+        if left:
+            raise PipelineError(f"{error or 'Stopped'}; {left}") from error
+        raise
     return _submission(prepared, sent)
+
+
+def _sent_id(job: SentJob, script: Path, *, after: str) -> str:
+    try:
+        return slurm.submit(str(script), after=after)
+    except ClusterError as error:
+        try:
+            there = slurm.named([job.name])
+        except ClusterError:
+            there = {}
+        if job.name in there:  # a busy controller may do what it is asked and not say so in time
+            return there[job.name]
+        raise PipelineError(f"Stage {job.stage} is not submitted, and no other is: {error}") from None
+
+
+def _take_back(sent: list[SentJob]) -> str:
+    """Cancel what was sent of a submission; returns what is left for the user to do, "" where all is cancelled."""
+    ids = [job.id for job in sent if job.id]
+    try:
+        ids += slurm.named([job.name for job in sent if not job.id]).values()
+        if ids:
+            slurm.cancel(ids)
+    except ClusterError as error:
+        names = ",".join(job.name for job in sent)
+        return f"jobs may be left in the queue ({error}); cancel them by `scancel --name={names}`"
+    return ""
+
+
+def _gpu_remarks(made: RunPlan, array: Array) -> list[str]:
+    """Say what a detection does with the GPUs of its job.
+
+    Raises PipelineError when every tile would fail: it wants a GPU and gets none, or its workers are not installed.
+    """
+    ask, device = array.detect, made.config.detect.device
+    network = made.model.card.window_px > 1
+    asked = bool(ask.gpus) or any("gpu" in directive for directive in ask.directives)
+    if network and device == "cuda" and not asked:
+        raise PipelineError(
+            'device = "cuda" in [detect], and the jobs of stage detect ask for no GPU; set gpus = 1 in [array.detect] '
+            'of the profile, or device = "cpu"'
+        )
+    require_gpu_workers(array)
+    if ask.gpus and not network:
+        return [f"detect: model {made.model.card.address} has no network, its GPU would idle; set gpus = 0"]
+    if ask.gpus and device != "cuda":
+        return [
+            f'detect: device = "{device}" leaves its GPU idle; set device = "cuda" in [detect], or gpus = 0'
+        ]
+    return []
+
+
+def require_gpu_workers(array: Array) -> None:
+    """Raise PipelineError when jobs start a worker a GPU, and this installation, in which they work, has none."""
+    for stage in STAGES:
+        ask: StageRequest = getattr(array, stage)
+        wanted = ask.runner == "dask-cuda" or (ask.gpus and not ask.runner)
+        if wanted and stage != "mosaic" and not array.command and find_spec("dask_cuda") is None:
+            raise PipelineError(
+                f"Stage {stage} asks for a GPU, and package 'dask_cuda' is not installed; install it with `pip install "
+                "'slidecube[gpu]'`, or set gpus = 0 in the profile"
+            )
 
 
 def try_out(prepared: Prepared) -> list[str]:
@@ -168,7 +251,7 @@ def _refuse_beside_others(made: RunPlan) -> None:
         ids = " ".join(job for _, job in live)
         raise PipelineError(
             f"Jobs of run {live[0][0]!r} are queued or running in this workspace: {ids}; wait for them, or cancel them "
-            f"by `scancel {ids}`"
+            f"by `{slurm.cancel_lines([job for _, job in live])}`"
         )
 
 
@@ -200,7 +283,8 @@ def _stage_job(
         )
     tasks = _shards(made, wanted, request.shards)
     job = BatchJob(
-        name=f"slidecube-{stage}",
+        # a name of its own, by which a job is found whose id was never heard; PBS allows 15 characters
+        name=f"slidecube-{stage}" + f"-{secrets.token_hex(4)}" * (array.system == "slurm"),
         command=_command(made, stage, array, request.shards, folder),
         request=request,
         log=str(folder / "logs" / (f"{stage}-{TASK}.log" if tasks else f"{stage}.log")),
@@ -235,10 +319,10 @@ def _command(made: RunPlan, stage: str, array: Array, shards: int, folder: Path)
     words = [stage, str(made.config.path), "--plan", made.run, "--profile", str(folder / f"{stage}.toml")]
     if stage in {"cube", "detect"}:
         words += ["--shard", f"{SHARD}/{shards}"]
-    return (*(array.command or (_executable(),)), *words)
+    return (*(array.command or (executable(),)), *words)
 
 
-def _executable() -> str:
+def executable() -> str:
     """Where slidecube is installed: the nodes see the same file system, but not always the same PATH."""
     beside = Path(sys.executable).with_name("slidecube")
     return str(beside) if beside.exists() else shutil.which("slidecube") or "slidecube"
@@ -311,7 +395,8 @@ def submission_text(prepared: Prepared, sent: Submission | None) -> str:
         f"watch       slidecube status {made.workspace.root}",
     ]
     if ids:
-        lines.append(f"stop        scancel {' '.join(ids.values())}; the same command submits what is left")
+        stop = slurm.cancel_lines(list(ids.values()))
+        lines.append(f"stop        `{stop}`; the same command submits what is left")
     return "\n".join([*head, *lines, *_to_send(prepared)])
 
 

@@ -137,7 +137,7 @@ def status_summary(state: dict[str, Any]) -> str:
     rows = [(stage, *(str(counts[name]) for name in columns)) for stage, counts in state["tiles"].items()]
     lines = [f"run         {state['run']}", *_table(("stage", *columns), rows)]
     lines += _watched(state)
-    lines += [_job_line(job) for job in state["jobs"]]
+    lines += [_job_line(job, state["run"]) for job in state["jobs"]]
     lines.append(f"scene reads {state['scene_reads']}")
     lines += [f"land cover  {line}" for line in state["land_cover"]]
     lines += [line for fit in state["statistics"] for line in fit_lines(fit)]
@@ -180,6 +180,7 @@ def _watched(state: dict[str, Any]) -> list[str]:
         left = state["minutes_left"]
         when = f"; {_duration(left)} left" if left is not None else ""
         lines.append(f"running     {_count(state['drivers'], 'driver')}: {speed or 'no tile done yet'}{when}")
+    lines += [f"dashboard   {address}" for address in state["dashboards"]]
     for lock in state["silent"]:
         who = f"shard {lock['shard']}" if lock["shard"] else "the driver"
         lines.append(
@@ -283,13 +284,14 @@ def _setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _job_line(job: dict[str, Any]) -> str:
+def _job_line(job: dict[str, Any], run: str) -> str:
     counts = ", ".join(
         f"{job[name]} {name}" for name in ("running", "pending", "failed", "done") if job[name]
     )
     reasons = f" ({', '.join(job['reasons'])})" if job["reasons"] else ""
     nothing = "not known to the queue any more" if job["asked"] else "the queue does not answer"
-    return f"{'job ' + job['stage']:<11} {job['id']}: {counts or nothing}{reasons}"
+    other = f" of run {job['run']!r}" * (job["run"] != run)
+    return f"{'job ' + job['stage']:<11} {job['id'] or 'without an id'}{other}: {counts or nothing}{reasons}"
 
 
 def clean_summary(removed: Sequence[tuple[Place, int]], *, dry_run: bool) -> str:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 
+from slidecube.catalog.grid import Tile
 from slidecube.catalog.load import Loader
 from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import FencedError
 from slidecube.pipeline.keys import content_key, text_key
-from slidecube.pipeline.ledger import Ledger
+from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
+from slidecube.pipeline.staging import StagedTile, stage_tile
 from slidecube.pipeline.statistics import Statistics, cached_statistics, frozen_digest
-from slidecube.pipeline.storage import Place
-from slidecube.pipeline.store import erase_tile, geobox_of, stored_bytes, write_tile
+from slidecube.pipeline.storage import Place, guard
+from slidecube.pipeline.store import geobox_of
 
 FIT_STAGES = ("moments", "sample")
 """Steps of the fit that run tile by tile."""
@@ -37,6 +42,7 @@ class TileContext:
     workspace, run : where the plan is; lock, token : file of the driver's lock, and what must stand in it
     threads : of one tile; loader : of its cubes
     mend : make tiles again that do without scenes which a passing fault kept away
+    staged : of the task in work, what its record takes to its place
     """
 
     workspace: Place
@@ -46,6 +52,7 @@ class TileContext:
     threads: int
     loader: Loader = "odc-stac"
     mend: bool = False
+    staged: list[StagedTile] = field(default_factory=list, compare=False)
 
 
 def ledger_of(plan: RunPlan, task: TileTask) -> Ledger:
@@ -116,33 +123,53 @@ def fit_tasks(plan: RunPlan, epoch: str, stage: str, *terms: str) -> Iterator[tu
 
 def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
     """Keys of tasks that read all layers of the 3 x 3 tiles around a tile."""
-    states = {name: _states(layer_ledger(plan, name)) for name in epoch.layers}
-    read: dict[
-        tuple[int, int], str
-    ] = {}  # of each tile a digest, once, and not in each of its nine neighbours
-    for tile in plan.tiles:
-        said = [tile.key]
-        for name, of in states.items():
-            key = plan.tasks[name][tile.key][0]
-            said.append(f"{name} {key} {of.get((tile.key, key), '')}")
-        read[tile.row, tile.col] = text_key(*said)
+    said = [[tile.key for tile in plan.tiles]]
+    for name in epoch.layers:
+        states, tasks = _states(layer_ledger(plan, name)), plan.tasks[name]
+        keys = [tasks[tile][0] for tile in said[0]]
+        found = [states.get(tile) for tile in said[0]]
+        said.append(
+            [
+                f"{name} {key} {of[1] if of is not None and of[0] == key else ''}"
+                for key, of in zip(keys, found, strict=True)
+            ]
+        )
+    # of each tile a digest, once, and not in each of its nine neighbours; the last one is of no tile
+    read = [*map(text_key, *said), ""]
     own = content_key(*terms)
-    around = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)]
     return {
-        tile.key: text_key(own, tile.key, *(read.get((tile.row + r, tile.col + c), "") for r, c in around))
-        for tile in plan.tiles
+        tile: text_key(own, tile, *map(read.__getitem__, around))
+        for tile, around in zip(said[0], _around(plan.tiles), strict=True)
     }
 
 
-def _states(ledger: Ledger) -> dict[tuple[str, str], str]:
-    """What of a layer's records decides what is read from them: that they are done, and the scenes that they lack."""
+def _around(tiles: Sequence[Tile]) -> list[list[int]]:
+    """Positions of the 3 x 3 tiles around each, row by row; past the last one where there is none."""
+    row, col = (np.array([getattr(tile, name) for tile in tiles], np.int64) for name in ("row", "col"))
+    width = (
+        int(col.max(initial=0)) + 2
+    )  # a column more: the right neighbour of the last is not the next row's first
+    order = np.argsort(row * width + col)
+    codes = (row * width + col)[order]
+    found = np.full((len(tiles), 9), len(tiles), np.int64)
+    for i, (r, c) in enumerate((r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)):
+        wanted = np.where(col + c >= 0, (row + r) * width + col + c, -1)
+        at = np.searchsorted(codes, wanted).clip(max=len(codes) - 1)
+        there = codes[at] == wanted
+        found[there, i] = order[at[there]]
+    positions: list[list[int]] = found.tolist()
+    return positions
+
+
+def _states(ledger: Ledger) -> dict[str, tuple[str, str]]:
+    """What of a layer's records decides what is read from them: their key, and the scenes that they lack, if done."""
     table = ledger.table("key", "state", "lost")
     columns = (table[name].to_pylist() for name in ("tile", "key", "state", "lost"))
     found = {}
     for tile, key, state, lost in zip(*columns, strict=True):
         if state != "failed":
             lacking = sorted({(scene, asset) for scene, asset, _ in json.loads(lost)}) if lost != "[]" else []
-            found[tile, key] = f"done {content_key(lacking)}" if lacking else "done"
+            found[tile] = (key, f"done {content_key(lacking)}" if lacking else "done")
     return found
 
 
@@ -166,26 +193,62 @@ def layer_ledger(plan: RunPlan, name: str) -> Ledger:
 def store_tile(
     plan: RunPlan, task: TileTask, data: dict[str, np.ndarray], context: TileContext
 ) -> tuple[dict[str, str], int]:
-    """Write a tile where it belongs in its group, if this driver still may; returns checksums and bytes stored.
+    """Bring a tile to the disk beside its place, where its record takes it over; returns checksums and bytes.
 
     data : of all variables, or {} to remove what another key left there
     """
     require_lock(plan, context)
-    # of another key: while its data changes below it, it would vouch for a mixture; of this very key it stays, for
-    # another attempt made it, after ours was given up, and the data is the same
-    ledger = ledger_of(plan, task)
-    if context.mend or not ledger.complete(task.tile, task.key):
-        ledger.forget(task.tile)
     path, leading = plan.workspace.layer(plan.grid, task.layer), cast("tuple[int, ...]", ())
     if task.stage == "detect":
         path = plan.workspace.inventory(plan.inventory)
         leading = ([e.name for e in plan.epochs].index(task.epoch),)
     corner, first = geobox_of(path).affine, plan.by_tile[task.tile].geobox.affine
     at = (round((first.f - corner.f) / corner.e), round((first.c - corner.c) / corner.a))
-    if not data:
-        erase_tile(path, at_px=at, shard=plan.grid.tile_px, leading=leading)
-    checksums = write_tile(path, data, at_px=at, leading=leading)
-    return checksums, stored_bytes(path, list(data), at_px=at, shard=plan.grid.tile_px, leading=leading)
+    staged = stage_tile(path, data, at_px=at, shard=plan.grid.tile_px, leading=leading)
+    context.staged.append(staged)
+    return staged.checksums, staged.size
+
+
+def record_tile(plan: RunPlan, task: TileTask, record: Record, context: TileContext) -> Record:
+    """Put what was staged of a tile in its place, and its record; returns the record that counts now.
+
+    On a disk nobody takes the workspace over between the question whether we hold it and the record. A bucket cannot
+    be held: there each object is written where it is still the one that was there before the question.
+    Raises FencedError when another driver holds the workspace.
+    """
+    ledger = ledger_of(plan, task)
+    with holding(plan, context):
+        there = ledger.read(task.tile)
+        if not context.mend and there is not None and there.key == task.key and there.complete:
+            return adopted(ledger, there, context)  # another attempt made it, after ours was given up
+        if context.staged:
+            # while its data changes below it, a record would vouch for a mixture
+            ledger.forget(task.tile)
+        for staged in context.staged:
+            staged.commit(partial(require_lock, plan, context))
+        require_lock(plan, context)
+        ledger.write(record)
+    return record
+
+
+def adopted(ledger: Ledger, record: Record, context: TileContext) -> Record:
+    """Take over a record that another driver wrote after we began: we tell of it now, and it would be told twice."""
+    if record.driver == context.token:
+        return record
+    ledger.write(ours := replace(record, driver=context.token))
+    return ours
+
+
+@contextmanager
+def holding(plan: RunPlan, context: TileContext) -> Iterator[None]:
+    """Hold the workspace for a moment: on a disk nobody can take it over while the block runs.
+
+    Raises FencedError when another driver has it.
+    """
+    lock = plan.workspace.locks / context.lock
+    with guard(lock) if isinstance(lock, Path) else nullcontext():
+        require_lock(plan, context)
+        yield
 
 
 def require_lock(plan: RunPlan, context: TileContext) -> None:

@@ -36,7 +36,7 @@ from slidecube.pipeline.errors import PassingError, PipelineError
 from slidecube.pipeline.fit import sample_tile
 from slidecube.pipeline.fit_mnf import moments_tile
 from slidecube.pipeline.land_cover import classify_tile
-from slidecube.pipeline.ledger import Ledger, Record
+from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.masks import MaskRule, admitted, judge, sun_of
 from slidecube.pipeline.plan_files import read_plan
 from slidecube.pipeline.radar import SpeckleFilter
@@ -45,7 +45,7 @@ from slidecube.pipeline.run_plan import LayerPlan, RunPlan, compositing
 from slidecube.pipeline.series import ndvi_series
 from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import Workspace
-from slidecube.pipeline.tasks import TileContext, ledger_of, require_lock, store_tile
+from slidecube.pipeline.tasks import TileContext, adopted, holding, ledger_of, record_tile, store_tile
 from slidecube.pipeline.terrain import terrain
 
 
@@ -75,32 +75,34 @@ def _recorded(context: TileContext, task: TileTask) -> Record:
     if earlier is not None and earlier.key == task.key and earlier.complete:
         lacks = context.mend and earlier.passing > 0 and task.attempt == 1
         if not lacks:  # its worker died after the record and before the answer
-            return _adopted(plan, ledger, earlier, context)
+            with holding(plan, context):
+                return adopted(ledger, earlier, context)
+    context = replace(context, staged=[])
     try:
-        record = _STAGES[task.stage](plan, task, context)
-    except Exception as error:  # noqa: BLE001  the tile's edge
-        record = _failed(task, error)
-    record = replace(
-        record,
-        attempts=1 if earlier is None or earlier.key != task.key else earlier.attempts + 1,
-        seconds=round(time.monotonic() - started, 3),
-        peak_mem_gb=round(peak_rss_gb(), 3),
-        host=socket.gethostname(),
-        written_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        driver=context.token,
-    )
-    require_lock(plan, context)
-    ledger.write(record)
-    return record
+        try:
+            record = _STAGES[task.stage](plan, task, context)
+        except Exception as error:  # noqa: BLE001  the tile's edge
+            record = _failed(task, error)
+            _discard(context)
+        record = replace(
+            record,
+            attempts=1 if earlier is None or earlier.key != task.key else earlier.attempts + 1,
+            seconds=round(time.monotonic() - started, 3),
+            peak_mem_gb=round(peak_rss_gb(), 3),
+            host=socket.gethostname(),
+            written_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            driver=context.token,
+        )
+        return record_tile(plan, task, record, context)
+    finally:
+        _discard(context)
 
 
-def _adopted(plan: RunPlan, ledger: Ledger, record: Record, context: TileContext) -> Record:
-    """Take over a record that another driver wrote after we began: we tell of it now, and it would be told twice."""
-    if record.driver == context.token:
-        return record
-    require_lock(plan, context)
-    ledger.write(ours := replace(record, driver=context.token))
-    return ours
+def _discard(context: TileContext) -> None:
+    """Remove what was staged and did not come to its place."""
+    for staged in context.staged:
+        staged.discard()
+    context.staged.clear()
 
 
 def optical_layer(

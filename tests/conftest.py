@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -147,35 +147,9 @@ def slurm(slurm_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def assert_same_work() -> Callable[[Path, Path], None]:
-    """Hold two workspaces to the same arrays and tables, byte by byte, and to the same records."""
-    from slidecube.pipeline.ledger import VOLATILE  # noqa: PLC0415  few tests need them
-    from slidecube.pipeline.open import open_plan  # noqa: PLC0415
-    from slidecube.pipeline.tasks import tasks_of  # noqa: PLC0415
-
-    def files(root: Path) -> dict[str, bytes]:
-        return {
-            str(path.relative_to(root)): path.read_bytes()
-            for folder in ("layers", "statistics", "inventories", "products")
-            for path in sorted((root / folder).rglob("*"))
-            if path.is_file() and ".ledger" not in str(path) and path.suffix != ".json"
-        }
-
-    def records(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
-        made = open_plan(root)
-        return {
-            (ledger.folder.name, tile): {k: v for k, v in asdict(record).items() if k not in VOLATILE}
-            for ledger in {ledger for _, ledger in tasks_of(made)}
-            for tile, record in ledger.load().items()
-        }
-
-    def compare(found: Path, expected: Path) -> None:
-        left, right = files(found), files(expected)
-        assert sorted(left) == sorted(right)
-        assert any(name.endswith("landslides.parquet") for name in right)
-        assert [name for name in right if left[name] != right[name]] == []
-        assert records(found) == records(expected) != {}
-
+def assert_same_work(servers: Callable[[str], ModuleType]) -> Callable[[Any, Any], None]:
+    """Hold two workspaces, folders or buckets, to the same work: see `tests/servers/sameness.py`."""
+    compare: Callable[[Any, Any], None] = servers("sameness").assert_same_work
     return compare
 
 

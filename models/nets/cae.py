@@ -235,7 +235,8 @@ def encode_dense(weights: bytes, planes_dyx: np.ndarray, *, device: str = "cpu")
     with one_thread(), torch.inference_mode():
         x_bdyx = torch.from_numpy(planes_dyx)[None].contiguous(memory_format=torch.channels_last)
         if device != "cpu":
-            # pinned memory is copied while the one before is computed
+            # pinned, the copy is faster and the network is launched meanwhile; no window overlaps with the next one,
+            # because its result is waited for below
             x_bdyx = x_bdyx.pin_memory().to(device, non_blocking=True)
         deep: np.ndarray = _network(weights, device).encode_dense(x_bdyx)[0].contiguous().cpu().numpy()
     return deep

@@ -111,10 +111,14 @@ def simulate_archive(
     overpasses : keep only so many, the clearest, a third of them after the event; 0 = truth and DEM alone (for tests)
     radar : add Sentinel-1 of both directions, of each as many dates as `overpasses` says; nothing else changes but
         the root catalogue's links
-    Raises PipelineError if the size is unknown or the extent leaves the DEM.
+    Raises PipelineError if the size is unknown, the extent leaves the DEM, or the folder cannot be made.
     The same arguments give the same bytes on the same machine and versions.
     """
     p = parameters or load_parameters()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PipelineError(f"Folder {out} cannot be made: {error.strerror}; name another") from None
     world = build_world(p, seed, _size(p, size, extent_km))
     archive = SimulatedArchive(
         root=out,

@@ -22,12 +22,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from plan_scale import make_nation
 
 from slidecube.cluster.runner import TaskResult, TileTask
+from slidecube.pipeline import ledger
 from slidecube.pipeline.config import load_config
+from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run import run
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.status import status
+from slidecube.pipeline.storage import write_atomic
 from slidecube.pipeline.tasks import wanted_of
 
 run_module = importlib.import_module("slidecube.pipeline.run")  # the package shows the function of that name
@@ -63,14 +66,17 @@ def overhead(made: RunPlan, profile: str, n: int) -> float:
 
 def finish(made: RunPlan) -> None:
     """Record every task of a plan as done, folded as the end of a run leaves it."""
+    create_stores(made)
     for stage in ("cube", "detect"):
-        for wanted in wanted_of(made):
-            if wanted.stage != stage:
-                continue
-            for tile, key in wanted.keys.items():
-                numbers = {"observed": 512 * 512} if stage == "detect" else {"px": 512 * 512}
-                wanted.ledger.write(Record(tile=tile, key=key, state="done", numbers=numbers, seconds=1.0))
-            wanted.ledger.pack()
+        for wanted in wanted_of(made, stage):
+            numbers = {"observed": 512 * 512} if stage == "detect" else {"px": 512 * 512}
+            records = {
+                tile: Record(tile=tile, key=key, state="done", numbers=numbers, seconds=1.0)
+                for tile, key in wanted.keys.items()
+            }
+            content = ledger._written(ledger._joined(ledger._SCHEMA.empty_table(), records))
+            wanted.ledger.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(wanted.ledger.folder / ledger.PACKED, content)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from slidecube.pipeline.masks import admitted, judge, sun_of
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, read_layers
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run_plan import RunPlan, halo_px, minimum_size_px
-from slidecube.pipeline.store import write_tile
+from slidecube.pipeline.staging import stage_tile
 from slidecube.pipeline.tasks import TileContext, ledger_of, tasks_of
 from slidecube.pipeline.terrain import terrain_block
 from slidecube.pipeline.tile import run_task
@@ -135,7 +135,8 @@ def _parts(made: RunPlan, rounds: dict[str, list[float]]) -> None:
         make: Callable = _terrain if layer.window is None else _optical
         data = make(made, tile, scenes, taken)
         with _timed(taken, "write layers"):
-            write_tile(made.workspace.layer(made.grid, layer.name), data, at_px=_at(made, tile))
+            group = made.workspace.layer(made.grid, layer.name)
+            stage_tile(group, data, at_px=_at(made, tile), shard=TILE_PX).commit()
     _detection(made, tile, taken)
     for name, seconds in taken.items():
         rounds.setdefault(name, []).append(seconds)
@@ -216,7 +217,8 @@ def _detection(made: RunPlan, tile, taken: dict[str, float]) -> None:
         "reason": np.zeros(scaled.shape, np.uint8),
     }
     with _timed(taken, "write inventory"):
-        write_tile(made.workspace.inventory(made.inventory), data, at_px=_at(made, tile), leading=(0,))
+        group = made.workspace.inventory(made.inventory)
+        stage_tile(group, data, at_px=_at(made, tile), shard=TILE_PX, leading=(0,)).commit()
 
 
 if __name__ == "__main__":

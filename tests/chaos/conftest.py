@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +131,14 @@ def witness(desk_in, tmp_path_factory):
     span_s = time.monotonic() - began
     reads = Witness.status(desk)["scene_reads"]
     return Witness(desk=desk, span_s=span_s, scene_reads=reads, settings={"output": FORMATS})
+
+
+@pytest.fixture
+def sabotage(tmp_path, monkeypatch) -> Path:
+    """File with the key of the tile that is sabotaged, in processes that start from now on; without it none is."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    shutil.copy(Path(__file__).parent / "hooks" / "sabotage.py", hook / "sitecustomize.py")
+    monkeypatch.setenv("PYTHONPATH", str(hook))
+    monkeypatch.setenv("SABOTAGE", str(tmp_path / "sabotage"))
+    return tmp_path / "sabotage"

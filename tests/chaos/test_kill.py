@@ -178,8 +178,9 @@ STEPS = (
     ("zarr.storage._local:_put", 7),  # an array's metadata half written
     ("slidecube.pipeline.inventory:_coordinate", 2),  # an inventory without coordinates
     ("slidecube.pipeline.events:write_event", 1),  # nothing told
-    ("zarr.storage._local:_put", 30),  # a shard half written
-    ("slidecube.pipeline.store:_flush", 5),  # some bands of a tile
+    ("slidecube.pipeline.staging:_beside", 5),  # some bands of a tile beside their places
+    ("slidecube.pipeline.staging:StagedTile.commit", 2),  # a whole tile beside its place
+    ("slidecube.pipeline.staging:_move", 4),  # some bands in their places
     ("slidecube.pipeline.ledger:Ledger.write", 2),  # data without its record
     ("slidecube.pipeline.events:write_event", 5),  # a record that was not told
     ("slidecube.pipeline.ledger:Ledger.write", 9),  # a detection without its record

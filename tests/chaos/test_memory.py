@@ -1,6 +1,6 @@
 """Memory that ends for good: the kernel kills a worker, or a shard's own process, in a real memory cgroup.
 
-The tile that eats is brought in from outside, when a process imports the product. The processes stand in a cgroup of
+The sabotage comes from outside, when a process imports the product. The processes stand in a cgroup of
 their own, or the kernel would look for its victim among the tests.
 """
 
@@ -19,46 +19,6 @@ pytestmark = pytest.mark.slow
 
 LIMIT_MB = 400
 """Of the one process that eats; an honest worker holds less beside what it had before it came here."""
-
-GLUTTON = '''
-"""Eat all memory on a tile of this process, once, in a cgroup that has little."""
-
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
-class Glutton:
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name != "slidecube.pipeline.tile":
-            return None
-        sys.meta_path.remove(cls)
-        spec = importlib.util.find_spec(name)
-        real = spec.loader.exec_module
-
-        def exec_module(module):
-            real(module)
-            make = module._STAGES["cube"]
-
-            def eating(plan, task, context):
-                menu = Path(os.environ["GLUTTON"])
-                if menu.exists() and task.tile == menu.read_text() and task.layer.startswith("terrain"):
-                    menu.rename(menu.with_suffix(".taken"))  # once
-                    menu.with_suffix(".pid").write_text(str(os.getpid()))
-                    Path(os.environ["GLUTTON_CGROUP"], "cgroup.procs").write_text(str(os.getpid()))
-                    eaten = []
-                    while True:
-                        eaten.append(b"x" * (16 << 20))
-                return make(plan, task, context)
-
-            module._STAGES["cube"] = eating
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Glutton)
-'''
 
 
 @pytest.fixture
@@ -106,16 +66,12 @@ def kills(cgroup: Path) -> int:
 
 
 @pytest.fixture
-def glutton(tmp_path, monkeypatch, cgroup, witness) -> Path:
+def glutton(sabotage, monkeypatch, cgroup, witness) -> Path:
     """File whose tile eats; it is gone after the meal."""
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(GLUTTON)
-    monkeypatch.setenv("PYTHONPATH", str(hook))
-    monkeypatch.setenv("GLUTTON", str(tmp_path / "glutton"))
-    monkeypatch.setenv("GLUTTON_CGROUP", str(cgroup))
-    (tmp_path / "glutton").write_text(min(Path(name).stem for name in witness.records(witness.desk)))
-    return tmp_path / "glutton"
+    monkeypatch.setenv("SABOTAGE_HOW", "eat")
+    monkeypatch.setenv("SABOTAGE_CGROUP", str(cgroup))
+    sabotage.write_text(min(Path(name).stem for name in witness.records(witness.desk)))
+    return sabotage
 
 
 def test_a_worker_that_the_kernel_kills_for_memory(desk_in, tmp_path, witness, glutton, cgroup):
@@ -127,7 +83,7 @@ def test_a_worker_that_the_kernel_kills_for_memory(desk_in, tmp_path, witness, g
 
     assert ran.code == 0, ran
     assert kills(cgroup) == 1, "it was another's doing"
-    assert not Path("/proc", glutton.with_suffix(".pid").read_text()).exists()
+    assert not Path("/proc", glutton.with_suffix(".taken").read_text().strip()).exists()
     retries = [e for e in desk.events() if e["event"] == "retry"]
     assert [(e["tile"], e["fault"]) for e in retries] == [(tile, "worker")]
     witness.assert_whole(desk)

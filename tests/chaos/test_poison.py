@@ -1,6 +1,6 @@
 """A tile that ends its worker each time, and one that never ends: they are given up, and the rest is done.
 
-The poison is brought in from outside, when a worker's process imports the product.
+The sabotage comes from outside, when a worker's process imports the product.
 """
 
 from __future__ import annotations
@@ -9,58 +9,6 @@ import os
 from pathlib import Path
 
 import pytest
-
-POISON = '''
-"""Poison a tile of this process, as the environment says."""
-
-import importlib.util
-import os
-import signal
-import sys
-import time
-from pathlib import Path
-
-class Poison:
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name != "slidecube.pipeline.tile":
-            return None
-        sys.meta_path.remove(cls)
-        spec = importlib.util.find_spec(name)
-        real = spec.loader.exec_module
-
-        def exec_module(module):
-            real(module)
-            make = module._STAGES["cube"]
-
-            def poisoned(plan, task, context):
-                where, how = Path(os.environ["POISON"]), os.environ["POISON_HOW"]
-                if where.exists() and task.tile == where.read_text() and task.layer.startswith("terrain"):
-                    with where.with_suffix(".taken").open("a") as taken:
-                        taken.write(f"{os.getpid()}\\n")
-                    if how == "kill":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    time.sleep(600)
-                return make(plan, task, context)
-
-            module._STAGES["cube"] = poisoned
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Poison)
-'''
-
-
-@pytest.fixture
-def poison(tmp_path, monkeypatch) -> Path:
-    """File with the key of the tile that is poisoned; without it none is."""
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(POISON)
-    monkeypatch.setenv("PYTHONPATH", str(hook))
-    monkeypatch.setenv("POISON", str(tmp_path / "poison"))
-    return tmp_path / "poison"
 
 
 @pytest.mark.parametrize(
@@ -72,19 +20,19 @@ def poison(tmp_path, monkeypatch) -> Path:
         ),
     ],
 )
-def test_a_poisoned_tile(desk_in, tmp_path, witness, poison, monkeypatch, how, attempts, said):
-    monkeypatch.setenv("POISON_HOW", how)
+def test_a_poisoned_tile(desk_in, tmp_path, witness, sabotage, monkeypatch, how, attempts, said):
+    monkeypatch.setenv("SABOTAGE_HOW", how)
     deadline = {"deadline_min": 0.25} if how == "hang" else {}
     cluster = {**witness.cluster("dask-local"), **deadline}
     desk = desk_in(tmp_path / "desk", cluster=cluster, **witness.settings)
     tile = min(Path(name).stem for name in witness.records(witness.desk))
-    poison.write_text(tile)
+    sabotage.write_text(tile)
 
     spoilt = desk.cli("run", desk.toml, "--quiet")
 
     assert spoilt.code == 2, spoilt
     assert tile in spoilt.refusal
-    taken = poison.with_suffix(".taken").read_text().split()
+    taken = sabotage.with_suffix(".taken").read_text().split()
     assert len(taken) == len(set(taken)) == attempts, "it went to a worker that lived on"
     assert not [pid for pid in taken if Path(f"/proc/{pid}").exists() and int(pid) != os.getpid()]
     state = witness.status(desk)
@@ -97,7 +45,7 @@ def test_a_poisoned_tile(desk_in, tmp_path, witness, poison, monkeypatch, how, a
     assert len(retries) == attempts - 1
     assert list(desk.workspace.glob("products/*/landslides.parquet")), "what could be detected is there"
 
-    poison.unlink()
+    sabotage.unlink()
     last = desk.cli("run", desk.toml, "--quiet")
 
     assert last.code == 0, last

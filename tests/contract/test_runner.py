@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import distributed
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from slidecube.cluster import clusters
 from slidecube.cluster.dask import DaskPool
@@ -261,6 +264,16 @@ def test_where_nothing_works_the_rest_is_left_alone(runner, tmp_path):
     with pytest.raises(ClusterError, match=f"{HOPELESS} tiles failed one after another.*the last: data 1"):
         found.extend(run(runner, noted, tasks(200)))
     assert noted.begun() <= HOPELESS + 3
+
+
+def test_what_failed_in_an_earlier_run_says_nothing_of_the_rest(runner, tmp_path):
+    bad = HOPELESS + 5
+    noted = Noted(tmp_path, script={f"k{i}": ["data"] for i in range(bad)})
+    wanted = [dataclasses.replace(task, suspect=i < bad) for i, task in enumerate(tasks(bad + 9))]
+
+    found = list(run(runner, noted, wanted))
+
+    assert Counter(r.status for r in found) == {"failed": bad, "done": 9}
 
 
 def test_a_tile_that_kills_its_workers_is_given_up_and_fails_alone(processes, tmp_path):
@@ -520,13 +533,24 @@ def test_the_scratch_of_a_killed_driver_is_removed(request, tmp_path, monkeypatc
         (OSError(5, "Input/output error"), "transient"),
         (ConnectionResetError(), "transient"),
         (TimeoutError(), "transient"),
+        (OSError(24, "Too many open files"), "transient"),
+        (OSError(23, "Too many open files in system"), "transient"),
         (MemoryError(), "memory"),
+        (OSError(12, "Cannot allocate memory"), "memory"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory"),
+        (RuntimeError("no kernel image is available"), "bug"),
         (FileNotFoundError(2, "no such file"), "bug"),
         (ValueError("?"), "bug"),
     ],
 )
 def test_the_class_of_an_error(error, fault):
     assert fault_of(error) == fault
+
+
+def test_memory_that_torch_does_not_get_is_no_bug():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert fault_of(refused.value) == "memory"
 
 
 def test_waits_grow_up_to_the_longest_and_differ():

@@ -20,6 +20,7 @@ from slidecube.models.errors import ModelError
 from slidecube.pipeline import cli, doctor, summaries
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
+from slidecube.pipeline.storage import StorageError
 
 VERBS = [
     "init",
@@ -136,7 +137,11 @@ def wrapped(cause: Exception) -> Exception:
 FULL = OSError(errno.ENOSPC, "No space left on device", "/data/x")
 QUOTA = OSError(errno.EDQUOT, "Disk quota exceeded")
 READ_ONLY = OSError(errno.EROFS, "Read-only file system", "/w")
+NO_ANSWER = StorageError(errno.EIO, "Storage failed: 503", "s3://b/k")
+DENIED = StorageError(errno.EACCES, "Storage failed: 403", "s3://b/k")
+STALE = OSError(errno.ESTALE, "Stale file handle", "/w/x")
 FORBIDDEN = PermissionError(errno.EACCES, "Permission denied", "/w")
+ANSWERS = "when the storage answers again, run the same command to resume"
 MAKE_ROOM = "free some space and run the same command to resume"
 
 ENDINGS = {
@@ -156,6 +161,13 @@ ENDINGS = {
     "quota": (QUOTA, 2, f"Disk quota exceeded; {MAKE_ROOM}"),
     "read-only": (READ_ONLY, 1, "/w: Read-only file system; name a folder that you may write to"),
     "forbidden": (FORBIDDEN, 1, "/w: Permission denied; name a folder that you may write to"),
+    "no answer": (NO_ANSWER, 2, f"s3://b/k: Storage failed: 503; {ANSWERS}"),
+    "stale": (STALE, 2, f"/w/x: Stale file handle; {ANSWERS}"),
+    "denied": (
+        DENIED,
+        1,
+        "s3://b/k: Storage failed: 403; check the credentials and their rights to list, read, write and delete",
+    ),
     "memory": (
         MemoryError(),
         2,
@@ -288,6 +300,7 @@ STATE = {
     "jobs": [],
     "running": "hokkaido-1a2b3c4d",
     "drivers": 1,
+    "dashboards": ["http://127.0.0.1:8787/status"],
     "silent": [],
     "pace": {"cube": 4.0},
     "minutes_left": 30.0,
@@ -314,6 +327,7 @@ def test_status_for_machines_and_for_people(slidecube, monkeypatch, tmp_path):
     assert "sheet       statistics/0123456789abcdef/sheet/index.html" in out
     assert "1 tile made or mended after the freeze took no part in it" in out
     assert "running     1 driver: cube 4 tiles a minute; 30 minutes left" in out
+    assert "dashboard   http://127.0.0.1:8787/status" in out
     assert out.endswith("incomplete: run the same command to go on\n")
 
 

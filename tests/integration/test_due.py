@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -14,7 +15,9 @@ import rasterio
 import shapely
 import zarr
 
-from slidecube.pipeline import open_inventory
+from slidecube.pipeline import load_config, open_inventory, plan
+from slidecube.pipeline.run import due
+from slidecube.pipeline.tasks import tasks_of
 
 PRE, POST = "optical-2018-05-01_2018-09-05", "optical-2018-09-07_2018-11-15"
 
@@ -339,3 +342,16 @@ def test_who_comes_after_a_killed_shard_tells_what_it_did(desk_in, tmp_path, com
     assert sum(e["event"] == "task" and e["stage"] == "cube" for e in desk.events()) == len(again), (
         "told twice"
     )
+
+
+def test_what_failed_before_is_due_after_all_else(desk):
+    made = plan(load_config(desk.toml))
+    (failed, ledger), *_, (forgotten, _) = [
+        (task, ledger) for task, ledger in tasks_of(made, "cube") if task.layer == made.layers[0].name
+    ]
+    ledger.write(dataclasses.replace(ledger.read(failed.tile), state="failed", reason="bad data"))
+    ledger.forget(forgotten.tile)
+
+    found = due(made, "cube")
+
+    assert [(task.tile, task.suspect) for task in found] == [(forgotten.tile, False), (failed.tile, True)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
 
+import numpy as np
 import pytest
 
 from slidecube.cluster.runner import TileTask
+from slidecube.pipeline import staging
 from slidecube.pipeline import tasks as tasks_module
 from slidecube.pipeline import tile as tile_module
 from slidecube.pipeline.config import load_config
@@ -19,7 +22,9 @@ from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.run import run
 from slidecube.pipeline.run_plan import RunPlan
-from slidecube.pipeline.tasks import TileContext, tasks_of
+from slidecube.pipeline.staging import checksum, shard_file
+from slidecube.pipeline.store import geobox_of
+from slidecube.pipeline.tasks import TileContext, ledger_of, tasks_of
 from slidecube.pipeline.tile import run_task
 
 
@@ -30,10 +35,14 @@ def made(desk) -> RunPlan:
     return made
 
 
-@pytest.fixture
-def first(made) -> tuple[TileTask, Ledger]:
+def first_of(made: RunPlan) -> tuple[TileTask, Ledger]:
     """A tile of the terrain, which is made quickly."""
     return next((task, ledger) for task, ledger in tasks_of(made) if task.layer.startswith("terrain"))
+
+
+@pytest.fixture
+def first(made) -> tuple[TileTask, Ledger]:
+    return first_of(made)
 
 
 def driver(made: RunPlan) -> Lock:
@@ -123,7 +132,7 @@ def test_an_attempt_that_was_given_up_takes_nothing_from_the_one_that_was_done(m
             found = terrain(*args)
             monkeypatch.setattr(tile_module, "_terrain_data", terrain)
             assert run_task(context(made, lock), dataclasses.replace(task, attempt=2)).status == "done"
-            monkeypatch.setattr(tasks_module, "write_tile", dies)
+            monkeypatch.setattr(tasks_module, "stage_tile", dies)
             return found
 
         monkeypatch.setattr(tile_module, "_terrain_data", overtaken)
@@ -133,6 +142,97 @@ def test_an_attempt_that_was_given_up_takes_nothing_from_the_one_that_was_done(m
     record = ledger.read(task.tile)
     assert record is not None, "the record of the attempt that was done is gone"
     assert (record.key, record.state) == (task.key, "done")
+
+
+def as_recorded(made: RunPlan, task: TileTask) -> bool:
+    """Tell whether the stored bytes of a tile of a layer are those of its record."""
+    path, tile = made.workspace.layer(made.grid, task.layer), made.by_tile[task.tile]
+    corner = geobox_of(path).affine
+    at = (
+        round((tile.geobox.affine.f - corner.f) / corner.e),
+        round((tile.geobox.affine.c - corner.c) / corner.a),
+    )
+    record = ledger_of(made, task).read(task.tile)
+    assert record is not None
+    for name, told in record.checksums.items():
+        file = shard_file(path, name, at_px=at, shard=made.grid.tile_px)
+        if (checksum(file.read_bytes()) if file.is_file() else "empty") != told:
+            return False
+    return True
+
+
+def with_a_hole(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a tile is whose worker could not read a scene."""
+    return {
+        name: np.where(np.arange(len(values))[:, None] < 100, values[0, 0], values)
+        for name, values in data.items()
+    }
+
+
+def test_a_frozen_worker_is_not_overtaken_in_the_moment_of_its_writing(made, first, monkeypatch):
+    task, _ = first
+    commit, terrain = staging.StagedTile.commit, tile_module._terrain_data
+    frozen, wake = threading.Event(), threading.Event()
+
+    def freezes(*args):
+        monkeypatch.setattr(staging.StagedTile, "commit", commit)
+        frozen.set()
+        assert wake.wait(30)
+        commit(*args)
+
+    def loses(*args):
+        monkeypatch.setattr(tile_module, "_terrain_data", terrain)
+        return with_a_hole(terrain(*args))
+
+    def succeed():
+        assert frozen.wait(60)
+        zombie.__exit__(None, None, None)  # it is believed dead
+        with driver(made) as lock:
+            taken.append(run_task(context(made, lock), task).status)
+
+    monkeypatch.setattr(staging.StagedTile, "commit", freezes)
+    monkeypatch.setattr(tile_module, "_terrain_data", loses)
+    zombie, taken = driver(made).__enter__(), []
+    successor = threading.Thread(target=succeed)
+    successor.start()
+    late = threading.Timer(1.5, lambda: (taken.append("woken"), wake.set()))
+    frozen_run = threading.Thread(target=lambda: run_task(context(made, zombie), task))
+    frozen_run.start()
+    assert frozen.wait(60)
+    late.start()
+    frozen_run.join(60)
+    successor.join(60)
+
+    assert taken == ["woken", "done"], "it was overtaken while it wrote"
+    assert as_recorded(made, task)
+
+
+def test_a_frozen_worker_changes_nothing_in_a_bucket_after_its_successor(desk, s3, monkeypatch):
+    made = plan(load_config(desk.write(output={"workspace": s3, "formats": ["parquet"]}).toml))
+    create_stores(made)
+    task, ledger = first_of(made)
+    commit, terrain = staging.StagedTile.commit, tile_module._terrain_data
+
+    def frozen(staged, held):
+        monkeypatch.setattr(staging.StagedTile, "commit", commit)
+        held()  # we hold it still, and then freeze
+        zombie.__exit__(None, None, None)
+        with driver(made) as lock:
+            assert run_task(context(made, lock), task).status == "done"
+        commit(staged, lambda: None)
+
+    def loses(*args):
+        monkeypatch.setattr(tile_module, "_terrain_data", terrain)
+        return with_a_hole(terrain(*args))
+
+    monkeypatch.setattr(staging.StagedTile, "commit", frozen)
+    monkeypatch.setattr(tile_module, "_terrain_data", loses)
+    zombie = driver(made).__enter__()
+    result = run_task(context(made, zombie), task)
+
+    assert result.status == "failed"
+    assert ledger.read(task.tile).driver != zombie.token
+    assert as_recorded(made, task)
 
 
 def test_what_a_killed_driver_recorded_and_did_not_tell_is_told_whatever_its_clock_said(desk, monkeypatch):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import http.client
 import json
 import os
 import random
 import signal
-import sqlite3
 import threading
 import time
 from collections import Counter
@@ -17,18 +15,15 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-import geopandas as gpd
 import numpy as np
 import pytest
 
 from slidecube.pipeline import storage
 from slidecube.pipeline.config import load_config
-from slidecube.pipeline.ledger import VOLATILE, Ledger
-from slidecube.pipeline.open import open_inventory, open_plan
+from slidecube.pipeline.open import open_inventory
 from slidecube.pipeline.run import run
 from slidecube.pipeline.status import clean, status
 from slidecube.pipeline.storage import Place, matching, place_of, sizes
-from slidecube.pipeline.tasks import tasks_of
 
 FORMATS = ["parquet", "gpkg", "cog", "stac", "report"]
 QUICK = {"sample": 2000, "epochs": 2, "batch": 1000}
@@ -39,68 +34,6 @@ LEARNT = {
     "detect": {"model": "cae-kmeans", "parameters": QUICK},
     "output": {"formats": ["parquet"]},
 }
-MOMENTARY = ("created", "updated", "file:checksum", "file:size")
-"""Keys of JSON that hold the time of writing, or follow from it."""
-
-
-def records(ledger: Ledger) -> dict:
-    """Records without what differs between two runs of the same work."""
-    return {
-        tile: {name: value for name, value in dataclasses.asdict(record).items() if name not in VOLATILE}
-        for tile, record in ledger.load().items()
-    }
-
-
-def without_time(value):
-    if isinstance(value, dict):
-        return {key: without_time(inner) for key, inner in value.items() if key not in MOMENTARY}
-    return [without_time(inner) for inner in value] if isinstance(value, list) else value
-
-
-def tables(path) -> dict[str, list]:
-    """Rows of a GeoPackage's own tables, without the times at which they were written."""
-    with closing(sqlite3.connect(path)) as db:
-        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        rows = {
-            name: db.execute(f'SELECT * FROM "{name}"').fetchall() for name in names if "rtree" not in name
-        }
-    return {
-        name: [[v for v in row if not (isinstance(v, str) and v.endswith("Z"))] for row in found]
-        for name, found in rows.items()
-    }
-
-
-def assert_equal(one: Place, other: Place) -> None:
-    """Hold two workspaces to the promise: arrays and GeoParquet by bytes, records, and the rest by content."""
-    data = [
-        {
-            name
-            for name in sizes(root, deep=True)
-            if name.startswith(("layers/", "statistics/", "inventories/", "products/"))
-        }
-        for root in (one, other)
-    ]
-    assert data[0] == data[1]
-    kinds = Counter(name.rpartition(".")[2] if "/c/" not in name else "chunk" for name in data[0])
-    assert kinds["chunk"] > 20
-    for name in sorted(data[0]):
-        places = [root.joinpath(*name.split("/")) for root in (one, other)]
-        if ".ledger/" in name or "/report/" in name:
-            continue
-        if name.endswith(".gpkg"):
-            with storage.fetched(places[0]) as left, storage.fetched(places[1]) as right:
-                assert tables(left) == tables(right)
-                layers = [gpd.read_file(path, layer="landslides") for path in (left, right)]
-                assert layers[0].equals(layers[1])
-        elif name.endswith(".json") and "products/" in name:
-            assert without_time(json.loads(places[0].read_text())) == without_time(
-                json.loads(places[1].read_text())
-            )
-        else:
-            assert places[0].read_bytes() == places[1].read_bytes(), name
-    pairs = zip(tasks_of(open_plan(one)), tasks_of(open_plan(other)), strict=True)
-    for ledgers in {(left, right) for (_, left), (_, right) in pairs}:
-        assert records(ledgers[0]) == records(ledgers[1]) != {}
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +66,13 @@ def in_bucket(desk_in, tmp_path, s3):
     "changes",
     [pytest.param(RULE, id="rdndvi"), pytest.param(LEARNT, id="cae-kmeans", marks=pytest.mark.slow)],
 )
-def test_a_bucket_holds_what_a_folder_holds(folder_run, in_bucket, s3, changes):
+def test_a_bucket_holds_what_a_folder_holds(folder_run, in_bucket, s3, changes, assert_same_work):
     desk = in_bucket(changes)
 
     report = run(load_config(desk.toml), progress=False)
 
     assert report.complete, report.reasons
-    assert_equal(folder_run(changes), place_of(s3))
+    assert_same_work(folder_run(changes), place_of(s3))
     assert not desk.workspace.exists()
     state = status(s3)
     assert state["complete"]
@@ -151,7 +84,7 @@ def test_a_bucket_holds_what_a_folder_holds(folder_run, in_bucket, s3, changes):
     assert clean(s3) == []
 
 
-def test_shards_that_start_together_make_the_stores_once(folder_run, in_bucket, s3):
+def test_shards_that_start_together_make_the_stores_once(folder_run, in_bucket, s3, assert_same_work):
     desk = in_bucket(RULE)
     assert desk.cli("plan", desk.toml).code == 0
     shards = [desk.start("cube", desk.toml, "--quiet", "--shard", f"{i}/3") for i in range(3)]
@@ -163,7 +96,7 @@ def test_shards_that_start_together_make_the_stores_once(folder_run, in_bucket, 
 
     assert report.complete
     assert "cube" not in report.done, "the shards did it"
-    assert_equal(folder_run(RULE), place_of(s3))
+    assert_same_work(folder_run(RULE), place_of(s3))
     assert status(s3)["scene_reads"] == status(folder_run(RULE))["scene_reads"]
 
 
@@ -198,7 +131,9 @@ def start_and_wait(desk, s3: str, least: int):
 
 
 @pytest.mark.parametrize("least", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 13))])
-def test_a_killed_driver_is_taken_over_and_its_work_goes_on(folder_run, in_bucket, s3, least):
+def test_a_killed_driver_is_taken_over_and_its_work_goes_on(
+    folder_run, in_bucket, s3, least, assert_same_work
+):
     desk = in_bucket(RULE)
     driver = start_and_wait(desk, s3, least)
     os.killpg(driver.pid, signal.SIGKILL)
@@ -211,11 +146,11 @@ def test_a_killed_driver_is_taken_over_and_its_work_goes_on(folder_run, in_bucke
     assert (
         report.done["cube"] + report.done["detect"] <= 16 - kept + 4
     )  # tiles in work when it died are done again
-    assert_equal(folder_run(RULE), place_of(s3))
+    assert_same_work(folder_run(RULE), place_of(s3))
     assert status(s3)["scene_reads"] >= status(folder_run(RULE))["scene_reads"]
 
 
-def test_a_second_driver_is_refused_while_the_first_one_lives(folder_run, in_bucket, s3):
+def test_a_second_driver_is_refused_while_the_first_one_lives(folder_run, in_bucket, s3, assert_same_work):
     desk = in_bucket(RULE)
     driver = start_and_wait(desk, s3, 1)
     os.killpg(driver.pid, signal.SIGSTOP)  # it lives, and keeps its lock, however long the other takes
@@ -228,7 +163,7 @@ def test_a_second_driver_is_refused_while_the_first_one_lives(folder_run, in_buc
         os.killpg(driver.pid, signal.SIGCONT)
     out, err = driver.communicate(timeout=180)
     assert driver.returncode == 0, (out, err)
-    assert_equal(folder_run(RULE), place_of(s3))
+    assert_same_work(folder_run(RULE), place_of(s3))
 
 
 class FaultyProxy:
@@ -311,7 +246,7 @@ class FaultyProxy:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_server_that_fails_at_every_tenth_request_changes_nothing(
-    folder_run, in_bucket, s3, s3_server, monkeypatch, seed
+    folder_run, in_bucket, s3, s3_server, monkeypatch, seed, assert_same_work
 ):
     monkeypatch.setattr(storage, "SILENT_S", 1.0)
     desk = in_bucket(RULE)
@@ -323,7 +258,7 @@ def test_a_server_that_fails_at_every_tenth_request_changes_nothing(
     assert report.complete, report.reasons
     assert not report.failed
     assert min(proxy.seen[kind] for kind in FaultyProxy.KINDS) >= 5, proxy.seen
-    assert_equal(folder_run(RULE), place_of(s3))
+    assert_same_work(folder_run(RULE), place_of(s3))
 
 
 def test_creators_behind_faults_still_find_one_winner(s3, s3_server, monkeypatch):

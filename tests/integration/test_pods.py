@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -35,10 +36,12 @@ image = "registry.example.org/slidecube:0.1.0"
 def resources(tmp_path):
     path = tmp_path / "profile.toml"
     path.write_text(PROFILE)
-    return {
-        name: list(yaml.safe_load_all(text))
-        for name, text in manifests(load_profile(str(path)), DASK_SETTINGS).items()
-    }
+
+    def make(plan=""):
+        texts = manifests(load_profile(str(path)), DASK_SETTINGS, plan=plan)
+        return {name: list(yaml.safe_load_all(text)) for name, text in texts.items()}
+
+    return make
 
 
 @pytest.fixture
@@ -82,6 +85,7 @@ def only(resource):
 def ended(process):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
+    return out
 
 
 def as_mounted(desk):
@@ -97,11 +101,13 @@ def undisturbed(desk_in, tmp_path):
 
 
 def test_the_stages_make_what_a_run_makes(resources, pod, desk, undisturbed, assert_same_work):
-    for stage, config in resources["setup.yaml"][-1]["data"].items():
+    for stage, config in resources()["setup.yaml"][-1]["data"].items():
         (desk.folder / stage).write_text(config)
     as_mounted(desk)
-    for n, stage in enumerate(STAGES, start=1):
-        [job] = resources[f"stages/{n}-{stage}.yaml"]
+    [job] = resources()["stages/1-plan.yaml"]
+    name = re.search(r"^plan +(\S+)", ended(pod(only(job), desk.folder)), re.MULTILINE)[1]
+    for n, stage in enumerate(STAGES[1:], start=2):
+        [job] = resources(name)[f"stages/{n}-{stage}.yaml"]
         indices = range(job["spec"].get("completions", 1))
         assert len(indices) == (SHARDS if stage in {"cube", "detect"} else 1)
         at_work = [pod(only(job), desk.folder, JOB_COMPLETION_INDEX=str(i)) for i in indices]
@@ -131,7 +137,7 @@ def until_healthy(port):
 
 
 def test_the_containers_of_the_cluster_do_the_work(resources, pod, desk, undisturbed, assert_same_work):
-    [cluster] = resources["cluster.yaml"]
+    [cluster] = resources()["cluster.yaml"]
     scheduler, worker = (only(cluster["spec"][part]) for part in ("scheduler", "worker"))
     comm, http = free_port(), free_port()
     pod(scheduler, desk.folder, change={"8786": comm, "8787": http})

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from slidecube.catalog.scenes import SceneTable
+from slidecube.pipeline import storage
 from slidecube.pipeline.open import open_plan
+from slidecube.pipeline.storage import place_of
 
 OLD_SIGNATURE = "0ldSignatureInTheCatalogue"
 KEYS = {
@@ -61,8 +63,8 @@ def test_the_search_for_secrets_finds_them(tmp_path):
     assert found_in(tmp_path, [OLD_SIGNATURE]).keys() == {"plain.json", "packed.bin", "deflated.bin"}
 
 
-def test_a_whole_run_tells_no_secret(servers, small_archive, desk_in, tmp_path):
-    """Signatures in the catalogue and given in mid-run, keys in the environment, and files that fail to be read."""
+def test_a_whole_run_tells_no_secret(servers, small_archive, desk_in, s3, tmp_path):
+    """Signatures in the catalogue and given in mid-run, keys by which the workspace is reached, files that fail."""
     module = servers("signed_files")
     provider = module.SignedFiles(small_archive / "archive" / "sentinel-2-l2a", life_s=3.0)
     saved = module.publish(small_archive, tmp_path, query=f"?se=2019-01-01&sig={OLD_SIGNATURE}")
@@ -71,10 +73,12 @@ def test_a_whole_run_tells_no_secret(servers, small_archive, desk_in, tmp_path):
         "S2B_SIMULATED_T32NLF_20180901T100031_N0208/B08": 403,
     }
     environment = {**os.environ, **provider.environment, **KEYS, "CPL_DEBUG": "OFF"}
-    desk = desk_in(tmp_path / "desk", sources={"optical": str(saved)}, output={"formats": ALL_FORMATS})
+    desk = desk_in(
+        tmp_path / "desk", sources={"optical": str(saved)}, output={"workspace": s3, "formats": ALL_FORMATS}
+    )
     said = ""
     try:
-        for words in (("plan", desk.toml), ("run", desk.toml), ("status", desk.workspace)):
+        for words in (("plan", desk.toml), ("run", desk.toml), ("status", s3)):
             process = desk.start(*words, env=environment)
             out, err = process.communicate(timeout=300)
             said += out + err
@@ -82,18 +86,20 @@ def test_a_whole_run_tells_no_secret(servers, small_archive, desk_in, tmp_path):
     finally:
         provider.close()
     assert provider.refused, "no signature was ever refused: its errors were not seen"
+    with storage.fetched(place_of(s3)) as workspace:
+        assert_clean(workspace, said, [OLD_SIGNATURE, module.WORD, *KEYS.values()])
+
+
+def assert_clean(workspace: Path, said: str, secrets: list[str]) -> None:
     lost = [
         entry
-        for path in desk.workspace.glob("layers/*/*.ledger/*.json")
+        for path in workspace.glob("layers/*/*.ledger/*.json")
         for entry in json.loads(path.read_text()).get("lost", [])
     ]
     assert {asset for _, asset, _ in lost} == {"B04", "B08"}, "no file failed: its errors were not seen"
-    secrets = [OLD_SIGNATURE, module.WORD, *KEYS.values()]
     assert [secret for secret in secrets if secret in said] == []
-    assert found_in(desk.workspace, secrets) == {}
-    assert all(
-        "?" not in a["href"] for s in open_plan(desk.workspace).scenes for a in s.item["assets"].values()
-    )
+    assert found_in(workspace, secrets) == {}
+    assert all("?" not in a["href"] for s in open_plan(workspace).scenes for a in s.item["assets"].values())
 
 
 # --- a hostile catalogue ---------------------------------------------------------------------------------------------

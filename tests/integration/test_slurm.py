@@ -42,6 +42,7 @@ time_min = 10
 """
 
 BANDS = ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]
+PRODUCTS = {"formats": ["parquet", "gpkg", "cog", "stac"]}
 LEARNT = {
     "cube": {"bands": BANDS},
     "detect": {"model": "cae-kmeans", "parameters": {"sample": 2000, "epochs": 2, "batch": 1000}},
@@ -65,9 +66,9 @@ def logs(desk) -> dict[str, str]:
     "changes", [{}, pytest.param(LEARNT, marks=pytest.mark.slow)], ids=["rule", "learnt"]
 )
 def test_arrays_of_jobs_make_what_threads_make(slurm, desk_in, tmp_path, assert_same_work, changes):
-    plain = desk_in(tmp_path / "plain", **changes)
+    plain = desk_in(tmp_path / "plain", output=PRODUCTS, **changes)
     assert plain.cli("run", plain.toml, "--quiet").code == 0
-    desk = desk_in(tmp_path / "a site's folder", **changes)
+    desk = desk_in(tmp_path / "a site's folder", output=PRODUCTS, **changes)
 
     sent = submit(desk)
 
@@ -185,9 +186,9 @@ def test_status_answers_without_a_queue_and_submit_refuses(slurm, desk, monkeypa
 
 
 def test_dask_workers_as_jobs_make_what_threads_make(slurm, desk_in, tmp_path, assert_same_work):
-    plain = desk_in(tmp_path / "plain")
+    plain = desk_in(tmp_path / "plain", output=PRODUCTS)
     assert plain.cli("run", plain.toml, "--quiet").code == 0
-    desk = desk_in(tmp_path / "desk")
+    desk = desk_in(tmp_path / "desk", output=PRODUCTS)
     (desk.folder / "site.toml").write_text(
         f"""
 extends = "slurm"

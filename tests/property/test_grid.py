@@ -100,7 +100,7 @@ def test_keys_stay_when_the_area_grows(pair, tile_px):
 def test_a_key_leads_back_to_its_tile(aoi, tile_px):
     grid = TileGrid(crs=aoi.crs, tile_px=tile_px)
     for tile in grid.tiles(aoi):
-        assert grid.tile_of(tile.key) == tile
+        assert grid.tiles_of([tile.key]) == (tile,)
 
 
 @pytest.mark.parametrize("crs", sorted(PLACES))

@@ -38,6 +38,8 @@ LONGEST = PLAIN + f'name = "n{"a" * 39}"\n'
 TOP = {"plain": "", "full": "gpus = 2\nworkers = 3\ndeadline_min = 20\n", "longest": "workers = 2000\n"}
 CASES = {"plain": PLAIN, "full": FULL, "longest": LONGEST}
 
+PLAN = "run-1a2b3c4d"
+
 
 @pytest.fixture
 def profile(tmp_path):
@@ -52,7 +54,10 @@ def profile(tmp_path):
 
 
 def documents(profile):
-    return {name: list(yaml.safe_load_all(text)) for name, text in manifests(profile, DASK_SETTINGS).items()}
+    return {
+        name: list(yaml.safe_load_all(text))
+        for name, text in manifests(profile, DASK_SETTINGS, plan=PLAN).items()
+    }
 
 
 def every(profile):
@@ -220,7 +225,9 @@ def test_the_pods_of_a_stage_take_each_shard_once(profile, stage, case, shards, 
     taken = []
     for index in range(job["completions"]):
         given = [text.replace("$(JOB_COMPLETION_INDEX)", str(index)) for text in container["args"]]
-        taken.append(cli.cli.commands[stage].make_context(stage, given[1:]).params["shard"])
+        params = cli.cli.commands[stage].make_context(stage, given[1:]).params
+        assert params["plan"] == PLAN
+        taken.append(params["shard"])
     assert taken == [(i, shards) for i in range(shards)]
 
 
@@ -267,7 +274,7 @@ def test_a_stage_works_by_a_profile_that_fits_into_its_pod(profile, tmp_path):
 
 
 def test_without_gpus_nothing_asks_for_them(profile):
-    text = "".join(manifests(profile("plain"), DASK_SETTINGS).values())
+    text = "".join(manifests(profile("plain"), DASK_SETTINGS, plan=PLAN).values())
     assert "gpu" not in text
     assert "cuda" not in text
 
@@ -326,7 +333,7 @@ def test_only_the_driver_may_ask_the_server(profile):
 def test_secrets_are_named_and_never_told(profile, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATESTTESTTEST")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-test")
-    text = "".join(manifests(profile(), DASK_SETTINGS).values())
+    text = "".join(manifests(profile(), DASK_SETTINGS, plan=PLAN).values())
     assert "AKIATESTTESTTEST" not in text
     assert "secret-of-the-test" not in text
     for container in containers(profile()).values():
@@ -415,15 +422,23 @@ def test_show_tells_every_setting(command, tmp_path):
 
 def test_manifests_are_printed_or_written(command, tmp_path):
     mine = written(tmp_path, f'extends = "kubernetes"\n[kubernetes]\n{FULL}')
-    printed = command("cluster", "manifests", mine)
+    printed = command("cluster", "manifests", mine, "--plan", PLAN)
     assert (printed.code, printed.err) == (0, "")
     out = tmp_path / "a" / "b"
-    told = command("cluster", "manifests", mine, "--out", out)
+    told = command("cluster", "manifests", mine, "--plan", PLAN, "--out", out)
     files = ["setup.yaml", "cluster.yaml", "run.yaml"]
     files += [f"stages/{n}-{stage}.yaml" for n, stage in enumerate(STAGES, start=1)]
     assert told.out == f"wrote 8 files to {out}: {', '.join(files)}\n"
     found = [document for file in files for document in yaml.safe_load_all((out / file).read_text())]
     assert list(yaml.safe_load_all(printed.out)) == found
+
+
+def test_no_stage_is_written_that_would_search(command, tmp_path):
+    """Until the plan has a name, which its Job prints."""
+    mine = written(tmp_path, f'extends = "kubernetes"\n[kubernetes]\n{FULL}')
+    told = command("cluster", "manifests", mine, "--out", tmp_path / "out")
+    assert told.code == 0
+    assert [path.name for path in (tmp_path / "out" / "stages").iterdir()] == ["1-plan.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def foreign(folder: Path, **changes: object) -> dict[str, object]:
         "started": born_s(os.getpid()),
         "beat": 3,
         "running": 1,
+        "dashboard": "",
     } | changes
     (folder / "driver.json").write_text(json.dumps(lock))
     return lock
@@ -280,3 +281,13 @@ def test_a_lock_that_speaks_again_while_it_is_taken_over_stays(tmp_path, quick, 
         Lock(tmp_path, run="a-1").__enter__()
     assert (tmp_path / "shard-cube-0of2.json").exists()
     assert not (tmp_path / "driver.json").exists()
+
+
+def test_a_lock_says_where_the_workers_can_be_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "BEAT_S", 0.05)
+    with Lock(tmp_path / "locks", run="a-1") as lock:
+        lock.set_dashboard("http://127.0.0.1:8787/status")
+        deadline = time.monotonic() + 10
+        while not read_lock(lock.path)["dashboard"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert read_lock(lock.path)["dashboard"] == "http://127.0.0.1:8787/status"

@@ -176,7 +176,7 @@ def test_ruff_refuses_other_names_of_the_same_module(repo_root, file, statement,
 def test_mypy_follows_the_links(repo_root, tmp_path):
     """A type error across packages is found, so the links and the strict mode are at work."""
     probe = tmp_path / "probe.py"
-    probe.write_text("from slidecube.cluster.resources import cores\n\nname: str = cores()\n")
+    probe.write_text("from slidecube.cluster.limits import cores\n\nname: str = cores()\n")
     done = subprocess.run(
         [
             str(Path(sys.executable).with_name("mypy")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -14,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from obstore.exceptions import PermissionDeniedError
 
+from slidecube.cluster.faults import fault_of
 from slidecube.pipeline import storage
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.storage import (
     ObjectPath,
     Place,
+    StorageError,
     below,
     create,
     fetched,
@@ -350,6 +354,19 @@ def test_a_number_that_is_no_answer_says_nothing(s3, monkeypatch, number):
     assert f"127.0.0.1:{number} does not answer" in refusal(f"s3://bucket-{number}.{number}/some/{number}")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("AWS_PROFILE", "nobody", r"profile \(nobody\) could not be found"),
+        ("AWS_ENDPOINT_URL", "not an address", "not an address"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(s3, monkeypatch, name, value, told):
+    monkeypatch.setenv(name, value)
+
+    assert re.search(f"^The AWS settings cannot be used: .*{told}.*; check AWS_PROFILE", refusal(s3))
+
+
 def test_missing_credentials_are_named(s3, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -360,9 +377,44 @@ def test_missing_credentials_are_named(s3, monkeypatch):
     assert "AWS_ENDPOINT_URL" not in line
 
 
+def test_credentials_that_fail_are_told(s3, tmp_path, monkeypatch):
+    (tmp_path / "config").write_text("[profile maps]\nregion = eu-west-1\ncredential_process = /bin/false\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_PROFILE", "maps")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+
+    line = refusal(s3)
+
+    assert line.startswith(f"For {s3} the credentials cannot be had: Error when retrieving credentials")
+    assert line.endswith("; check AWS_PROFILE and its files")
+    assert "end)" not in line
+
+
 def test_who_holds_a_file_and_does_not_go_on_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "GUARD_S", 0.3)
     refused = pytest.raises(PipelineError, match=r"has held .*\.a\.guard for 0 s and does not go on; end it")
     with storage.guard(tmp_path / "a"), refused:
         storage.create(tmp_path / "a", b"1")
     assert storage.create(tmp_path / "a", b"1")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuses(_fd, _operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(storage.fcntl, "flock", refuses)
+    with pytest.raises(PipelineError, match=r"has no file locks \(Function not implemented\).*-o flock"):
+        storage.create(tmp_path / "a", b"1")
+
+
+def test_credentials_that_may_only_read_are_told_when_something_is_written(s3):
+    place = place_of(s3)
+
+    def denied(*_, **__):
+        raise PermissionDeniedError("Generic S3 error: status code: 403 Forbidden: <Code>AccessDenied</Code>")
+
+    with pytest.raises(StorageError, match="403 Forbidden AccessDenied") as told:
+        storage.asked(place, denied)
+    assert told.value.errno == errno.EACCES
+    assert fault_of(told.value) == "transient"

@@ -10,21 +10,27 @@ import xarray as xr
 import zarr
 
 from slidecube.catalog.grid import TileGrid
-from slidecube.pipeline import store
+from slidecube.pipeline import staging
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.ledger import Ledger, Record
+from slidecube.pipeline.staging import stage_tile
 from slidecube.pipeline.store import (
     Variable,
     Workspace,
     create_arrays,
-    erase_tile,
     geobox_of,
     open_layer,
     read_window,
     remove_partials,
-    stored_bytes,
-    write_tile,
 )
+
+
+def write_tile(path, data, **where):
+    """Stage a tile and bring it to its place; returns its checksums."""
+    staged = stage_tile(path, data, shard=512, **where)
+    staged.commit()
+    return staged.checksums
+
 
 GRID = TileGrid(crs="EPSG:32632", resolution_m=10.0, tile_px=512)
 FRAME = GRID.frame[0 : 3 * 512, 0 : 2 * 512]
@@ -54,7 +60,7 @@ def test_a_tile_comes_back_and_its_checksum_is_of_its_bytes(layer):
     np.testing.assert_array_equal(found["height"], data["height"])
     file = layer / "red" / "c" / "1" / "0"
     assert sums["red"] == hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-    assert stored_bytes(layer, ["red"], at_px=(512, 0), shard=512) == file.stat().st_size
+    assert stage_tile(layer, {"red": data["red"]}, at_px=(512, 0), shard=512).size == file.stat().st_size
     assert sums == write_tile(layer, data, at_px=(512, 0)), "the same pixels are the same bytes"
 
 
@@ -63,14 +69,14 @@ def test_a_tile_of_fill_stores_nothing_and_removes_what_was_there(layer):
     empty = {"red": np.zeros((512, 512), np.uint16), "height": np.full((512, 512), np.nan, np.float32)}
 
     assert write_tile(layer, empty, at_px=(0, 0)) == {"red": "empty", "height": "empty"}
-    assert stored_bytes(layer, ["red", "height"], at_px=(0, 0), shard=512) == 0
+    assert stage_tile(layer, empty, at_px=(0, 0), shard=512).size == 0
 
 
 def test_an_erased_tile_reads_as_fill_and_its_neighbour_stays(layer):
     for at in ((0, 0), (0, 512)):
         write_tile(layer, values(), at_px=at)
-    erase_tile(layer, at_px=(0, 0), shard=512)
-    erase_tile(layer, at_px=(1024, 512), shard=512)
+    write_tile(layer, {}, at_px=(0, 0))
+    write_tile(layer, {}, at_px=(1024, 512))
 
     found = read_window(layer, ["red"], window=(slice(0, 512), slice(0, 1024)))["red"]
     assert not found[:, :512].any()
@@ -109,7 +115,7 @@ def test_a_disk_that_lies_is_found_out(layer, monkeypatch):
 
 def test_data_is_on_the_disk_before_its_checksum_is_told(layer, monkeypatch):
     flushed = []
-    monkeypatch.setattr(store.os, "fsync", flushed.append)
+    monkeypatch.setattr(staging.os, "fsync", flushed.append)
     write_tile(layer, values(), at_px=(0, 0))
 
     assert len(flushed) == 2
@@ -151,7 +157,7 @@ def test_a_leading_dimension_picks_one_step(tmp_path):
     window = (slice(512, 1024), slice(512, 1024))
     assert not read_window(path, ["red"], window=window, leading=(0,))["red"].any()
     np.testing.assert_array_equal(read_window(path, ["red"], window=window, leading=(1,))["red"], data)
-    erase_tile(path, at_px=(512, 512), shard=512, leading=(1,))
+    write_tile(path, {}, at_px=(512, 512), leading=(1,))
     assert not read_window(path, ["red"], window=window, leading=(1,))["red"].any()
 
 

@@ -175,12 +175,14 @@ def test_what_the_queue_has_forgotten_the_accounting_tells(programs, desk, comma
     cube, mosaic = jobs_of(workspace, "r")
 
     assert cube == {
-        "stage": "cube", "id": "7", "asked": True, "pending": 0, "running": 1, "done": 1, "failed": 2, "gone": 0,
-        "reasons": ["out of memory", "cancelled"],
+        "run": "r", "stage": "cube", "id": "7", "asked": True, "pending": 0, "running": 1, "done": 1, "failed": 2,
+        "gone": 0, "reasons": ["out of memory", "cancelled"],
     }  # fmt: skip
     assert mosaic["pending"] == 1
     assert mosaic["reasons"] == ["Dependency"]
-    assert jobs_of(workspace, "another") == []
+    assert [job["run"] for job in jobs_of(workspace, "another")] == ["r", "r"], (
+        "they are at work in the workspace"
+    )
 
 
 def test_jobs_that_cannot_be_asked_about_may_be_there_still(programs, desk, command):

@@ -125,6 +125,7 @@ STATE = {
     "minutes_left": 200.0,
     "scene_reads": 12,
     "drivers": 2,
+    "dashboards": [],
     "silent": [],
     "jobs": [],
     "running": "a-1",
@@ -178,7 +179,7 @@ def plant(locks: Place, *, beat: int = 3, **changes: object) -> Place:
     """The lock of a shard on another machine."""
     lock = {
         "token": "other", "run": "a-1", "shard": "0/4 of cube", "job": "", "restarts": 0, "host": "node17",
-        "machine": "another", "pid": 1, "started": 1.0, "beat": beat, "running": 1,
+        "machine": "another", "pid": 1, "started": 1.0, "beat": beat, "running": 1, "dashboard": "",
     } | changes  # fmt: skip
     place = locks / "shard-cube-0of4.json"
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,12 @@ exec >> '/ws 100%/logs/detect-'"$PBS_ARRAY_INDEX".log 2>&1
 echo "slidecube-detect: job $PBS_JOBID, node $(hostname), $(date -Is)"
 module load python/3.11
 source /home/a/venv/bin/activate
-export TMPDIR="/scratch/$USER/$SLURM_JOB_ID"
-mkdir -p "$TMPDIR"
+scratch="/scratch/$USER/$SLURM_JOB_ID"
+if [ -n "$scratch" ] && mkdir -p "$scratch"; then
+  export TMPDIR="$scratch"
+else
+  echo "no scratch folder '$scratch' on $(hostname): temporary files go to ${TMPDIR:-/tmp}"
+fi
 drain() {
   kill -USR1 "$work"
   { sleep 270; kill -TERM "$work"; } & late=$!

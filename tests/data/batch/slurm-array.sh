@@ -21,8 +21,12 @@
 echo "slidecube-detect: job ${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}, node $(hostname), start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date -Is)"
 module load python/3.11
 source /home/a/venv/bin/activate
-export TMPDIR="/scratch/$USER/$SLURM_JOB_ID"
-mkdir -p "$TMPDIR"
+scratch="/scratch/$USER/$SLURM_JOB_ID"
+if [ -n "$scratch" ] && mkdir -p "$scratch"; then
+  export TMPDIR="$scratch"
+else
+  echo "no scratch folder '$scratch' on $(hostname): temporary files go to ${TMPDIR:-/tmp}"
+fi
 again() {
   if [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
     echo "work is left: queued again"; scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
