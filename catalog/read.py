@@ -321,6 +321,7 @@ def driver_of(href: str) -> str:
 
 
 def _moved_onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels, shift_dn: int) -> np.ndarray:
+    _require_whole_numbers(asset, pixels)
     if asset.crs is None and asset.gcps[0]:
         return _from_control_points(asset, geobox, pixels)
     if pixels.positive:
@@ -331,6 +332,19 @@ def _moved_onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels, s
         return _onto(asset, geobox, pixels)
     with _shifted(asset, geobox, pixels, shift_dn) as moved:
         return _onto(moved, geobox, pixels)
+
+
+def _require_whole_numbers(asset: rasterio.DatasetReader, pixels: Pixels) -> None:
+    """Refuse fractions where digital numbers are read: cut to whole numbers, reflectances of 0 to 1 would be nodata.
+
+    Raises CatalogError.
+    """
+    stored = asset.dtypes[pixels.band - 1]
+    if np.dtype(stored).kind in "fc" and np.dtype(pixels.dtype).kind in "ui":
+        raise CatalogError(
+            f"it holds {stored}, and whole digital numbers ({pixels.dtype}) are wanted: scaled already? read the "
+            "product as it was delivered"
+        )
 
 
 def _onto(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels) -> np.ndarray:

@@ -364,6 +364,28 @@ class Radar(_Section):
     )
 
 
+class SunSettings(_Section):
+    """What is made of the place of the sun over each scene."""
+
+    min_elevation_deg: float = Field(
+        25.0, ge=0, lt=90, description="degrees, 0 to 90: a scene of a lower sun is not used"
+    )
+    cast_shadow: bool = Field(
+        False,
+        description="true or false: whether what lies in the shadow of ridges, as the DEM has them, is not used",
+    )
+    correction: Literal["none", "c", "scs+c"] = Field(
+        "none",
+        description='"none", or how the light on slopes is taken out of every band of every scene: "c" or "scs+c" '
+        "(forest)",
+    )
+
+    @property
+    def reads_heights(self) -> bool:
+        """Whether optical layers read the DEM."""
+        return self.cast_shadow or self.correction != "none"
+
+
 class Coregistration(_Section):
     """How the images before and after the event are held to one place, where a model compares them."""
 
@@ -417,6 +439,9 @@ class Cube(_Section):
     )
     radar: Radar = Field(
         default_factory=Radar, description="a table with orbit, slope_correction and speckle_window_px"
+    )
+    sun: SunSettings = Field(
+        default_factory=SunSettings, description="a table with min_elevation_deg, cast_shadow and correction"
     )
     coregistration: Coregistration = Field(
         default_factory=Coregistration,
@@ -644,12 +669,14 @@ class Config:
     def search_terms(self) -> dict[str, Any]:
         """Return what decides the scene search, as canonical JSON types: area, windows, sources, cloud limit."""
         orbit = {"orbit": self.cube.radar.orbit} if self.sources.radar else {}
+        shadow = {"cast_shadow": True} if self.cube.sun.cast_shadow else {}
         return {
             "area": self._area_terms(),
             "windows": sorted({str(w) for epoch in self.epochs for w in epoch.windows.values()}),
             "sources": self._source_terms(),
             "max_cloud_pct": self.cube.max_cloud_pct,
             **orbit,
+            **shadow,
             **({"layers": self._layer_terms()} if self.layers else {}),
         }
 

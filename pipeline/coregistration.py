@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import correlate1d, distance_transform_edt
 from skimage.registration import phase_cross_correlation
 
-from slidecube.pipeline.composite import OBSERVED_VARIABLES
+from slidecube.pipeline.visibility import SEEN_VARIABLES
 
 COREGISTRATION_VERSION = 1
 """Of the definitions below, a part of the keys of what compares two images."""
@@ -221,7 +221,7 @@ def move(layer: xr.Dataset, south_px: float, east_px: float, *, margin: int) -> 
     near = [int(np.rint(-s)) for s in shifts]
     out = {}
     for name, array in layer.data_vars.items():
-        if str(name) in OBSERVED_VARIABLES or array.dtype.itemsize < _INTERPOLATED_FROM:
+        if str(name) in SEEN_VARIABLES or array.dtype.itemsize < _INTERPOLATED_FROM:
             out[name] = (array.dims, _cut(array.values, near, margin))
         else:
             out[name] = (array.dims, _interpolated(array.values, whole, weights, margin))

@@ -10,6 +10,7 @@ import xarray as xr
 
 from slidecube.cluster.runner import TileTask
 from slidecube.models.predict import Detector, predict
+from slidecube.pipeline import visibility
 from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.coregistration import shift_numbers
 from slidecube.pipeline.errors import PipelineError
@@ -22,6 +23,7 @@ from slidecube.pipeline.inventory import (
     Reason,
 )
 from slidecube.pipeline.ledger import Record
+from slidecube.pipeline.masks import SNOW_NODATA
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
 from slidecube.pipeline.run_plan import RunPlan, coregistration_of, halo_px, minimum_size_px
 from slidecube.pipeline.tasks import TileContext, fitted_statistics, layer_ledger, store_tile
@@ -131,13 +133,20 @@ def _quantised(probability: np.ndarray) -> np.ndarray:
     return out
 
 
+_HIDDEN = (
+    (Reason.LOW_SUN, visibility.LOW_SUN),
+    (Reason.CAST_SHADOW, visibility.CAST_SHADOW),
+)
+"""What else than clouds and snow hides the ground, the nearest to being seen last: it is what is said of a pixel."""
+
+
 def _observable(
     layers: Layers, probability: np.ndarray, *, exclude_px: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which pixels could be judged, and why the others could not: bool and codes of `Reason`."""
     # a side that the model does not look at hides nothing
-    post = layers.post["clear_count"].values > 0 if layers.post else np.ones(probability.shape, bool)
-    pre = layers.pre["clear_count"].values > 0 if layers.pre else np.ones_like(post)  # or not needed
+    shown = np.ones(probability.shape, bool)
+    pre, post = (side["clear_count"].values > 0 if side else shown for side in (layers.pre, layers.post))
     reason = np.zeros(probability.shape, np.uint8)
     reason[probability == PROBABILITY_NODATA] = Reason.INDEX_UNDEFINED
     if layers.shifts is not None:
@@ -155,4 +164,11 @@ def _observable(
     reason[pre & ~post] = Reason.NO_CLEAR_POST
     reason[~pre & post] = Reason.NO_CLEAR_PRE
     reason[~pre & ~post] = Reason.NO_CLEAR_PRE_NOR_POST
+    for side, seen in ((layers.pre, pre), (layers.post, post)):
+        if not side:
+            continue
+        snow = side["snow_pct"].values
+        reason[~seen & (snow > 0) & (snow != SNOW_NODATA)] = Reason.SNOW
+        for code, bit in _HIDDEN:
+            reason[~seen & (side["hidden"].values & bit > 0)] = code
     return reason == 0, reason

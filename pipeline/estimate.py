@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from slidecube.catalog.grid import TileGrid
 from slidecube.models.card import ModelCard
-from slidecube.pipeline.composite import COMPILED, OBSERVED_VARIABLES, STRIP_PX, Method
+from slidecube.pipeline.composite import COMPILED, STRIP_PX, Method
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.terrain import TERRAIN_ALWAYS
+from slidecube.pipeline.visibility import SEEN_VARIABLES
 
 BASE_GB = 0.35
 """Resident memory of a fresh worker with every import done, GDAL's caches included."""
@@ -23,6 +24,10 @@ _SECONDS_PER_MPX_SHIFT = 0.6  # of the blocks under a tile and around it
 _SECONDS_PER_MPX_GEOMEDIAN = 0.013  # a band and date
 _SECONDS_PER_MPX_MEDOID = 2.9e-4  # a band and pair of dates
 _COMPILER_GB = 0.12  # numba, its compiler, and what it made
+_SECONDS_PER_MPX_BAND_DATE_SLOPES = 0.02  # the line through a scene's light, and the correction by it
+_SECONDS_PER_MPX_DATE_SHADOW = 0.5
+_SECONDS_PER_MPX_HEIGHTS = 2.0
+_SHADOW_GB = 0.05  # heights 10 km around a block, and lines through them
 _DETECT_BYTES_PER_PX = 30  # masks, probabilities and their graph, beside layers and features
 _NETWORK_GB = 0.5  # torch, once it is imported
 _SECONDS_PER_MPX_NETWORK = 0.3  # of the dense encoder, units of the lattice included
@@ -37,7 +42,7 @@ _RASTER_BYTES = 4  # a pixel of a layer of the TOML, as read; at most this as st
 _SECONDS_PER_MPX_RASTER = 0.2
 _STRATA_BYTES_PER_PX = 64
 _SECONDS_PER_MPX_CLASSIFY = 1.5
-_EXTRA = len(OBSERVED_VARIABLES) + 1  # and the share of snow, beside the bands
+_EXTRA = len(SEEN_VARIABLES)  # what is said of the observations, beside the bands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +106,21 @@ def estimate(
         seconds += tile_mpx * tiles * epochs * _SECONDS_PER_MPX_CLASSIFY
     stored += tiles * tile_mpx * own * _RASTER_BYTES / _COMPRESSION
     seconds += tile_mpx * own_reads * _SECONDS_PER_MPX_RASTER
+    sun = config.cube.sun
+    seconds += tile_mpx * (
+        reads * bands * (sun.correction != "none") * _SECONDS_PER_MPX_BAND_DATE_SLOPES
+        + reads * sun.cast_shadow * _SECONDS_PER_MPX_DATE_SHADOW
+        + tiles * len(dates) * sun.reads_heights * _SECONDS_PER_MPX_HEIGHTS
+    )
     if config.cube.coregistration.check and compares_images(card):
         around = (grid.tile_px / grid.block_px + 2) ** 2 * grid.block_px**2 / 1e6
         seconds += tiles * epochs * around * _SECONDS_PER_MPX_SHIFT
     seconds += tile_mpx * _composite_seconds(config.cube.composite, each, bands=bands)
     seconds += epochs * card.sample_patches * card.parameters.get("epochs", 0.0) * _SECONDS_PER_PATCH_EPOCH
-    block = max(block_mem_gb(block_px=grid.block_px, dates=most, bands=bands), radar.block_gb)
+    block = block_mem_gb(block_px=grid.block_px, dates=most, bands=bands)
+    if sun.correction != "none":  # each band corrected, and the light of each date
+        block += grid.block_px**2 * most * (bands * 2 + 4) / 1e9
+    block = max(block + sun.cast_shadow * _SHADOW_GB, radar.block_gb)
     return Estimate(
         tiles=tiles,
         scenes=scenes,

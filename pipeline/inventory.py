@@ -49,6 +49,9 @@ class Reason(IntEnum):
     RADAR_LAYOVER = 7
     RADAR_SHADOW = 8
     MISREGISTERED = 9
+    SNOW = 10
+    LOW_SUN = 11
+    CAST_SHADOW = 12
 
 
 REASONS: dict[int, str] = {
@@ -62,6 +65,9 @@ REASONS: dict[int, str] = {
     7: "radar layover",
     8: "radar shadow",
     9: "images before and after the event do not lie on each other",
+    10: "snow on one side of the event, and no date without",
+    11: "sun too low on one side of the event, and no date of a higher one",
+    12: "shadow of the ground on one side of the event, and no date without",
 }
 """Why a pixel is not observable, by the value of the `reason` byte."""
 

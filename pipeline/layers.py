@@ -21,8 +21,16 @@ from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.run_plan import LAND_COVER, RunPlan
 from slidecube.pipeline.store import Variable, create_arrays
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
+from slidecube.pipeline.visibility import CAST_SHADOW, LOW_SUN
 
 _DAYS = {"units": "days since 1970-01-01", "long_name": "date", "comment": "0 = none"}
+
+
+_HIDDEN = {
+    "long_name": "what alone hid the pixel on one of its dates",
+    "flag_masks": [LOW_SUN, CAST_SHADOW],
+    "flag_meanings": "low_sun cast_shadow",
+}
 
 
 def _terrain_variables(names: Iterable[str]) -> dict[str, Variable]:
@@ -110,7 +118,9 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
         )
         for name in made.series_variables()
     }
-    return {**bands, "clear_count": count, **dates, "spread": spread, "snow_pct": snow, **of_series}
+    hidden = Variable(dtype="uint8", fill=0, attrs=_HIDDEN)
+    observed = {"clear_count": count, **dates, "spread": spread, "snow_pct": snow, "hidden": hidden}
+    return {**bands, **observed, **of_series}
 
 
 def _auxiliary_variables(layer: Layer, made: RunPlan) -> dict[str, Variable]:

@@ -16,7 +16,6 @@ from slidecube.catalog.grid import Tile, TileGrid, cuts
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.auxiliary import dtype_of, nodata_of
 from slidecube.pipeline.blocks import by_block
-from slidecube.pipeline.composite import OBSERVED_VARIABLES
 from slidecube.pipeline.config import Coregistration
 from slidecube.pipeline.coregistration import BlockShifts, margin_px, measure_shift, move
 from slidecube.pipeline.errors import PipelineError
@@ -29,12 +28,14 @@ from slidecube.pipeline.store import read_window
 from slidecube.pipeline.strata import blend_weights
 from slidecube.pipeline.tasks import layer_ledger
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
+from slidecube.pipeline.visibility import SEEN_VARIABLES
 
 _FILL: dict[str, tuple[float, str]] = {
     "lia_deg": (ANGLE_NODATA, "uint16"),
     "layover": (MASK_NODATA, "uint8"),
     "shadow": (MASK_NODATA, "uint8"),
     "snow_pct": (SNOW_NODATA, "uint8"),
+    "hidden": (0, "uint8"),
 }
 
 
@@ -120,7 +121,7 @@ def read_layers(
         elif side.startswith("radar"):
             wanted |= {"count", "layover", "shadow"} if wanted else set()
         elif wanted or (side == "post" and not radar_alone):
-            wanted.add("clear_count")
+            wanted |= {"clear_count", "snow_pct", "hidden"}
         around = window.padded(margin) if side == "pre" else window
         read[side] = read_stored(plan, name, sorted(wanted), around) if name and wanted else xr.Dataset()
     read["auxiliary"] = xr.Dataset()
@@ -169,7 +170,7 @@ def _registered(pre: xr.Dataset, shifts: BlockShifts, held: Coregistration, marg
                 out[name].values[rows, cols] = array.values
         elif verdict == "excluded":
             for name, array in out.data_vars.items():
-                if name not in OBSERVED_VARIABLES:  # that something was seen there stays true
+                if name not in SEEN_VARIABLES:  # that something was seen there stays true
                     array.values[rows, cols] = _nodata_and_dtype(str(name))[0]
     return out
 
@@ -236,7 +237,7 @@ def read_stored(plan: RunPlan, layer: str, names: list[str], window: PixelWindow
     }
     for tile in _tiles_in(plan, window):
         record = ledger.read(tile.key)
-        if record is None or record.key != plan.tasks[layer][tile.key][0] or record.state != "done":
+        if record is None or record.key != plan.tasks[layer][tile.key][0] or not record.checksums:
             continue
         rows = slice(max(window.row, tile.row * px), min(window.row + window.height, (tile.row + 1) * px))
         cols = slice(max(window.col, tile.col * px), min(window.col + window.width, (tile.col + 1) * px))

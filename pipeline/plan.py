@@ -28,6 +28,7 @@ from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.plan_dem import search_dem
 from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_plan
 from slidecube.pipeline.plan_keys import (
+    around_tiles,
     auxiliary_layer_plan,
     detect_key_of,
     land_cover_layer_plan,
@@ -39,7 +40,7 @@ from slidecube.pipeline.plan_keys import (
     tree_key_of,
 )
 from slidecube.pipeline.plan_layers import search_layers
-from slidecube.pipeline.plan_radar import around_tiles, search_radar
+from slidecube.pipeline.plan_radar import search_radar
 from slidecube.pipeline.points import Points, read_points
 from slidecube.pipeline.run_plan import (
     EpochPlan,
@@ -58,6 +59,7 @@ from slidecube.pipeline.statistics import load_statistics, read_manifest
 from slidecube.pipeline.storage import fetched
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.strata import Strata, read_strata
+from slidecube.pipeline.sunlight import SHADOW_HALO_M, required_sun
 
 
 def _require_statistics(workspace: Workspace, config: Config, model: Detector) -> None:
@@ -162,6 +164,11 @@ def _tiled(aoi: Aoi, tiles: tuple[Tile, ...]) -> Aoi:
     return Aoi(name=aoi.name, geometry=shapely.union_all(boxes), crs=str(tiles[0].geobox.crs))
 
 
+def _widened(tiled: Aoi, by_m: float) -> Aoi:
+    """Area of the tiles and their surroundings, from which shadow falls on them."""
+    return Aoi(name=tiled.name, geometry=tiled.geometry.buffer(by_m, join_style="mitre"), crs=tiled.crs)
+
+
 def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
     """Find the scenes and the DEM of all tiles; an epoch without any scene over the area itself is refused."""
     sources = config.sources
@@ -185,7 +192,7 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
                     f"{config.cube.max_cloud_pct:g} % cloud; widen the window or raise max_cloud_pct"
                     f"{_elsewhere(found, window)}"
                 )
-    heights = search_dem(config, tiled)
+    heights = search_dem(config, _widened(tiled, SHADOW_HALO_M) if config.cube.sun.cast_shadow else tiled)
     dem = [scene for scene in heights.scenes if "elevation" in scene.bands]  # a catalogue may hold both
     if not dem:
         raise PipelineError(
@@ -219,6 +226,8 @@ def _elsewhere(found: Sought, window: Window) -> str:
 def _require_bands(config: Config, optical: list[Scene]) -> None:
     """Refuse now what would fail on every tile later."""
     for scene in optical:
+        if config.cube.sun.reads_heights:
+            required_sun(scene)
         missing = [band for band in config.cube.bands if band not in scene.bands]
         if missing:
             raise PipelineError(
@@ -261,9 +270,12 @@ def _assemble(
     own = [auxiliary_layer_plan(grid, layer) for layer in config.layers]
     layers = {la.name: la for la in (terrain, *(la for by in (*sides, *radar) for la in by.values()), *own)}
     touching = list(scenes.touching_each([tile.geobox for tile in tiles]))
-    around = [] if not config.sources.radar else around_tiles(grid, tiles, scenes, touching)
+    around = {0.0: touching} | {
+        m: around_tiles(grid, tiles, scenes, touching, m)
+        for m in {layer.heights_m for layer in layers.values() if layer.heights_m}
+    }
     tasks = {
-        layer.name: tile_tasks(layer, tiles, scenes, around if layer.kind == "radar" else touching)
+        layer.name: tile_tasks(layer, tiles, scenes, around[layer.heights_m or 0.0])
         for layer in layers.values()
     }
     covers = [

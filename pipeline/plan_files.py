@@ -228,6 +228,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
                 **({"orbit": la.orbit} if la.orbit else {}),
                 **({"feature": la.feature} if la.feature else {}),
                 **({"event_at": la.event_at} if la.event_at else {}),
+                **({} if la.heights_m is None else {"heights_m": la.heights_m}),
             }
             for la in made.layers
         ],
@@ -266,4 +267,5 @@ def _layer_from(entry: dict[str, Any]) -> LayerPlan:
         orbit=entry.get("orbit"),
         feature=entry.get("feature", ""),
         event_at=entry.get("event_at"),
+        heights_m=entry.get("heights_m"),
     )

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from slidecube.catalog.grid import Tile, TileGrid
-from slidecube.catalog.scenes import Scene, SceneTable, Window
+from slidecube.catalog.scenes import Role, Scene, SceneTable, Window
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.pipeline.composite import WindowEnd
-from slidecube.pipeline.config import Config, Coregistration, LandCover, Layer
+from slidecube.pipeline.config import Config, Coregistration, LandCover, Layer, SunSettings
 from slidecube.pipeline.coregistration import COREGISTRATION_VERSION
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key, task_key
 from slidecube.pipeline.points import Points
+from slidecube.pipeline.radar_geometry import HALO_M
 from slidecube.pipeline.run_plan import LayerPlan, compositing
+from slidecube.pipeline.sunlight import SHADOW_HALO_M, SUN_VERSION
 from slidecube.pipeline.terrain import TERRAIN_VERSION
 
 _EVENT_AT: dict[str, WindowEnd] = {"pre": "end", "post": "start"}
+_MARGIN_M = 1_000.0  # beyond a halo: what the kernels of a warp from the DEM's own pixels reach
 
 RADAR_VERSION = 1
 """Version of what radar layers hold and how it is made; a change makes every tile of them due, and of no others."""
@@ -62,10 +65,30 @@ def optical_layer_plan(
         replace(rule, scl_classes=tuple(sorted(rule.scl_classes))),
         how,
         str(window),
+        *_sun_terms(config, scenes),
     )
-    name = f"optical-{window}-{key[:8]}"
-    event_at = how.event_at if how.method == "nearest-clear" else None
-    return LayerPlan(name=name, kind="optical", key=key, window=window, event_at=event_at)
+    return LayerPlan(
+        name=f"optical-{window}-{key[:8]}",
+        kind="optical",
+        key=key,
+        window=window,
+        event_at=how.event_at if how.method == "nearest-clear" else None,
+        heights_m=_heights_m(config.cube.sun),
+    )
+
+
+def _heights_m(sun: SunSettings) -> float | None:
+    """How far around a tile an optical layer reads the DEM, None where it does not."""
+    if sun.cast_shadow:
+        return SHADOW_HALO_M + _MARGIN_M
+    return 0.0 if sun.reads_heights else None
+
+
+def _sun_terms(config: Config, scenes: SceneTable) -> list[Any]:
+    """What of the sun decides an optical layer; the DEM where it is read."""
+    sun = config.cube.sun
+    heights = [TERRAIN_VERSION, _source_term(scenes.source_of("dem", config.sources.dem))]
+    return [SUN_VERSION, sun.model_dump(mode="json"), *(heights if sun.reads_heights else [])]
 
 
 def terrain_layer_plan(
@@ -97,7 +120,9 @@ def radar_layer_plan(config: Config, grid: TileGrid, window: Window, scenes: Sce
         str(window),
     )
     name = f"radar-{window}-{radar.orbit}-{key[:8]}"
-    return LayerPlan(name=name, kind="radar", key=key, window=window, orbit=radar.orbit)
+    return LayerPlan(
+        name=name, kind="radar", key=key, window=window, orbit=radar.orbit, heights_m=HALO_M + _MARGIN_M
+    )
 
 
 def auxiliary_layer_plan(grid: TileGrid, layer: Layer) -> LayerPlan:
@@ -176,9 +201,9 @@ def _pool(layer: LayerPlan, scenes: SceneTable) -> list[Scene]:
         return [scene for scene in scenes.role("layer") if layer.feature in scene.bands]
     if layer.window is None:
         return list(scenes.role("dem"))
-    if layer.kind == "optical":
-        return list(scenes.role("optical").within(layer.window))
-    return [*scenes.role("radar").within(layer.window), *scenes.role("dem")]
+    role: Role = "optical" if layer.kind == "optical" else "radar"
+    heights: Iterable[Scene] = [] if layer.heights_m is None else scenes.role("dem")
+    return [*scenes.role(role).within(layer.window), *heights]
 
 
 def detect_key_of(
@@ -211,13 +236,33 @@ def detect_key_of(
     )
 
 
+def around_tiles(
+    grid: TileGrid,
+    tiles: Sequence[Tile],
+    scenes: SceneTable,
+    touching: Sequence[SceneTable],
+    heights_m: float,
+) -> list[SceneTable]:
+    """Scenes that each tile of a layer reads which looks at the DEM around it.
+
+    touching : scenes that touch each tile; heights_m : how far the DEM is looked at
+    """
+    dem = scenes.role("dem").touching_each(
+        [tile.geobox.pad(int(heights_m / grid.resolution_m) + 1) for tile in tiles]
+    )
+    return [
+        SceneTable(scenes=(*(s for s in there if s.role != "dem"), *heights))
+        for there, heights in zip(touching, dem, strict=True)
+    ]
+
+
 def tile_tasks(
     layer: LayerPlan, tiles: tuple[Tile, ...], scenes: SceneTable, touching: Sequence[SceneTable]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Key of each tile of a layer, and the positions in `scenes` of what it reads.
 
-    touching : those of `scenes` that touch each tile, for all layers at once: outlines of tiles are dear; of a radar
-        layer, for which the DEM around a tile counts, too, those that touch it and its surroundings
+    touching : those of `scenes` that touch each tile, for all layers at once: outlines of tiles are dear; of a layer
+        that reads the DEM around a tile, too, those that touch it and its surroundings
     """
     chosen = {id(scene) for scene in _pool(layer, scenes)}
     position = {id(scene): i for i, scene in enumerate(scenes.scenes)}

@@ -10,15 +10,11 @@ import shapely
 
 from slidecube.catalog.aoi import Aoi
 from slidecube.catalog.failover import Sought, seek
-from slidecube.catalog.grid import Tile, TileGrid
 from slidecube.catalog.radar import acquisition_of
-from slidecube.catalog.scenes import Scene, SceneTable, footprints
+from slidecube.catalog.scenes import Scene, footprints
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.radar_geometry import HALO_M
 from slidecube.pipeline.radar_layer import BANDS, track_of
-
-_MARGIN_M = 1_000.0  # beyond the halo: what the kernels of a warp from the DEM's own pixels reach
 
 
 def search_radar(config: Config, aoi: Aoi, tiled: Aoi) -> Sought:
@@ -85,18 +81,3 @@ def _require_one_quantity(config: Config, scenes: Sequence[Scene]) -> None:
             f"{quantities['gamma0']!r} is gamma0, terrain corrected already; set [cube] radar.slope_correction to "
             "'none'"
         )
-
-
-def around_tiles(
-    grid: TileGrid, tiles: Sequence[Tile], scenes: SceneTable, touching: Sequence[SceneTable]
-) -> list[SceneTable]:
-    """Scenes that each tile of a radar layer reads: radar scenes that touch it, and the DEM as far as it throws shadow.
-
-    touching : scenes that touch each tile
-    """
-    halo_px = int((HALO_M + _MARGIN_M) / grid.resolution_m) + 1
-    dem = scenes.role("dem").touching_each([tile.geobox.pad(halo_px) for tile in tiles])
-    return [
-        SceneTable(scenes=(*(s for s in there if s.role != "dem"), *heights))
-        for there, heights in zip(touching, dem, strict=True)
-    ]

@@ -20,7 +20,7 @@ from slidecube.models.card import ModelCard
 from slidecube.models.predict import Detector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.models.zoo import build_model
-from slidecube.pipeline.composite import OBSERVED_VARIABLES, Compositing, WindowEnd
+from slidecube.pipeline.composite import Compositing, WindowEnd
 from slidecube.pipeline.config import Config, Coregistration, Layer
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate, compares_images
@@ -31,6 +31,7 @@ from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.strata import Strata
 from slidecube.pipeline.terrain import TERRAIN_ALWAYS
+from slidecube.pipeline.visibility import SEEN_VARIABLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class LayerPlan:
     key: str
     window: Window | None = None
     orbit: OrbitState | None = None
+    heights_m: float | None = None
     feature: str = ""
     event_at: WindowEnd | None = None
 
@@ -156,7 +158,7 @@ class RunPlan:
 
     def optical_variables(self) -> list[str]:
         """Stored variables of an optical layer."""
-        return [*self.config.cube.bands, *OBSERVED_VARIABLES, "snow_pct", *self.series_variables()]
+        return [*self.config.cube.bands, *SEEN_VARIABLES, *self.series_variables()]
 
     def series_variables(self) -> tuple[str, ...]:
         """Stored variables of an optical layer that tell of its dates' NDVI."""
@@ -189,7 +191,7 @@ def model_of(config: Config) -> Detector:
     needed = required_variables(model.card.inputs)
     if config.sources.optical in SOURCES:  # of others each item says what it has
         require_source(model.card.inputs, config.sources.optical, SOURCES[config.sources.optical].bands)
-    by_dates = {*OBSERVED_VARIABLES, *SERIES_VARIABLES}
+    by_dates = {*SEEN_VARIABLES, *SERIES_VARIABLES}
     of_series = {"B04", "B08"} if series_variables(model.card) else set()
     for side in ("pre", "post"):
         for band in sorted({*needed[side], *of_series} - by_dates):

@@ -36,6 +36,9 @@ REASONS = {
     7: "#ef8a62",
     8: "#7a0019",
     9: "#00838f",
+    10: "#4dd0e1",
+    11: "#f9a825",
+    12: "#455a64",
 }
 """By the value of the reason byte, where a pixel is not observable."""
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import dask.array as da
 import numpy as np
@@ -46,7 +46,9 @@ from slidecube.pipeline.series import ndvi_series
 from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import TileContext, adopted, holding, ledger_of, record_tile, store_tile
-from slidecube.pipeline.terrain import terrain
+from slidecube.pipeline.terrain import TERRAIN_VARIABLES, terrain
+from slidecube.pipeline.topography import Correction, corrected
+from slidecube.pipeline.visibility import SunRule, hidden_by, lit
 
 
 def run_task(context: TileContext, task: TileTask) -> TaskResult:
@@ -114,6 +116,8 @@ def optical_layer(
     mask: MaskRule,
     block_px: int,
     judged: tuple[da.Array, da.Array] | None = None,
+    terrain_syx: da.Array | None = None,
+    correction: Correction = "none",
     series: bool = False,
     log: ReadLog | None = None,
     loader: Loader = "odc-stac",
@@ -122,6 +126,7 @@ def optical_layer(
 
     scenes : of one window of time; geobox : on the lattice's blocks; see `composite` for the rest
     judged : codes and share of snow, when they are known already, as by `judged_scenes`
+    terrain_syx, correction : slope and aspect, and how their light is taken out; see `topography.corrected`
     series : add `ndvi_mean` and `ndvi_std`; see `ndvi_series`
     Returns (y, x) uint16 variables: the bands, and `composite.OBSERVED_VARIABLES`; and `snow_pct` uint8, the share of
     the overpasses that called the pixel snow, 255 where none saw it.
@@ -133,6 +138,8 @@ def optical_layer(
     data = {b: cube[b].data for b in bands}
     offsets = [0.0 if scene.offset is None else scene.offset.value for scene in scenes]
     clear = admitted(codes, data, offsets=offsets)
+    if terrain_syx is not None and correction != "none":
+        data = corrected(data, clear, terrain_syx, scenes=scenes, method=correction)
     made = composite(data, clear, scenes=scenes, how=how)
     made["snow_pct"] = snow_pct
     if series:
@@ -245,27 +252,55 @@ def _terrain_data(work: _Work) -> dict[str, np.ndarray]:
 def _optical_data(work: _Work) -> dict[str, np.ndarray]:
     """Composite one tile in bounded memory: what is clear first, once, then one block after another."""
     cube, block_px = work.plan.config.cube, work.plan.grid.block_px
-    mask = cube.mask.rule()
-    codes, snow_pct = judged_scenes(
-        work.scenes, work.tile.geobox, mask=mask, block_px=block_px, log=work.log, loader=work.context.loader
-    )
-    seen = by_block({"codes": codes, "snow_pct": snow_pct}, work.context.threads)
+    seen, dem = ([scene for scene in work.scenes if scene.role == role] for role in ("optical", "dem"))
+    geobox, threads, mask = work.tile.geobox, work.context.threads, cube.mask.rule()
+    sun = SunRule(min_elevation_deg=cube.sun.min_elevation_deg, cast_shadow=cube.sun.cast_shadow)
+    read: _Reading = {"block_px": block_px, "log": work.log, "loader": work.context.loader}
+    codes, snow_pct = judged_scenes(seen, geobox, mask=mask, **read)
+    codes = lit(codes, seen, dem, geobox, rule=sun, log=work.log, loader=work.context.loader)
+    judged = by_block({"codes": codes, "snow_pct": snow_pct}, threads)
+    slopes = None
+    if cube.sun.correction != "none":
+        found = terrain(dem, geobox, variables=_SLOPES, **read)
+        slopes = da.stack([_degrees(found[name], name) for name in _SLOPES]).rechunk({0: -1})
     layer = optical_layer(
-        work.scenes,
-        work.tile.geobox,
+        seen,
+        geobox,
         cube.bands,
         how=compositing(work.plan.config, event_at=work.layer.event_at),
         mask=mask,
-        block_px=block_px,
         series=bool(work.plan.series_variables()),
         judged=(
-            da.from_array(seen["codes"], chunks=(-1, block_px, block_px), name=False),
-            da.from_array(seen["snow_pct"], chunks=block_px, name=False),
+            da.from_array(judged["codes"], chunks=(-1, block_px, block_px), name=False),
+            da.from_array(judged["snow_pct"], chunks=block_px, name=False),
         ),
-        log=work.log,
-        loader=work.context.loader,
+        terrain_syx=slopes,
+        correction=cube.sun.correction,
+        **read,
     )
-    return by_block({name: layer[name].data for name in work.plan.optical_variables()}, work.context.threads)
+    wanted = [name for name in work.plan.optical_variables() if name != "hidden"]
+    made = by_block({name: layer[name].data for name in wanted}, threads)
+    return {**made, "hidden": hidden_by(judged["codes"])}
+
+
+_SLOPES = ("slope_deg", "aspect_deg")
+
+
+class _Reading(TypedDict):
+    """How pixels are read."""
+
+    block_px: int
+    log: ReadLog
+    loader: Loader
+
+
+def _degrees(stored: da.Array, name: str) -> da.Array:
+    """Slope or aspect as float32 degrees, NaN = unknown."""
+    variable = TERRAIN_VARIABLES[name]
+    decoded: da.Array = da.where(
+        stored == variable.nodata, np.float32(np.nan), stored.astype(np.float32) * np.float32(variable.scale)
+    )
+    return decoded
 
 
 def _radar_data(work: _Work) -> dict[str, np.ndarray]:

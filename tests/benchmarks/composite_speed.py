@@ -1,10 +1,15 @@
-"""The median composite beside `xarray.median`, bottleneck and odc-algo, on the same dates in one run and one thread.
+"""Composites beside the peers, on the same dates in one run and one thread: median, medoid and geometric median.
 
-Twelve dates of four bands on 1024 x 1024 px, seven tenths of them clear. `composite` does all that a tile program
-asks of it: mask, offsets, median, count and dates of the clear observations, in blocks of 512 px; `median` is its
-median alone. The peers get floats that are masked already, and give the median alone. odc-algo has no median of its
-own; its `xr_quantile` at .5 stands for it, where it is installed (`uv pip install odc-algo`).
-Times are of the processor, since others may use the machine.
+Twelve dates of four bands on 512 x 512 px, seven tenths of them clear, read already. `composite` does all that a tile
+program asks of it: mask, offsets, reduction, count, dates and spread of the clear observations. The peers get floats
+that are masked already, and give the reduction alone:
+
+- median: `xarray.median`, bottleneck, and odc-algo's `xr_quantile` at .5 (it has no median of its own)
+- medoid: plain numpy, distances of all pairs of dates; odc-algo has none
+- geometric median: odc-algo's, which is geomad's `nangeomedian_pcm`, at odc-algo's tolerance for whole numbers
+
+odc-algo is asked where it is installed (`uv pip install odc-algo`). Ratios are a peer's time over ours: above 1, ours
+is the quicker one. Times are of the processor, since others may use the machine.
 Usage: make bench, or python tests/benchmarks/composite_speed.py
 """
 
@@ -12,12 +17,13 @@ from __future__ import annotations
 
 import os
 
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", NUMBA_NUM_THREADS="1")
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", NUMBA_NUM_THREADS="1", RAYON_NUM_THREADS="1")
 
 import importlib
 import importlib.util
 import time
 import warnings
+from collections.abc import Callable
 
 import bottleneck
 import numpy as np
@@ -25,9 +31,10 @@ import xarray as xr
 
 from slidecube.pipeline.composite import Compositing, composite_block
 from slidecube.pipeline.medians import median_of_positive
+from slidecube.pipeline.reducers import geometric_median, medoid
 
-DATES, BANDS, SIDE_PX, BLOCK_PX, ROUNDS = 12, 4, 1024, 512, 3
-WANTED = 4.0
+DATES, BANDS, SIDE_PX, ROUNDS = 12, 4, 512, 3
+Way = Callable[[], np.ndarray]
 
 
 def main() -> None:
@@ -36,46 +43,60 @@ def main() -> None:
     known = [np.where(clear, band, 0).astype(np.uint16) for band in bands]
     floats = xr.Dataset(
         {
-            f"b{i}": (("time", "y", "x"), np.where(clear, v, np.nan).astype(np.float32))
-            for i, v in enumerate(bands)
+            f"b{i}": (("time", "y", "x"), np.where(v, v, np.nan).astype(np.float32))
+            for i, v in enumerate(known)
         }
     )
-    lazy = floats.chunk(time=-1, y=BLOCK_PX, x=BLOCK_PX)
-    ways = {
-        "composite": lambda: _composite(bands, clear),
-        "median": lambda: [median_of_positive(v) for v in known],
-        "xarray.median, dask": lambda: _values(lazy.median("time").compute(scheduler="synchronous")),
-        "xarray.median, numpy": lambda: _values(floats.median("time")),
-        "bottleneck.nanmedian": lambda: [bottleneck.nanmedian(v.values, axis=0) for v in floats.values()],
+    flat, valid = np.stack(known).reshape(BANDS, DATES, -1), clear.reshape(DATES, -1)
+    table: dict[str, dict[str, Way]] = {
+        "median": {
+            "composite": lambda: _composite(bands, clear, "median"),
+            "reduction alone": lambda: np.stack([median_of_positive(v) for v in known]),
+            "xarray.median": lambda: _values(floats.median("time")),
+            "bottleneck.nanmedian": lambda: np.stack(
+                [bottleneck.nanmedian(v.values, axis=0) for v in floats.values()]
+            ),
+        },
+        "medoid": {
+            "composite": lambda: _composite(bands, clear, "medoid"),
+            "reduction alone": lambda: _picked(known, medoid(flat, valid)),
+            "numpy, all pairs": lambda: _picked(known, _numpy_medoid(flat, valid)),
+        },
+        "geomedian": {
+            "composite": lambda: _composite(bands, clear, "geomedian"),
+            "reduction alone": lambda: geometric_median(flat, valid).reshape(BANDS, SIDE_PX, SIDE_PX),
+        },
     }
     if importlib.util.find_spec("odc") and importlib.util.find_spec("odc.algo"):
-        quantile = importlib.import_module("odc.algo").xr_quantile
-        ways["odc-algo, quantile"] = lambda: [
-            quantile(xr.Dataset({"b": v}), [0.5], nodata=np.nan)["b"].values[0] for v in floats.values()
-        ]
+        table["median"]["odc-algo, quantile"] = lambda: _odc_quantile(floats)
+        table["geomedian"]["odc-algo (geomad)"] = lambda: _geomad(floats)
     else:
         print("odc-algo is not installed: uv pip install odc-algo")
+    print(f"{'':>10} {'':>22} {'s/Mpx':>8} {'of composite':>13} {'of reduction':>13}")
+    for method, ways in table.items():
+        _compare(method, ways, clear.sum(axis=0) > 2)
+
+
+def _compare(method: str, ways: dict[str, Way], seen: np.ndarray) -> None:
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    found = {}
+    found: dict[str, np.ndarray] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pixels that are never clear
+        ways["composite"]()  # its loops are compiled once
         for _ in range(ROUNDS):
             for name, way in ways.items():
                 start = time.process_time()
                 found[name] = way()
                 taken[name].append(time.process_time() - start)
-    for name, images in found.items():
-        for ours, theirs in zip(found["median"], images, strict=False):
-            # halves are ours to round; the quantile is one of the two middle values, never their mean
-            apart = np.abs(np.nan_to_num(theirs) - ours.astype(float))
-            assert apart.max() <= (200.5 if "quantile" in name else 0.5), name
-    megapixels = BANDS * SIDE_PX**2 / 1e6
+    for name, image in found.items():
+        apart = np.abs(np.nan_to_num(image) - found["reduction alone"].astype(float))[:, seen]
+        # a quantile is one of the two middle values, never their mean; the peer's iteration stops a little earlier
+        most = 200.5 if "quantile" in name else 3.0 if method == "geomedian" else 0.5
+        assert apart.max() <= most, (method, name, apart.max())
     fastest = {name: min(seconds) for name, seconds in taken.items()}
-    print(f"{'':>22} {'s/Mpx of a band':>16} {'of composite':>13} {'of median':>10}")
     for name, seconds in fastest.items():
-        ratios = f"{seconds / fastest['composite']:>12.1f}x {seconds / fastest['median']:>9.1f}x"
-        print(f"{name:>22} {seconds / megapixels:>16.4f} {ratios}")
-    print(f"{WANTED:.0f}x of xarray.median is wanted of the composite")
+        ratios = "".join(f"{seconds / fastest[to]:>13.2f}x" for to in ("composite", "reduction alone"))
+        print(f"{method:>10} {name:>22} {seconds / (SIDE_PX**2 / 1e6):>8.3f}{ratios}")
 
 
 def _dates() -> tuple[list[np.ndarray], np.ndarray]:
@@ -92,22 +113,41 @@ def _dates() -> tuple[list[np.ndarray], np.ndarray]:
     return bands, clear.astype(bool)
 
 
-def _composite(bands: list[np.ndarray], clear: np.ndarray) -> list[np.ndarray]:
-    out = np.empty((BANDS + 4, SIDE_PX, SIDE_PX), np.uint16)
-    for y in range(0, SIDE_PX, BLOCK_PX):
-        for x in range(0, SIDE_PX, BLOCK_PX):
-            at = np.s_[:, y : y + BLOCK_PX, x : x + BLOCK_PX]
-            out[at] = composite_block(
-                [band[at] for band in bands], clear[at], shifts=np.zeros(DATES, np.int32),
-                days=np.arange(DATES, dtype=np.uint16) + 1, groups=[[i] for i in range(DATES)],
-                how=Compositing(method="median"),
-                red=2, nir=3,
-            )  # fmt: skip
-    return list(out[:BANDS])
+def _composite(bands: list[np.ndarray], clear: np.ndarray, method: str) -> np.ndarray:
+    made = composite_block(
+        bands, clear, shifts=np.zeros(DATES, np.int32), days=np.arange(1, DATES + 1, dtype=np.uint16),
+        groups=[[i] for i in range(DATES)], how=Compositing(method=method), red=2, nir=3,
+    )  # fmt: skip
+    return made[:BANDS]
 
 
-def _values(images: xr.Dataset) -> list[np.ndarray]:
-    return [image.values for image in images.values()]
+def _picked(known: list[np.ndarray], chosen: np.ndarray) -> np.ndarray:
+    at = chosen.reshape(1, SIDE_PX, SIDE_PX)
+    return np.stack([np.take_along_axis(band, at, 0)[0] for band in known])
+
+
+def _numpy_medoid(flat: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    values = flat.astype(np.float64)
+    sums = np.zeros(valid.shape)
+    for other, there in zip(values.transpose(1, 0, 2), valid, strict=True):
+        sums += np.sqrt(((values - other[:, None]) ** 2).sum(axis=0)) * there
+    return np.where(valid, sums, np.inf).argmin(axis=0)
+
+
+def _odc_quantile(floats: xr.Dataset) -> np.ndarray:
+    quantile = importlib.import_module("odc.algo").xr_quantile
+    return np.stack(
+        [quantile(xr.Dataset({"b": v}), [0.5], nodata=np.nan)["b"].values[0] for v in floats.values()]
+    )
+
+
+def _geomad(floats: xr.Dataset) -> np.ndarray:
+    geomedian = importlib.import_module("odc.algo").xr_geomedian
+    return _values(geomedian(floats, eps=0.1, num_threads=1))
+
+
+def _values(images: xr.Dataset) -> np.ndarray:
+    return np.stack([image.values for image in images.values()])
 
 
 if __name__ == "__main__":

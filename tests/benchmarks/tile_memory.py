@@ -1,12 +1,14 @@
 """Peak memory of a fresh worker against the plan's prediction, and the tile program's throughput.
 
-Tiles of 1024 and 2048 px, 6 and 24 dates, 10 bands: each case is one `slidecube cube` and `slidecube detect` in a
-fresh process. Prints predicted, measured and their ratio, and seconds a megapixel. Usage: make bench, or
+Tiles of 1024 and 2048 px, 6 and 24 dates of 10 bands, and 60 dates of 12 bands by three composites: each case is one
+`slidecube cube` and `slidecube detect` in a fresh process. The dates share six sets of files. Prints predicted,
+measured and their ratio, and seconds a megapixel. Usage: make bench, or
 python tests/benchmarks/tile_memory.py [OUT]
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import subprocess
@@ -33,8 +35,13 @@ BANDS = {
     "B11": 20,
     "B12": 20,
     "SCL": 20,
+    "B01": 60,
+    "B09": 60,
 }
-DATES = 24
+TEN = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+TWELVE = tuple(sorted(set(BANDS) - {"SCL"}))
+DATES, FILES = 60, 6
+LIMIT_GB = 6.0
 SIDE_PX = 2048
 
 
@@ -45,6 +52,8 @@ def main() -> None:
     print(
         f"{'model':<12} {'tile':>5} {'dates':>5} {'predicted':>10} {'measured':>9} {'ratio':>6} {'s/Mpx/date':>11}"
     )
+    for composite in ("greenest", "medoid", "geomedian"):
+        many(out, items, composite)
     cases = [("rdndvi", 1024, 6), ("rdndvi", 1024, 24), ("rdndvi", 2048, 6), ("rdndvi", 2048, 24)]
     for model, tile_px, dates in [*cases, ("cae-kmeans", 1024, 6), ("cae-kmeans", 2048, 6)]:
         made = case(out, items, tile_px, dates, model=model)
@@ -52,6 +61,14 @@ def main() -> None:
         print(f"{model:<12} {tile_px:>5} {dates:>5} {compared(made.predicted, made.measured)} {per:>11.3f}")
         if made.fit_predicted:
             print(f"{'  its fit':<24} {compared(made.fit_predicted, made.fit_measured)}")
+
+
+def many(out: Path, items: Path, composite: str) -> None:
+    """Run and print the case of many dates and bands."""
+    made = case(out, items, 2048, DATES, model="rdndvi", bands=TWELVE, composite=composite)
+    per = made.seconds / (2048**2 / 1e6) / DATES
+    print(f"{composite:<12} {2048:>5} {DATES:>5} {compared(made.predicted, made.measured)} {per:>11.3f}")
+    print(f"{'':<24} {'below' if made.measured < LIMIT_GB else 'ABOVE'} {LIMIT_GB:.0f} GB")
 
 
 def compared(predicted: float, measured: float) -> str:
@@ -69,18 +86,20 @@ def archive(out: Path) -> Path:
     for i in range(DATES + 1):
         stamp = day(i).replace("-", "") + "T100000"
         name = f"S2A_MSIL2A_{stamp}_N0301_R051_T33UVP_{stamp}"
-        assets = {}
+        assets, first = {}, f"{i % FILES:02d}"
         for band, resolution in BANDS.items():
-            n = SIDE_PX * 10 // resolution
-            smooth = np.kron(rng.integers(500, 4000, (n // 16, n // 16)), np.ones((16, 16), int))
+            assets[band] = {"href": f"{first}/{band}.tif", "type": "image/tiff; application=geotiff"}
+            if i >= FILES:
+                continue
+            n = -(-SIDE_PX * 10 // resolution)
+            smooth = np.kron(rng.integers(500, 4000, (-(-n // 16),) * 2), np.ones((16, 16), int))[:n, :n]
             values = np.where(smooth > 3500, 9, 4) if band == "SCL" else smooth + rng.integers(0, 200, (n, n))
             write(
-                out / name / f"{band}.tif",
+                out / first / f"{band}.tif",
                 values.astype("uint8" if band == "SCL" else "uint16"),
                 resolution,
                 0,
             )
-            assets[band] = {"href": f"{name}/{band}.tif", "type": "image/tiff; application=geotiff"}
         properties = {
             "datetime": f"{day(i)}T10:00:00Z", "platform": "sentinel-2a", "s2:mgrs_tile": "33UVP",
             "s2:processing_baseline": "03.01",
@@ -109,7 +128,16 @@ class Case:
     seconds: float
 
 
-def case(out: Path, items: Path, tile_px: int, dates: int, *, model: str) -> Case:
+def case(
+    out: Path,
+    items: Path,
+    tile_px: int,
+    dates: int,
+    *,
+    model: str,
+    bands: tuple[str, ...] = TEN,
+    composite: str = "greenest",
+) -> Case:
     """Plan and run one tile, each stage in a fresh process."""
     workspace = Path(tempfile.mkdtemp(prefix=f"w{tile_px}-{dates}-", dir=out))
     side = tile_px * 10
@@ -131,6 +159,8 @@ optical = "{items}"
 dem = "{items}"
 [cube]
 tile_px = {tile_px}
+composite = "{composite}"
+bands = {json.dumps(bands)}
 [detect]
 model = "{model}"
 parameters = {{ {"epochs = 2" if model.startswith("cae") else ""} }}
@@ -167,7 +197,7 @@ def peak_gb(*command: str) -> float:
 
 def day(i: int) -> str:
     """Day of the i-th scene; the last one lies after the event."""
-    return f"2021-{3 + i // 3:02d}-{5 + 8 * (i % 3):02d}"
+    return (dt.date(2021, 1, 5) + dt.timedelta(days=5 * i)).isoformat()
 
 
 def write(path: Path, values: np.ndarray, resolution: int, nodata: float) -> None:

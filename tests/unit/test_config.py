@@ -29,6 +29,7 @@ from slidecube.pipeline.config import (
     Radar,
     Sections,
     Sources,
+    SunSettings,
     load_config,
 )
 from slidecube.pipeline.errors import PipelineError
@@ -379,6 +380,7 @@ def test_the_documented_keys_are_those_of_the_code(repo_root):
         "[cube]": Cube,
         "[cube.mask]": Mask,
         "[cube.radar]": Radar,
+        "[cube.sun]": SunSettings,
         "[cube.coregistration]": Coregistration,
         "[[layer]]": Layer,
         "[land_cover]": LandCover,
