@@ -126,6 +126,8 @@ STATE = {
     "scene_reads": 12,
     "drivers": 2,
     "dashboards": [],
+    "land_cover": [],
+    "shifts": {},
     "silent": [],
     "jobs": [],
     "running": "a-1",
