@@ -102,8 +102,7 @@ def test_who_lost_the_workspace_takes_nothing_over(made, first):
 
 def test_who_loses_the_workspace_in_mid_tile_writes_neither_data_nor_record(made, first, monkeypatch):
     task, ledger = first
-    terrain = tile_module._ROLES
-_MAKERS["terrain"]
+    terrain = tile_module._MAKERS["terrain"]
     lock = driver(made)
 
     def lost(*args):
@@ -111,8 +110,7 @@ _MAKERS["terrain"]
         lock.__exit__(None, None, None)
         return found
 
-    monkeypatch.setitem(tile_module._ROLES
-_MAKERS, "terrain", lost)
+    monkeypatch.setitem(tile_module._MAKERS, "terrain", lost)
     result = run_task(context(made, lock.__enter__()), task)
 
     assert (result.status, result.fault) == ("failed", "fenced")
@@ -123,8 +121,7 @@ _MAKERS, "terrain", lost)
 def test_an_attempt_that_was_given_up_takes_nothing_from_the_one_that_was_done(made, first, monkeypatch):
     """A thread that was overdue, or a worker that was cut off, goes on with the token of its driver, and dies."""
     task, ledger = first
-    terrain = tile_module._ROLES
-_MAKERS["terrain"]
+    terrain = tile_module._MAKERS["terrain"]
 
     def dies(*_, **__):
         raise SystemExit  # no Exception: as of a process that is killed here, no record follows
@@ -133,14 +130,12 @@ _MAKERS["terrain"]
 
         def overtaken(*args):
             found = terrain(*args)
-            monkeypatch.setitem(tile_module._ROLES
-_MAKERS, "terrain", terrain)
+            monkeypatch.setitem(tile_module._MAKERS, "terrain", terrain)
             assert run_task(context(made, lock), dataclasses.replace(task, attempt=2)).status == "done"
             monkeypatch.setattr(tasks_module, "stage_tile", dies)
             return found
 
-        monkeypatch.setitem(tile_module._ROLES
-_MAKERS, "terrain", overtaken)
+        monkeypatch.setitem(tile_module._MAKERS, "terrain", overtaken)
         with pytest.raises(SystemExit):
             run_task(context(made, lock), task)
 
@@ -176,8 +171,7 @@ def with_a_hole(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def test_a_frozen_worker_is_not_overtaken_in_the_moment_of_its_writing(made, first, monkeypatch):
     task, _ = first
-    commit, terrain = staging.StagedTile.commit, tile_module._ROLES
-_MAKERS["terrain"]
+    commit, terrain = staging.StagedTile.commit, tile_module._MAKERS["terrain"]
     frozen, wake = threading.Event(), threading.Event()
 
     def freezes(*args):
@@ -187,8 +181,7 @@ _MAKERS["terrain"]
         commit(*args)
 
     def loses(*args):
-        monkeypatch.setitem(tile_module._ROLES
-_MAKERS, "terrain", terrain)
+        monkeypatch.setitem(tile_module._MAKERS, "terrain", terrain)
         return with_a_hole(terrain(*args))
 
     def succeed():
@@ -198,8 +191,7 @@ _MAKERS, "terrain", terrain)
             taken.append(run_task(context(made, lock), task).status)
 
     monkeypatch.setattr(staging.StagedTile, "commit", freezes)
-    monkeypatch.setitem(tile_module._ROLES
-_MAKERS, "terrain", loses)
+    monkeypatch.setitem(tile_module._MAKERS, "terrain", loses)
     zombie, taken = driver(made).__enter__(), []
     successor = threading.Thread(target=succeed)
     successor.start()
@@ -219,8 +211,7 @@ def test_a_frozen_worker_changes_nothing_in_a_bucket_after_its_successor(desk, s
     made = plan(load_config(desk.write(output={"workspace": s3, "formats": ["parquet"]}).toml))
     create_stores(made)
     task, ledger = first_of(made)
-    commit, terrain = staging.StagedTile.commit, tile_module._ROLES
-_MAKERS["terrain"]
+    commit, terrain = staging.StagedTile.commit, tile_module._MAKERS["terrain"]
 
     def frozen(staged, held):
         monkeypatch.setattr(staging.StagedTile, "commit", commit)
@@ -231,13 +222,11 @@ _MAKERS["terrain"]
         commit(staged, lambda: None)
 
     def loses(*args):
-        monkeypatch.setitem(tile_module._ROLES
-_MAKERS, "terrain", terrain)
+        monkeypatch.setitem(tile_module._MAKERS, "terrain", terrain)
         return with_a_hole(terrain(*args))
 
     monkeypatch.setattr(staging.StagedTile, "commit", frozen)
-    monkeypatch.setitem(tile_module._ROLES
-_MAKERS, "terrain", loses)
+    monkeypatch.setitem(tile_module._MAKERS, "terrain", loses)
     zombie = driver(made).__enter__()
     result = run_task(context(made, zombie), task)
 
