@@ -31,20 +31,67 @@ Role = Literal["optical", "radar", "dem", "layer"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """A span of days, both ends inclusive, UTC."""
+    """A span of days, both ends inclusive, UTC; or several spans, such as one season of several years.
+
+    start, end : first and last day of all; parts : the spans, in their order, where there are several
+    """
 
     start: dt.date
     end: dt.date
+    parts: tuple[Window, ...] = ()
 
     def __post_init__(self) -> None:
         if self.start > self.end:
             raise CatalogError(f"Window starts {self.start} after it ends {self.end}; swap the two dates")
 
+    @classmethod
+    def of(cls, spans: Iterable[Window]) -> Window:
+        """Make a window of one or more spans, of which none may share a day with another."""
+        ordered = sorted(spans, key=lambda span: (span.start, span.end))
+        for one, two in pairwise(ordered):
+            if two.start <= one.end:
+                raise CatalogError(f"Windows {one} and {two} share days; join them, or set them apart")
+        if len(ordered) == 1:
+            return ordered[0]
+        return cls(start=ordered[0].start, end=ordered[-1].end, parts=tuple(ordered))
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """Read what `str` wrote."""
+        spans = []
+        for span in text.split("."):
+            start, end = (dt.date.fromisoformat(day) for day in span.split("_"))
+            spans.append(cls(start=start, end=end))
+        return cls.of(spans)
+
+    @property
+    def spans(self) -> tuple[Window, ...]:
+        """Its spans, each one window of one span."""
+        return self.parts or (self,)
+
+    def years_back(self, years: int) -> Window:
+        """Return the same days of an earlier year; 29 February is the 28th where there is none."""
+        if self.parts:
+            return Window.of(part.years_back(years) for part in self.parts)
+        return Window(start=_years_back(self.start, years), end=_years_back(self.end, years))
+
     def __contains__(self, when: object) -> bool:
-        return isinstance(when, dt.datetime) and self.start <= when.astimezone(dt.UTC).date() <= self.end
+        if not isinstance(when, dt.datetime):
+            return False
+        day = when.astimezone(dt.UTC).date()
+        return any(span.start <= day <= span.end for span in self.spans)
 
     def __str__(self) -> str:
+        if self.parts:
+            return ".".join(map(str, self.parts))
         return f"{self.start.isoformat()}_{self.end.isoformat()}"
+
+
+def _years_back(day: dt.date, years: int) -> dt.date:
+    try:
+        return day.replace(year=day.year - years)
+    except ValueError:
+        return day.replace(year=day.year - years, day=28)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

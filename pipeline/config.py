@@ -57,6 +57,20 @@ def _window(value: object) -> Window:
         raise ValueError(str(error)) from None
 
 
+def _season(value: object) -> Window:
+    """Read two days, or a list of such pairs."""
+    pairs = (
+        isinstance(value, list | tuple) and value and all(isinstance(part, list | tuple) for part in value)
+    )
+    if not pairs:
+        return _window(value)
+    assert isinstance(value, list | tuple)
+    try:
+        return Window.of(map(_window, value))
+    except CatalogError as error:
+        raise ValueError(str(error)) from None
+
+
 def _day(value: object) -> dt.date:
     if isinstance(value, dt.date) and not isinstance(value, dt.datetime):
         return value
@@ -89,6 +103,7 @@ def _distinct(value: object) -> object:
 
 
 Days = Annotated[InstanceOf[Window], BeforeValidator(_window)]
+Season = Annotated[InstanceOf[Window], BeforeValidator(_season)]
 Day = Annotated[dt.date, BeforeValidator(_day)]
 
 
@@ -137,17 +152,30 @@ class Epoch(_Section):
     name: Slug = Field(
         description="lower-case letters, digits, '-' and '_', at most 63, such as 'iburi-2018'"
     )
-    pre: Days | None = Field(
+    pre: Season | None = Field(
         None,
-        description='two days, first and last, such as ["2018-05-01", "2018-09-05"]; left out, no scene from before '
-        "the event is read, and the model must not need one",
+        description='two days, first and last, such as ["2018-05-01", "2018-09-05"], or a list of such pairs, of which '
+        "none share a day; left out with pre_years_back, no scene from before the event is read, and the model must "
+        "not need one",
+    )
+    pre_years_back: Annotated[tuple[Annotated[int, Field(ge=1, le=20)], ...], BeforeValidator(_distinct)] = (
+        Field(
+            (),
+            description="a list of whole numbers, 1 to 20, none twice: instead of pre, the days of post so many years "
+            "earlier, such as [1] or [1, 2]",
+        )
     )
     post: Days = Field(description='two days, first and last, such as ["2018-09-07", "2018-11-15"]')
     event: Day | None = Field(None, description='the day of the event, such as "2018-09-06"')
 
     @pydantic.model_validator(mode="after")
     def _in_order(self) -> Epoch:
-        before = None if self.pre is None else self.pre.end
+        if self.pre is not None and self.pre_years_back:
+            raise ValueError("got both pre and pre_years_back; give one of them")
+        try:
+            before = None if self.before is None else self.before.end
+        except CatalogError as error:  # post is longer than a year
+            raise ValueError(str(error)) from None
         if before is not None and before >= self.post.start:
             raise ValueError(
                 f"pre ends {before}, which is not before post starts, {self.post.start}; "
@@ -163,7 +191,17 @@ class Epoch(_Section):
     @property
     def windows(self) -> dict[str, Window]:
         """Windows of time by side, "pre" (where there is one) and "post"."""
-        return {side: w for side, w in (("pre", self.pre), ("post", self.post)) if w is not None}
+        return {side: w for side, w in (("pre", self.before), ("post", self.post)) if w is not None}
+
+    @property
+    def before(self) -> Window | None:
+        """The window before the event: as it is named, or the days of post some years earlier; None = none.
+
+        Plants look alike at one time of the year: what changes with the season is no change of the ground.
+        """
+        if self.pre_years_back:
+            return Window.of(self.post.years_back(years) for years in self.pre_years_back)
+        return self.pre
 
 
 class Sources(_Section):
@@ -689,7 +727,7 @@ class Config:
         epochs = [
             {
                 "name": epoch.name,
-                "pre": None if epoch.pre is None else str(epoch.pre),
+                "pre": None if epoch.before is None else str(epoch.before),
                 "post": str(epoch.post),
                 "event": None if epoch.event is None else epoch.event.isoformat(),
             }
@@ -854,7 +892,7 @@ def _check_layers(path: Path, config: Config) -> None:
                 f"{path}: layer.name: got 'land_cover', which [land_cover] makes as well; allowed: one of them"
             )
     for epoch in config.epochs:
-        if config.land_cover is not None and epoch.pre is None:
+        if config.land_cover is not None and epoch.before is None:
             raise PipelineError(
                 f"{path}: land_cover: epoch {epoch.name!r} has no pre window, and land cover is that before the event"
             )

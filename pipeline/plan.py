@@ -172,7 +172,7 @@ def _widened(tiled: Aoi, by_m: float) -> Aoi:
 def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
     """Find the scenes and the DEM of all tiles; an epoch without any scene over the area itself is refused."""
     sources = config.sources
-    windows = sorted({w for e in config.epochs for w in e.windows.values()}, key=str)
+    windows = sorted({span for e in config.epochs for w in e.windows.values() for span in w.spans}, key=str)
     found = seek(
         [config.source(name) for name in (sources.optical, *sources.fallback)],
         tiled,

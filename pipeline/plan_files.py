@@ -253,17 +253,11 @@ def _points_from(entry: dict[str, Any] | None) -> Points | None:
 
 
 def _layer_from(entry: dict[str, Any]) -> LayerPlan:
-    window = None
-    if entry["window"] is not None:
-        import datetime as dt  # noqa: PLC0415
-
-        start, end = (dt.date.fromisoformat(day) for day in entry["window"].split("_"))
-        window = Window(start=start, end=end)
     return LayerPlan(
         name=entry["name"],
         kind=entry["kind"],
         key=entry["key"],
-        window=window,
+        window=None if entry["window"] is None else Window.parse(entry["window"]),
         orbit=entry.get("orbit"),
         feature=entry.get("feature", ""),
         event_at=entry.get("event_at"),

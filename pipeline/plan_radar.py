@@ -24,7 +24,7 @@ def search_radar(config: Config, aoi: Aoi, tiled: Aoi) -> Sought:
     sigma0 are mixed, and where a slope correction would correct gamma0 twice.
     """
     assert config.sources.radar is not None
-    windows = sorted({w for e in config.epochs for w in e.windows.values()}, key=str)
+    windows = sorted({span for e in config.epochs for w in e.windows.values() for span in w.spans}, key=str)
     found = seek([config.source(config.sources.radar)], tiled, windows, role="radar")
     kept, left_out = _usable(config, found.scenes)
     _require_one_quantity(config, kept)

@@ -211,7 +211,7 @@ def model_of(config: Config) -> Detector:
             "'planetary-computer/sentinel-1-rtc'"
         )
     for epoch in config.epochs:
-        if (needed["pre"] or needed["radar_pre"]) and epoch.pre is None:
+        if (needed["pre"] or needed["radar_pre"]) and epoch.before is None:
             raise PipelineError(
                 f"Model {model.card.address} compares with scenes from before the event, and epoch {epoch.name!r} has "
                 "no pre window; give it one, or choose a model of a single image, such as 'cae-kmeans'"

@@ -185,6 +185,11 @@ def _properties(lineage: Lineage, geobox: GeoBox) -> dict[str, Any]:
             {
                 "name": e.name,
                 "pre": None if e.pre is None else _ends(e.pre.start, e.pre.end),
+                **(
+                    {"pre_spans": [_ends(s.start, s.end) for s in e.pre.spans]}
+                    if e.pre and e.pre.parts
+                    else {}
+                ),
                 "post": _ends(e.post.start, e.post.end),
             }
             for e in lineage.epochs
@@ -208,7 +213,7 @@ def _story(lineage: Lineage) -> str:
     elsewhere = f" {n} of their assets were read from another source, with the same pixels." if n else ""
     windows = "; ".join(
         f"epoch {e.name}: "
-        + (f"{e.pre.start} to {e.pre.end} against " if e.pre else "")
+        + (" and ".join(f"{s.start} to {s.end}" for s in e.pre.spans) + " against " if e.pre else "")
         + f"{e.post.start} to {e.post.end}"
         for e in lineage.epochs
     )
