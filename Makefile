@@ -46,8 +46,9 @@ simulation-report: $(VENV)/.dev ## Score the detectors on simulated archives of 
 	@"$(BIN)/python" -m slidecube.pipeline.simulate docs/simulation-report.md
 
 .PHONY: ablation
-ablation: $(VENV)/.dev ## Score k-means on plain inputs and on deep features on simulated archives: docs/ablation.md
-	@"$(BIN)/python" -m slidecube.pipeline.simulate.ablation docs/ablation.md
+ablation: $(VENV)/.dev ## Score features, and preprocessing step by step, on simulated archives; SEEDS="0 1" takes these
+	@"$(BIN)/python" -m slidecube.pipeline.simulate.ablation docs/ablation.md $(SEEDS)
+	@"$(BIN)/python" -m slidecube.pipeline.simulate.steps docs/preprocessing.md $(SEEDS)
 
 .PHONY: real-data
 real-data: $(VENV)/.dev ## Make docs/real-data.md, its numbers and pictures from DATA, the folder of real fixtures

@@ -25,11 +25,16 @@ def rdndvi(archive: SimulatedArchive) -> Detection:
 
 
 def run_model(
-    archive: SimulatedArchive, *, model: str, parameters: Mapping[str, float] | None = None
+    archive: SimulatedArchive,
+    *,
+    model: str,
+    parameters: Mapping[str, float] | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> RunPlan:
     """Run the pipeline with a model from plan to objects, in the archive's folder; cubes that are there are used.
 
     parameters : beside those of the card
+    settings : of [cube], "mask.readmit" -> a value as TOML writes it, beside those of the archive's TOML
     Returns the plan. Raises PipelineError when the run is incomplete.
     """
     numbers = ", ".join(f"{name} = {value}" for name, value in (parameters or {}).items())
@@ -37,6 +42,8 @@ def run_model(
         'model = "rdndvi"', f'model = "{model}"\nparameters = {{ {numbers} }}'
     )
     toml = archive.root / f"{model}.toml"
+    own = "".join(f"{name} = {value}\n" for name, value in (settings or {}).items())
+    text = text.replace("[cube]\n", f"[cube]\n{own}")
     # the scores are of the objects; pictures and GeoTIFFs would take as long as the detection
     toml.write_text(f'{text}formats = ["parquet"]\n', encoding="utf-8")
     made = plan(load_config(toml))
