@@ -1,4 +1,4 @@
-"""Preprocessing step by step on simulated archives: each detector with all steps, and without one of them.
+"""Preprocessing step by step on simulated archives: each detector on the defaults, and with one step changed.
 
 `python -m slidecube.pipeline.simulate.steps DOCUMENT.md [SEED ...]`
 
@@ -27,12 +27,16 @@ MODELS = ("rdndvi", "aldi", "cae-kmeans")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A step of the preprocessing: its key in [cube], and its values, as TOML writes them, with and without it."""
+    """A step of the preprocessing.
+
+    key : of [cube]; on, off : its value with and without the step, as TOML writes it; default : whether it is taken
+    """
 
     label: str
     key: str
     on: str
     off: str
+    default: bool = True
 
 
 STEPS = (
@@ -40,10 +44,11 @@ STEPS = (
     Step(label="re-admission of bright ground", key="mask.readmit", on="true", off="false"),
     Step(label="shadows of clouds along the sun", key="mask.cloud_heights_m", on="[200.0, 3000.0]", off="[]"),
     Step(label="co-registration gate", key="coregistration.check", on="true", off="false"),
+    Step(label="topographic correction", key="sun.correction", on='"scs+c"', off='"none"', default=False),
 )
-"""Steps that are taken away one by one: a row of the table each."""
+"""Steps that are changed one by one: a row of the table each."""
 
-ALL, NONE = "all steps", "none of them"
+DEFAULTS, NONE = "the defaults", "none of them"
 
 _NUMBERS = {
     "px_precision": "pixel P",
@@ -58,11 +63,17 @@ _OF_DIFFERENCE = ("px_f1", "object_f1", "observed")
 
 
 def variants(steps: Iterable[Step] = STEPS) -> dict[str, dict[str, str]]:
-    """Settings of each row: all steps, each taken away, and none."""
+    """Settings of each row: the defaults, each step changed, and none taken."""
     known = tuple(steps)
-    whole = {step.key: step.on for step in known}
-    without = {f"without {step.label}": {**whole, step.key: step.off} for step in known}
-    return {ALL: whole, **without, NONE: {step.key: step.off for step in known}}
+    whole = {step.key: step.on if step.default else step.off for step in known}
+    changed = {
+        f"{'without' if step.default else 'with'} {step.label}": {
+            **whole,
+            step.key: step.off if step.default else step.on,
+        }
+        for step in known
+    }
+    return {DEFAULTS: whole, **changed, NONE: {step.key: step.off for step in known}}
 
 
 def measure(
@@ -113,7 +124,7 @@ def _scores(
 
 
 _ABOUT = (
-    "Each detector runs through the pipeline with all steps, with one of them taken away, and with none. Parameters "
+    "Each detector runs through the pipeline on the defaults, with one step changed, and with none of them. Parameters "
     f"are those of the cards, but for a sample of {SAMPLE:,.0f} patches. Nothing was tuned on these seeds. `observed` "
     "is the share of the archive's pixels that could be judged: a step that hides more shows here. A dash: nothing "
     "was mapped, so there is no precision."
@@ -121,7 +132,7 @@ _ABOUT = (
 
 
 def markdown(table: pd.DataFrame, *, note: str = "") -> str:
-    """Write the tables: the scores, and the differences from all steps, seed by seed."""
+    """Write the tables: the scores, and the differences from the defaults, seed by seed."""
     seeds = ", ".join(map(str, sorted(set(table["seed"]))))
     which = f"**SIMULATED data**, archives of the seeds {seeds}; mean (least to most) over them."
     parts = [
@@ -134,7 +145,7 @@ def markdown(table: pd.DataFrame, *, note: str = "") -> str:
         parts += [
             f"## {model}",
             _score_table(part),
-            "Less all steps, of the same seed:",
+            "Less the defaults, of the same seed:",
             _difference_table(part),
         ]
     return "\n\n".join(parts) + "\n"
@@ -151,9 +162,9 @@ def _score_table(part: pd.DataFrame) -> str:
 def _difference_table(part: pd.DataFrame) -> str:
     heads = ["pixel F1", "object F1", "observed"]
     lines = ["| variant | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    whole = part[part["variant"] == ALL].set_index("seed")
+    whole = part[part["variant"] == DEFAULTS].set_index("seed")
     for label in dict.fromkeys(part["variant"]):
-        if label != ALL:
+        if label != DEFAULTS:
             own = part[part["variant"] == label].set_index("seed")
             cells = [_cell(own[name] - whole[name], "{:+.4f}") for name in _OF_DIFFERENCE]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
