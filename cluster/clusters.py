@@ -5,24 +5,30 @@ from __future__ import annotations
 import atexit
 import importlib
 import logging
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import dask
 import psutil
 from distributed import Client, LocalCluster, Status, WorkerPlugin
+from distributed.deploy.spec import close_clusters
+from distributed.utils import LoopRunner
 
+from slidecube.cluster.credentials import fresh_security
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import Profile
 
@@ -51,7 +57,7 @@ class Opened:
 
     cluster : None when it is somebody else's; patience_s : how long to wait for a first worker
     remedy : what to do when none comes; wanted : workers that the cluster is asked for again when they are lost
-    settings : of Dask, while the cluster is open
+    kept : what is let go of when the cluster is closed
     """
 
     client: Client
@@ -59,8 +65,7 @@ class Opened:
     patience_s: float = _NO_WORKERS_S
     remedy: str = "start with `slidecube doctor`, raise mem_gb, or use profile 'threads'"
     wanted: int = 0
-    scratch: tempfile.TemporaryDirectory[str] | None = None
-    settings: AbstractContextManager[Any] | None = None
+    kept: ExitStack = field(default_factory=ExitStack)
     _asked: float = field(default_factory=time.monotonic)
 
     def ask_for_missing(self, there: int) -> None:
@@ -74,19 +79,16 @@ class Opened:
         """Stop what was started, by force when it does not end in time."""
         nannies = self.cluster.workers.values() if isinstance(self.cluster, LocalCluster) else ()
         pids = [nanny.pid for nanny in nannies]
-        try:
-            self.client.close(timeout=timeout_s)
-            if self.cluster is not None:
-                self.cluster.close(timeout=timeout_s)
-        except TimeoutError:
-            for pid in filter(None, pids):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        finally:
-            if self.scratch is not None:
-                self.scratch.cleanup()
-            if self.settings is not None:
-                self.settings.__exit__(None, None, None)
+        with self.kept, suppress(TimeoutError):
+            try:
+                self.client.close(timeout=timeout_s)
+                if self.cluster is not None:
+                    self.cluster.close(timeout=timeout_s)
+            except (TimeoutError, KeyboardInterrupt):
+                for pid in filter(None, pids):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                raise
 
 
 class _Client(Client):
@@ -125,6 +127,9 @@ def open_cluster(profile: Profile) -> Opened:
 
     Raises ClusterError when it cannot be had: a package, a GPU, a command or an address that is missing.
     """
+    atexit.unregister(
+        close_clusters
+    )  # we close ours; it would wait for a half-started one, and end in a traceback
     settings = dask.config.set(DASK_SETTINGS)  # some are asked for while the cluster works
     try:
         opened = _OPENERS[profile.runner](profile)
@@ -136,7 +141,7 @@ def open_cluster(profile: Profile) -> Opened:
             f"The cluster of profile {profile.name!r} does not start ({_said(error)}); look at its settings with "
             f"`slidecube cluster show {profile.name}`"
         ) from error
-    opened.settings = settings
+    opened.kept.enter_context(settings)
     return opened
 
 
@@ -168,7 +173,7 @@ def _cuda(profile: Profile) -> Opened:
 
 def _on_this_machine(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
     """Start a cluster here. A worker that dies meanwhile ends the start, which is then made anew."""
-    _remove_stale_scratch()
+    _remove_stale_scratch(Path(tempfile.gettempdir()), _SCRATCH)
     said = ""
     for _ in range(_STARTS):
         try:
@@ -183,14 +188,17 @@ def _on_this_machine(profile: Profile, kind: Callable[..., Any], **how: Any) -> 
 
 def _started(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
     with ExitStack() as undo:
-        scratch = tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True)
-        undo.callback(scratch.cleanup)
+        kept = undo.enter_context(ExitStack())
+        scratch = kept.enter_context(_scratch(_SCRATCH))
+        loop = kept.enter_context(_loop())
         cluster = kind(
+            loop=loop,
+            security=fresh_security(),
             threads_per_worker=1,
             memory_limit=int(profile.worker.mem_gb * 1e9),
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
-            local_directory=scratch.name,
+            local_directory=scratch,
             silence_logs=logging.ERROR,
             **({"processes": True} if kind is LocalCluster else {}),
             **how,
@@ -200,7 +208,43 @@ def _started(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
         undo.callback(client.close, timeout=_CONNECT_S)
         client.register_plugin(_DieWithDriver(os.getpid()))
         undo.pop_all()
-    return Opened(client=client, cluster=cluster, scratch=scratch, wanted=profile.workers)
+    return Opened(client=client, cluster=cluster, kept=kept, wanted=profile.workers)
+
+
+@contextmanager
+def _loop() -> Iterator[Any]:
+    """Event loop of a cluster here, whose worker processes never hear of Ctrl-C: a terminal tells it to all of them.
+
+    A process begins with the signals blocked that were so in the thread which started it.
+    """
+    resource_tracker.ensure_running()  # started by a worker's start, it would unblock the signal there
+    before, children = signal.pthread_sigmask(signal.SIG_BLOCK, ()), set(multiprocessing.active_children())
+    runner = LoopRunner()
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        runner.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    interrupted = True
+    try:
+        yield runner.loop
+        interrupted = False
+    finally:
+        if interrupted:  # what its halves say of each other tells nobody anything
+            runner.loop.asyncio_loop.set_exception_handler(lambda *_: None)
+        runner.stop()
+        if interrupted:
+            for child in set(multiprocessing.active_children()) - children:
+                child.kill()
+
+
+@contextmanager
+def _scratch(prefix: str, folder: Path | None = None) -> Iterator[str]:
+    """Folder for our eyes alone."""
+    with tempfile.TemporaryDirectory(
+        prefix=f"{prefix}{os.getpid()}-", dir=folder, ignore_cleanup_errors=True
+    ) as made:
+        yield made
 
 
 def _at_address(profile: Profile) -> Opened:
@@ -232,8 +276,18 @@ def _jobqueue(profile: Profile) -> Opened:
         )
     dask_jobqueue = _import("dask_jobqueue", extra="hpc")
     kind, answers = getattr(dask_jobqueue, _JOBQUEUE[system]), list[str]()
-    cluster = kind(job_cls=_heard(kind.job_cls, answers), **jobqueue_arguments(profile))
+    prefix = (
+        f".{_SCRATCH}{socket.gethostname()}-"  # seen by all nodes: a process of that number is not enough
+    )
+    _remove_stale_scratch(Path.cwd(), prefix)
     with ExitStack() as undo:
+        kept = undo.enter_context(ExitStack())
+        cluster = kind(
+            job_cls=_heard(kind.job_cls, answers),
+            security=fresh_security(),
+            shared_temp_directory=kept.enter_context(_scratch(prefix, Path.cwd())),
+            **jobqueue_arguments(profile),
+        )
         undo.callback(cluster.close, timeout=_CONNECT_S)
         cluster.scale(profile.workers)
         _require_taken(answers, profile.workers, command)
@@ -242,6 +296,7 @@ def _jobqueue(profile: Profile) -> Opened:
     return Opened(
         client=client,
         cluster=cluster,
+        kept=kept,
         wanted=profile.workers,
         patience_s=_wait_s(profile),
         remedy="look at the queue; raise wait_min in the profile when it is long",
@@ -394,9 +449,9 @@ def _import(name: str, *, extra: str) -> Any:
         ) from None
 
 
-def _remove_stale_scratch() -> None:
+def _remove_stale_scratch(where: Path, prefix: str) -> None:
     """Remove the scratch folders of killed drivers, as far as they are ours."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+    for folder in where.glob(f"{prefix}*"):
+        pid = folder.name.removeprefix(prefix).partition("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)

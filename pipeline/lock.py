@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +20,7 @@ from typing import Any, Self
 import psutil
 
 from slidecube.pipeline.errors import IncompleteError, InUseError, PipelineError
-from slidecube.pipeline.storage import Place, create, guard, names, read_tagged, release, swap
+from slidecube.pipeline.storage import Place, create, guard, names, pid_space, read_tagged, release, swap
 
 BEAT_S = 2.0
 SILENT_S = 20.0
@@ -266,7 +265,7 @@ class Lock:
                 "job": self._job.name,
                 "restarts": self._job.restarts,
                 "host": socket.gethostname(),
-                "machine": _machine(),
+                "machine": pid_space(),
                 "pid": pid,
                 "started": born_s(pid),
                 "beat": self._beat,
@@ -337,14 +336,4 @@ def born_s(pid: int) -> float:
 
 def elsewhere(lock: dict[str, Any]) -> bool:
     """Tell whether the driver of a lock runs where this machine cannot look: on another one, or in a container."""
-    return bool(lock["host"] != socket.gethostname() or lock["machine"] != _machine())
-
-
-@lru_cache(maxsize=1)
-def _machine() -> str:
-    """Say in which space process numbers mean something: containers and reboots share a host's name."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # not Linux
-        return ""
+    return bool(lock["host"] != socket.gethostname() or lock["machine"] != pid_space())

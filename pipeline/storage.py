@@ -605,7 +605,7 @@ def made_once(folder: Place, last: str) -> Iterator[Path]:
                     put_file(Path(scratch) / name, folder / name)
             create(folder / last, (Path(scratch) / last).read_bytes())
         return
-    partial = folder.with_name(f".{folder.name}.{_pid_space()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial = folder.with_name(f".{folder.name}.{pid_space()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     try:
         _remove_abandoned(partial)
@@ -629,7 +629,7 @@ def _remove_abandoned(ours: Path) -> None:
         space, _, rest = stale.name.split(".")[-2].partition("-")
         pid = rest.partition("-")[0]
         try:
-            gone = space == _pid_space() and pid.isdigit() and not psutil.pid_exists(int(pid))
+            gone = space == pid_space() and pid.isdigit() and not psutil.pid_exists(int(pid))
             if gone or now_s - stale.stat().st_mtime > _ABANDONED_S:
                 remove_tree(stale)
         except FileNotFoundError:  # its maker is through, or another one removed it
@@ -637,7 +637,7 @@ def _remove_abandoned(ours: Path) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _pid_space() -> str:
+def pid_space() -> str:
     """Name the space in which process numbers mean something: this host, since it was started, or this container."""
     space = socket.gethostname()
     with suppress(OSError):  # not Linux

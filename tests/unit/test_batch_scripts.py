@@ -142,3 +142,20 @@ def test_a_job_of_pbs_is_told_by_its_own_script(bench):
     process = start(bench, pbs_script, request=StageRequest(time_min=1), drain_s=58)
     assert process.wait(20) == 75
     assert "work is left: submit it again" in (bench / "log").read_text()
+
+
+@pytest.mark.parametrize("write", [slurm_script, pbs_script])
+@pytest.mark.parametrize("scratch", ["$NO_SUCH_VARIABLE", "/proc/nowhere", "$PWD/fast"])
+def test_work_goes_on_without_a_scratch_folder(bench, write, scratch):
+    text = write(
+        replace(SINGLE, command=("env",), folder=str(bench), log=str(bench / "log"), scratch=scratch)
+    )
+    (bench / "script.sh").write_text(text)
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": "/var/tmp"}
+    done = subprocess.run(
+        ["bash", bench / "script.sh"], cwd=bench, env=environment, capture_output=True, text=True, check=True
+    )
+    said = done.stdout + ((bench / "log").read_text() if (bench / "log").exists() else "")
+    made = scratch == "$PWD/fast"
+    assert f"TMPDIR={bench / 'fast' if made else '/var/tmp'}\n" in said
+    assert ("no scratch folder" in said) != made

@@ -28,6 +28,7 @@ def test_nobody_waits_for_the_tiles_in_work(monkeypatch):
     tasks = [TileTask(stage="cube", layer="l", epoch="", tile=name, key=name) for name in ("quick", "slow")]
     driver = mock.MagicMock()
     driver.profile.workers = 2
+    driver.plan.config.cluster.failure_budget = 0
     driver._take.side_effect = KeyboardInterrupt  # in an event, in the lock
     began = time.monotonic()
     try:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from slidecube.pipeline import lock as lock_module
+from slidecube.pipeline import storage
 from slidecube.pipeline.errors import IncompleteError, InUseError, PipelineError
 from slidecube.pipeline.lock import Lock, Shard, alive, born_s, holds, read_lock
 
@@ -35,7 +36,7 @@ def foreign(folder: Path, **changes: object) -> dict[str, object]:
         "job": "",
         "restarts": 0,
         "host": lock_module.socket.gethostname(),
-        "machine": lock_module._machine(),
+        "machine": storage.pid_space(),
         "pid": os.getpid(),
         "started": born_s(os.getpid()),
         "beat": 3,

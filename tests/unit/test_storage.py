@@ -238,7 +238,7 @@ def test_half_made_folders_of_others_stay_for_hours_and_our_own_dead_go_at_once(
     plans = tmp_path / "plans"
     gone = subprocess.Popen(["true"])
     gone.wait()
-    space = storage._pid_space()
+    space = storage.pid_space()
     stay = [
         f".p.{space}-{os.getpid()}-01.partial",
         f".p.feed-{gone.pid}-01.partial",

@@ -8,11 +8,14 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
 from slidecube.cluster import slurm
 from slidecube.pipeline import submit
+from slidecube.pipeline.config import load_config
+from slidecube.pipeline.errors import InUseError, PipelineError
 from slidecube.pipeline.open import open_plan
 from slidecube.pipeline.queue import SentJob, Submission, jobs_of, record_submission
 from slidecube.pipeline.status import under_way
@@ -66,6 +69,7 @@ def words(desk):
     return ("submit", desk.toml, "--profile", desk.folder / "site.toml")
 
 
+@pytest.mark.slow
 def test_two_at_the_same_time_send_one_set(box, desk, command, words):
     """Both look at an empty queue; one of them waits with its first job for the other to look."""
     assert command("plan", desk.toml).code == 0
@@ -78,6 +82,57 @@ def test_two_at_the_same_time_send_one_set(box, desk, command, words):
     assert "is in use by run" in refusal or "are queued or running in this workspace" in refusal
 
 
+def test_the_queue_is_looked_at_again_before_anything_is_sent(box, desk, words):
+    """As two submissions do that both saw an empty queue while they made their plans."""
+    profile = str(words[-1])
+    first, second = (submit.prepare(load_config(desk.toml), profile=profile) for _ in range(2))
+    submit.send(first)
+    with pytest.raises(PipelineError, match="are queued or running in this workspace: 101 102 103"):
+        submit.send(second)
+    assert len(queue(box)) == 3
+
+
+def test_a_second_one_is_refused_while_the_first_sends(box, desk, words, monkeypatch):
+    prepared = submit.prepare(load_config(desk.toml), profile=str(words[-1]))
+
+    def meanwhile(*_, after):
+        del after
+        with pytest.raises(InUseError, match="is in use by run"):
+            submit.send(prepared)
+        return "7"
+
+    monkeypatch.setattr(slurm, "submit", meanwhile)
+    assert [job.id for job in submit.send(prepared).jobs] == ["7"] * 3
+
+
+def test_a_signal_between_two_jobs_takes_the_first_back(box, command, words, monkeypatch):
+    real = slurm.submit
+
+    def stopped(script, *, after):
+        if after:
+            raise KeyboardInterrupt
+        return real(script, after=after)
+
+    monkeypatch.setattr(slurm, "submit", stopped)
+    assert command(*words).code == 130
+    assert (queue(box), (box / "cancelled").read_text()) == ([], "101\n")
+    monkeypatch.setattr(slurm, "submit", real)
+    assert command(*words).code == 0
+
+
+def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(box, desk, command, words):
+    """What a submission leaves that is killed between Slurm's answer and its record."""
+    prepared = submit.prepare(load_config(desk.toml), profile=str(words[-1]))
+    jobs = tuple(SentJob(stage=e.stage, id="", tasks=1, name=e.job.name) for e in prepared.jobs)
+    record_submission(prepared.made.workspace, replace(submit._submission(prepared, []), jobs=jobs))
+    (box / "queue").write_text(f"101|{jobs[0].name}\n")
+    refused = command(*words)
+    assert "cancel them by `scancel 101`" in refused.refusal
+    (box / "queue").write_text("")
+    assert command(*words).code == 0
+
+
+@pytest.mark.slow
 def test_asked_to_end_between_two_jobs_it_takes_the_first_back(box, desk, command, words):
     assert command("plan", desk.toml).code == 0
     (box / "before").write_text(f"[ ! -s {box}/queue ] || {{ touch {box}/second; sleep 5; }}")
@@ -130,6 +185,7 @@ def test_no_answer_in_time_is_no_refusal(box, command, words, monkeypatch):
     assert [line.split("|")[0] for line in queue(box)] == ["101", "102", "103"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_submission_sent_is_found_by_the_next(box, desk, command, words):
     assert command("plan", desk.toml).code == 0
     (box / "after").write_text("kill -9 $PPID; sleep 1")
