@@ -57,8 +57,8 @@ def lit(
 
     codes_tyx : (t, y, x) uint8 of `masks.judge`, one chunk in time and one a block; scenes : of t
     dem : items under the pixels and `SHADOW_HALO_M` around them, read for cast shadow only
-    Returns (t, y, x) uint8: LOW_SUN_CODE or DARK_CODE in place of CLEAR; MASKED in place of what the bands would have
-    decided.
+    Returns (t, y, x) uint8: LOW_SUN_CODE or DARK_CODE in place of CLEAR and of SHADED; MASKED in place of CLOUDED,
+    which the bands might have admitted.
     Raises PipelineError where a shadow is wanted and an item does not say where the sun stood.
     """
     low = np.array([_is_low(scene, rule.min_elevation_deg) for scene in scenes])
@@ -102,7 +102,7 @@ def _is_low(scene: Scene, min_elevation_deg: float) -> bool:
 def _taken_out(codes: NDArray[np.uint8], code: int) -> NDArray[np.uint8]:
     """Codes of pixels of which nothing is used."""
     table = np.arange(256, dtype=np.uint8)
-    table[[CLEAR, SHADED, CLOUDED]] = code, MASKED, MASKED
+    table[[CLEAR, SHADED, CLOUDED]] = code, code, MASKED
     return table[codes]
 
 

@@ -138,7 +138,14 @@ def test_shadow_of_ridges_lies_behind_them_and_is_its_own_reason(mapped):
     before = _reasons(mapped("plain"))
     assert set(np.unique(before[0][hidden])) <= {Reason.NONE, Reason.NO_CLEAR_PRE}
     assert (before[2][hidden] == Observability.OBSERVED).mean() > 0.5
-    np.testing.assert_array_equal(why[~hidden], before[0][~hidden])
+    # ground called cloud that the bands would have admitted is dark, too, and keeps the reason of clouds
+    other = (why != before[0]) & ~hidden
+    assert other.sum() < 0.01 * hidden.sum()
+    assert set(np.unique(why[other])) <= {
+        Reason.NO_CLEAR_PRE,
+        Reason.NO_CLEAR_POST,
+        Reason.NO_CLEAR_PRE_NOR_POST,
+    }
 
 
 def _layer(workspace, name):
