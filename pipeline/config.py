@@ -342,6 +342,40 @@ class LandCover(_Section):
     )
 
 
+class Ground(_Section):
+    """Strata of the ground, in which an inventory is judged apart."""
+
+    low_vegetation_ndvi: float = Field(
+        0.3,
+        ge=-1,
+        le=1,
+        description="the NDVI before the event, -1 to 1, below which there is little to lose",
+    )
+    river_corridor_m: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="metres above the nearest drainage below which a river's corridor lies, above 0; left out, it is "
+        "not looked at",
+    )
+    farmland: Annotated[tuple[int | str, ...], BeforeValidator(_distinct)] = Field(
+        (),
+        description="a list of classes of the layer `land_cover` that are farmland, none twice, by number or name",
+    )
+    slope_edges_deg: Annotated[tuple[float, float], BeforeValidator(_tuple)] = Field(
+        (10.0, 25.0), description="two slopes in degrees, ascending, that part gentle, moderate and steep"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _ascending(self) -> Ground:
+        low, high = self.slope_edges_deg
+        if not 0 < low < high < 90:
+            raise ValueError(
+                f"slope_edges_deg: got {[low, high]}; allowed: two slopes above 0, ascending, below 90"
+            )
+        return self
+
+
 class Mask(_Section):
     """Which pixels of a scene are not looked at."""
 
@@ -649,6 +683,7 @@ class Sections(_Section):
         (), validation_alias="layer", description="[[layer]] tables, each with name, kind, and href or source"
     )
     land_cover: LandCover | None = Field(None, description="a table with points")
+    ground: Ground = Field(default_factory=Ground, description="a table")
     fit: Fit = Field(default_factory=Fit, description="a table")
     detect: Detect = Field(default_factory=Detect, description="a table")
     output: Output = Field(default_factory=Output, description="a table")
@@ -671,6 +706,7 @@ class Config:
     cube: Cube
     layers: tuple[Layer, ...]
     land_cover: LandCover | None
+    ground: Ground
     fit: Fit
     detect: Detect
     output: Output
@@ -746,7 +782,12 @@ class Config:
             ),
             **({"layers": self._layer_terms()} if self.layers else {}),
             **({"land_cover": self._land_cover_terms()} if self.land_cover else {}),
+            **self.ground_terms(),
         }
+
+    def ground_terms(self) -> dict[str, Any]:
+        """Strata of the ground that are not the default's."""
+        return {} if self.ground == Ground() else {"ground": self.ground.model_dump(mode="json")}
 
     def fit_terms(self) -> dict[str, Any]:
         """Return what decides a fit beside its layers and its model, of what is set; strata count by their content."""
@@ -891,6 +932,11 @@ def _check_layers(path: Path, config: Config) -> None:
             raise PipelineError(
                 f"{path}: layer.name: got 'land_cover', which [land_cover] makes as well; allowed: one of them"
             )
+    if config.ground.farmland and "land_cover" not in config.layer_names:
+        raise PipelineError(
+            f"{path}: ground.farmland: names classes, and there is no land cover; add [land_cover], or a [[layer]] "
+            "named 'land_cover'"
+        )
     for epoch in config.epochs:
         if config.land_cover is not None and epoch.before is None:
             raise PipelineError(

@@ -15,6 +15,7 @@ from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.coregistration import shift_numbers
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.features import Layers
+from slidecube.pipeline.ground import ground_of
 from slidecube.pipeline.inventory import (
     LANDSLIDE_NODATA,
     PROBABILITY_NODATA,
@@ -67,6 +68,7 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
             np.uint8
         ),
         "observability": observability,
+        "ground": ground_of(plan, epoch, PixelWindow.of_tile(plan.grid, tile)),
         "reason": np.where(observability == Observability.NOT_OBSERVABLE, reason, 0).astype(np.uint8),
     }
     checksums, size = store_tile(plan, task, data, context)

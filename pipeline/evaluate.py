@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from shapely.geometry.base import BaseGeometry
 
+from slidecube.pipeline.config import Ground
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.ground import Stratum, strata
 from slidecube.pipeline.inventory import Observability, geobox_of, stored
 from slidecube.pipeline.polygons import geodesic_areas_m2
 
@@ -39,6 +41,7 @@ PREVALENCES = (0.01, 0.002, 0.001, 0.0005, 0.0001)
 
 WINDOW_PX = 2048
 
+_STRATUM_HEADS = ("reference", "recall", "mapped", "precision")
 _SIZE_HEADS = ("reference", "found", "recall", "mapped", "right", "precision")
 
 Status = Literal["tp", "fp", "fn", "unobserved"]
@@ -167,6 +170,35 @@ class SizeScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StratumScores:
+    """Accuracy on one kind of ground; an object belongs where most of its known pixels do.
+
+    observed_km2 : area of its observed pixels, on the map
+    """
+
+    stratum: Stratum
+    pixels: PixelScores
+    objects: ObjectScores
+    observed_km2: float
+
+    @property
+    def false_per_100_km2(self) -> float | None:
+        """Predicted objects without a reference, for each 100 km2 observed of it."""
+        return _ratio(100.0 * self.objects.predicted_wrong, self.observed_km2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON."""
+        return {
+            "name": self.stratum.name,
+            "label": self.stratum.label,
+            "observed_km2": self.observed_km2,
+            "false_objects_per_100_km2": self.false_per_100_km2,
+            "pixels": {**asdict(self.pixels), **_scores(self.pixels, "precision recall f1 iou_landslide")},
+            "objects": {**asdict(self.objects), **_scores(self.objects, "precision recall f1")},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TruthShares:
     """Where the reference's pixels lie, as counts."""
 
@@ -188,6 +220,7 @@ class Evaluation:
 
     truth_unobserved, predicted_unobserved : objects left out because less than half of them was observed
     observed_km2 : area of the observed pixels, on the map
+    by_stratum : accuracy on each kind of ground that was observed; empty where the inventory does not say
     predicted, truth : the objects with a column `status` ("tp", "fp" or "fn", or "unobserved") and `overlap`, the
         share of the object that the other side covers
     """
@@ -195,6 +228,7 @@ class Evaluation:
     pixels: PixelScores
     objects: ObjectScores
     by_size: tuple[SizeScores, ...]
+    by_stratum: tuple[StratumScores, ...]
     shares: TruthShares
     truth_unobserved: int
     predicted_unobserved: int
@@ -238,6 +272,7 @@ class Evaluation:
                 }
                 for s in self.by_size
             ],
+            "by_stratum": [s.to_dict() for s in self.by_stratum],
             "truth_pixels": {**asdict(self.shares), "unobserved_share": self.shares.unobserved_share},
             "truth_unobserved": self.truth_unobserved,
             "predicted_unobserved": self.predicted_unobserved,
@@ -263,6 +298,17 @@ class Evaluation:
                 f"{size_label(s.low_m2, s.high_m2):22}{c.truth_found + c.truth_missed:>10}{c.truth_found:>10}"
                 f"{_f(c.recall)}{c.predicted_right + c.predicted_wrong:>10}{c.predicted_right:>10}{_f(c.precision)}"
             )
+        if self.by_stratum:
+            lines += [
+                "",
+                f"{'ground, objects':46}" + "".join(f"{head:>10}" for head in ("km2", *_STRATUM_HEADS)),
+            ]
+        for row in self.by_stratum:
+            c = row.objects
+            lines.append(
+                f"{row.stratum.label:46}{row.observed_km2:>10.2f}{c.truth_found + c.truth_missed:>10}{_f(c.recall)}"
+                f"{c.predicted_right + c.predicted_wrong:>10}{_f(c.precision)}"
+            )
         hidden = _percent(self.shares.unobserved_share)
         at = ", ".join(f"{_f(p.precision_at(x)).strip()} at {x:.2%}" for x in self.prevalences)
         lines += [
@@ -284,11 +330,13 @@ def evaluate(
     size_edges_m2: Sequence[float] = SIZE_EDGES_M2,
     prevalences: Sequence[float] = PREVALENCES,
     simulated: bool = False,
+    ground: Ground | None = None,
 ) -> Evaluation:
     """Judge predicted polygons against reference polygons where the inventory could see.
 
     predicted, truth : polygons in any CRS; each is carried to the inventory's, and repaired where invalid
-    inventory : has `observability`; read window by window; epoch : its index
+    inventory : has `observability`, and may have `ground`; read window by window; epoch : its index
+    ground : settings of the strata, for their labels; the default's when left out
     Raises PipelineError when a table has no CRS or holds other things than polygons, or the rule makes no sense.
     """
     if not 0 < min_overlap <= 1:
@@ -297,7 +345,16 @@ def evaluate(
     observability = stored(inventory, "observability", epoch=epoch)
     ours = _prepared(predicted, geobox, "predicted")
     theirs = _prepared(truth, geobox, "reference")
-    counts = _count_pixels(ours.geometry.to_numpy(), theirs.geometry.to_numpy(), geobox, observability)
+    kinds = strata(ground or Ground()) if "ground" in inventory else ()
+    bytes_yx = stored(inventory, "ground", epoch=epoch) if kinds else None
+    counts = _count_pixels(
+        ours.geometry.to_numpy(),
+        theirs.geometry.to_numpy(),
+        geobox,
+        observability,
+        bytes_yx=bytes_yx,
+        kinds=kinds,
+    )
     for frame, seen in ((ours, counts.predicted_seen), (theirs, counts.truth_seen)):
         frame["observed_share"] = seen
     ours["overlap"] = covered_shares(ours.geometry.to_numpy(), theirs.geometry.to_numpy())
@@ -305,16 +362,18 @@ def evaluate(
     ours["status"] = _status(ours, min_overlap, "fp")
     theirs["status"] = _status(theirs, min_overlap, "fn")
     edges = list(pairwise(size_edges_m2))
+    pixel_km2 = abs(geobox.affine.a * geobox.affine.e) / 1e6
     return Evaluation(
         pixels=counts.pixels,
         objects=_count_objects(ours, theirs, 0.0, math.inf),
         by_size=tuple(
             SizeScores(low_m2=a, high_m2=b, objects=_count_objects(ours, theirs, a, b)) for a, b in edges
         ),
+        by_stratum=tuple(_by_stratum(counts, kinds, ours, theirs, pixel_km2)),
         shares=counts.shares,
         truth_unobserved=int((theirs["status"] == "unobserved").sum()),
         predicted_unobserved=int((ours["status"] == "unobserved").sum()),
-        observed_km2=counts.n_observed * abs(geobox.affine.a * geobox.affine.e) / 1e6,
+        observed_km2=counts.n_observed * pixel_km2,
         min_overlap=min_overlap,
         simulated=simulated,
         prevalences=tuple(prevalences),
@@ -348,9 +407,18 @@ def size_label(low_m2: float, high_m2: float) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class _Counts:
+    """Counts over all windows.
+
+    confusion : (byte of the ground, truth, predicted) observed pixels
+    predicted_on, truth_on : (stratum, object) pixels
+    """
+
     pixels: PixelScores
     shares: TruthShares
     n_observed: int
+    confusion: NDArray[np.int64]
+    predicted_on: NDArray[np.int64]
+    truth_on: NDArray[np.int64]
     predicted_seen: NDArray[np.float64]
     truth_seen: NDArray[np.float64]
 
@@ -383,9 +451,19 @@ def _areal(shape: BaseGeometry) -> BaseGeometry:
 
 
 def _count_pixels(
-    ours: NDArray[np.object_], theirs: NDArray[np.object_], geobox: GeoBox, observability: xr.DataArray
+    ours: NDArray[np.object_],
+    theirs: NDArray[np.object_],
+    geobox: GeoBox,
+    observability: xr.DataArray,
+    *,
+    bytes_yx: xr.DataArray | None,
+    kinds: Sequence[Stratum],
 ) -> _Counts:
-    confusion = np.zeros((2, 2), np.int64)  # [truth, predicted], observed pixels
+    by_ground = np.zeros((256, 2, 2), np.int64)  # [ground, truth, predicted], observed pixels
+    on = {
+        name: np.zeros((len(kinds), len(shapes)), np.int64)
+        for name, shapes in (("ours", ours), ("theirs", theirs))
+    }
     shares = np.zeros(len(Observability), np.int64)  # truth pixels by observability
     seen = {
         name: np.zeros((2, len(shapes)), np.int64) for name, shapes in (("ours", ours), ("theirs", theirs))
@@ -395,21 +473,26 @@ def _count_pixels(
     for rows, cols in _windows(*geobox.shape):
         values = np.asarray(observability[rows, cols].to_numpy())
         observed = values == Observability.OBSERVED
+        ground = np.zeros(values.shape, np.uint8) if bytes_yx is None else bytes_yx[rows, cols].to_numpy()
         box = geobox[rows, cols]
         burnt = {name: _burn(tree, box) for name, tree in trees.items()}
         for name, ids in burnt.items():
             n = seen[name].shape[1]
             seen[name][0] += np.bincount(ids[ids > 0] - 1, minlength=n)[:n]
             seen[name][1] += np.bincount(ids[(ids > 0) & observed] - 1, minlength=n)[:n]
+            own, lies = ids[ids > 0] - 1, ground[ids > 0]
+            for i, kind in enumerate(kinds):
+                on[name][i] += np.bincount(own[kind.holds(lies)], minlength=n)[:n]
         is_truth, is_ours = burnt["theirs"] > 0, burnt["ours"] > 0
-        cells = is_truth[observed].astype(np.int64) * 2 + is_ours[observed]
-        confusion += np.bincount(cells, minlength=4).reshape(2, 2)
+        cells = ground[observed].astype(np.int64) * 4 + is_truth[observed] * 2 + is_ours[observed]
+        by_ground += np.bincount(cells, minlength=1024).reshape(256, 2, 2)
         shares += np.bincount(values[is_truth], minlength=len(shares))[: len(shares)]
         n_observed += int(observed.sum())
     return _Counts(
-        pixels=PixelScores(
-            tp=int(confusion[1, 1]), fp=int(confusion[0, 1]), fn=int(confusion[1, 0]), tn=int(confusion[0, 0])
-        ),
+        pixels=_pixel_scores(by_ground.sum(axis=0)),
+        confusion=by_ground,
+        predicted_on=on["ours"],
+        truth_on=on["theirs"],
         shares=TruthShares(
             observed=int(shares[Observability.OBSERVED]),
             not_observable=int(shares[Observability.NOT_OBSERVABLE]),
@@ -420,6 +503,46 @@ def _count_pixels(
         predicted_seen=_seen_shares(seen["ours"], ours, geobox, observability),
         truth_seen=_seen_shares(seen["theirs"], theirs, geobox, observability),
     )
+
+
+def _pixel_scores(confusion: NDArray[np.int64]) -> PixelScores:
+    """Scores of a table [truth, predicted]."""
+    return PixelScores(
+        tp=int(confusion[1, 1]), fp=int(confusion[0, 1]), fn=int(confusion[1, 0]), tn=int(confusion[0, 0])
+    )
+
+
+def _by_stratum(
+    counts: _Counts,
+    kinds: Sequence[Stratum],
+    ours: gpd.GeoDataFrame,
+    theirs: gpd.GeoDataFrame,
+    pixel_km2: float,
+) -> Iterator[StratumScores]:
+    every = np.arange(256, dtype=np.uint8)
+    for kind in kinds:
+        confusion = counts.confusion[kind.holds(every)].sum(axis=0)
+        if not confusion.sum():
+            continue
+        yield StratumScores(
+            stratum=kind,
+            pixels=_pixel_scores(confusion),
+            objects=_count_objects(
+                ours[_most(counts.predicted_on, kinds, kind)],
+                theirs[_most(counts.truth_on, kinds, kind)],
+                0.0,
+                math.inf,
+            ),
+            observed_km2=float(confusion.sum()) * pixel_km2,
+        )
+
+
+def _most(on: NDArray[np.int64], kinds: Sequence[Stratum], kind: Stratum) -> NDArray[np.bool_]:
+    """Objects that lie on a stratum more than on the others of its factor; of equal ones the first counts."""
+    rows = [i for i, other in enumerate(kinds) if other.factor == kind.factor]
+    own = rows.index(kinds.index(kind))
+    most: NDArray[np.bool_] = (on[rows].argmax(axis=0) == own) & (on[rows].sum(axis=0) > 0)
+    return most
 
 
 def _burn(tree: shapely.STRtree, box: GeoBox) -> NDArray[np.int32]:

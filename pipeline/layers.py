@@ -8,6 +8,7 @@ from typing import Any
 
 from slidecube.pipeline.auxiliary import dtype_of, nodata_of
 from slidecube.pipeline.config import Layer
+from slidecube.pipeline.ground import GROUND_CF, farmland_codes
 from slidecube.pipeline.inventory import (
     CF,
     LANDSLIDE_NODATA,
@@ -72,6 +73,7 @@ INVENTORY = {
     "landslide": Variable(dtype="uint8", fill=LANDSLIDE_NODATA, attrs=CF["landslide"]),
     "observability": Variable(dtype="uint8", fill=Observability.NOT_PROCESSED, attrs=CF["observability"]),
     "reason": Variable(dtype="uint8", fill=0, attrs=CF["reason"]),
+    "ground": Variable(dtype="uint8", fill=0, attrs=GROUND_CF),
 }
 """Stored variables of an inventory, each (epoch, y, x)."""
 
@@ -144,6 +146,7 @@ def _auxiliary_variables(layer: Layer, made: RunPlan) -> dict[str, Variable]:
 
 def create_stores(made: RunPlan) -> None:
     """Make the arrays that are missing; what is there stays."""
+    farmland_codes(made)  # names that no class has are refused before anything is made
     frame = made.grid.frame
     tile_px, block_px = made.grid.tile_px, made.grid.block_px
     by_kind = {

@@ -42,6 +42,9 @@ class Raster:
     nodata: float = float("nan")
 
 
+YES_NO = ("low_vegetation", "river_corridor", "farmland")
+"""Attributes of 0 and 1, of which an object has what half of it or more has."""
+
 RASTERS: dict[str, Raster] = {
     "probability": Raster(scale=1e-4, nodata=65535),
     "spread": Raster(scale=1e-4, nodata=65535),
@@ -49,8 +52,9 @@ RASTERS: dict[str, Raster] = {
     "elevation": Raster(),
     "pre_date": Raster(nodata=0),
     "post_date": Raster(nodata=0),
+    **dict.fromkeys(YES_NO, Raster(nodata=255)),
 }
-"""Attributes that objects can take: scaled integers, float32 elevation, and uint16 days since 1970-01-01."""
+"""Attributes that objects can take: scaled integers, float32 elevation, uint16 days since 1970-01-01, and 0 or 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +232,8 @@ def _table(found: _Components, *, frame: GeoBox, epoch: str, model: str, detect_
         "detect_key": [detect_key] * n,
     }
     for name, sums in found.sums.items():
-        columns.update(_attributes(name, _merge(sums, object_of, n)))
+        merged = _merge(sums, object_of, n)
+        columns.update({name: _mostly(merged)} if name in YES_NO else _attributes(name, merged))
     return objects_frame(columns, geometry, crs)
 
 
@@ -244,6 +249,11 @@ def _merge(sums: list[_Sums], object_of: NDArray[np.int64], n: int) -> _Sums:
     np.minimum.at(merged.low, object_of, np.concatenate([s.low for s in sums]))
     np.maximum.at(merged.high, object_of, np.concatenate([s.high for s in sums]))
     return merged
+
+
+def _mostly(sums: _Sums) -> list[bool | None]:
+    """Tell of which objects half of the known pixels or more have it; null where none is known."""
+    return [bool(2 * n >= of) if of else None for n, of in zip(sums.total, sums.count, strict=True)]
 
 
 def _attributes(name: str, sums: _Sums) -> dict[str, object]:

@@ -16,6 +16,7 @@ import pandas as pd
 from slidecube.catalog.sources import SOURCES
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.fit_state import fit_state
+from slidecube.pipeline.ground import SHIFTS, yes_no
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.lineage import (
     Lineage,
@@ -93,7 +94,7 @@ def mosaic_run(
                 detect_key=epoch.detect_key,
             )
         )
-    tables = [with_dem(plan, table) for table in tables]
+    tables = [with_terrain(plan, table) for table in tables]
     objects = gpd.GeoDataFrame(pd.concat(tables, ignore_index=True), crs=tables[0].crs)
     if say is not None:
         print(f"mosaic: {len(objects)} objects", file=say)
@@ -133,12 +134,16 @@ def mosaic_run(
     return folder
 
 
-def with_dem(plan: RunPlan, objects: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
-    """Say of each object which DEM its slope is of, and whether its event is later than that."""
+def with_terrain(plan: RunPlan, objects: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+    """Say of each object how steep it lies, by which DEM, and whether its event is later than that."""
     facts = dem_facts(plan.config, plan.scenes.role("dem"))
     days = {epoch.name: epoch.event or epoch.post.start for epoch in plan.config.epochs}
     later = {name: facts.later_event(day) for name, day in days.items()}
+    steps = np.searchsorted(np.array(plan.config.ground.slope_edges_deg), objects["slope_deg"], side="right")
+    classes = np.array(["gentle", "moderate", "steep"], dtype=object)[steps]
+    classes[objects["slope_deg"].isna().to_numpy()] = None
     return objects.assign(
+        slope_class=pd.Series(classes, dtype="string", index=objects.index),
         dem_source=pd.Series([", ".join(facts.sources)] * len(objects), dtype="string", index=objects.index),
         dem_date=pd.Series([facts.last] * len(objects), dtype=objects["dem_date"].dtype, index=objects.index),
         event_after_dem=pd.Series(
@@ -303,7 +308,7 @@ def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]
             continue
         rows = slice((tile.row - row0) * px, (tile.row - row0 + 1) * px)
         cols = slice((tile.col - col0) * px, (tile.col - col0 + 1) * px)
-        names = ["landslide", "probability", "spread"]
+        names = ["landslide", "probability", "spread", "ground"]
         stored = read_window(inventory, names, window=(rows, cols), leading=(index,))
         landslide = stored["landslide"].astype(np.uint8)
         frame = (slice(tile.row * px, (tile.row + 1) * px), slice(tile.col * px, (tile.col + 1) * px))
@@ -322,5 +327,10 @@ def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]
             key=tile.key,
             offset_px=(tile.row * px, tile.col * px),
             landslide=landslide,
-            attributes={"probability": stored["probability"], "spread": stored["spread"], **layer},
+            attributes={
+                "probability": stored["probability"],
+                "spread": stored["spread"],
+                **{name: yes_no(stored["ground"], name) for name in SHIFTS if name != "slope_class"},
+                **layer,
+            },
         )

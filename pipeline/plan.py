@@ -252,7 +252,7 @@ def _assemble(
     model: Detector,
     points: Points | None,
 ) -> RunPlan:
-    terrain = terrain_layer_plan(config, grid, scenes, terrain_variables(model.card))
+    terrain = terrain_layer_plan(config, grid, scenes, terrain_variables(model.card, config))
     series = series_variables(model.card)
     sides = [
         {
@@ -291,7 +291,10 @@ def _assemble(
     outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
     epochs = []
     for epoch, optical, seen, cover in zip(config.epochs, sides, radar, covers, strict=True):
-        wanted = required_variables(model.card.inputs)["auxiliary"]
+        wanted = {
+            *required_variables(model.card.inputs)["auxiliary"],
+            *(["land_cover"] if config.ground.farmland else []),
+        }
         rasters = [*own, *([cover.layer] if cover else [])]
         read_too = {
             la.feature: la for la in sorted(rasters, key=lambda la: la.feature) if la.feature in wanted
@@ -450,7 +453,15 @@ def _epoch_plan(
         terrain=terrain.name,
         auxiliary={layer.feature: layer.name for layer in sides.values() if layer.feature},
         stat_key=stat_key,
-        detect_key=detect_key_of(read, model.card, stat_key, chosen, device=config.detect.device, held=held),
+        detect_key=detect_key_of(
+            read,
+            model.card,
+            stat_key,
+            chosen,
+            device=config.detect.device,
+            held=held,
+            ground=config.ground_terms(),
+        ),
     )
 
 

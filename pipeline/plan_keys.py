@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -214,8 +214,12 @@ def detect_key_of(
     *,
     device: Device = "cpu",
     held: Coregistration | None = None,
+    ground: Mapping[str, Any] | None = None,
 ) -> str:
-    """Key of an epoch's detection; clusters : that a person named, None for those of the rule; held : as above."""
+    """Key of an epoch's detection; clusters : that a person named, None for those of the rule; held : as above.
+
+    ground : strata that are not the default's
+    """
     return content_key(
         "detect",
         SCHEMA_VERSION,
@@ -233,6 +237,7 @@ def detect_key_of(
         if card.window_px == 1
         else {"backend": "torch", "dtype": "float32", "device": device},
         *_registration_terms(held),
+        *([dict(ground)] if ground else []),
     )
 
 

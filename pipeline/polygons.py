@@ -68,6 +68,18 @@ SCHEMA: dict[str, Column] = {
     "post_date_max": Column(
         DATE, "day (UTC)", "first clear day after the event of the pixel that waited longest for one"
     ),
+    "low_vegetation": Column(
+        "boolean",
+        "",
+        "true where half of the object or more had little vegetation before the event ([ground]); null = unknown",
+    ),
+    "river_corridor": Column(
+        "boolean", "", "true where half of it or more lies in a river's corridor; null = not known"
+    ),
+    "farmland": Column("boolean", "", "true where half of it or more is farmland; null = not known"),
+    "slope_class": Column(
+        "string", "", "gentle, moderate or steep, by its mean slope and the edges of [ground]"
+    ),
     "dem_source": Column("string", "", "source of the DEM"),
     "dem_date": Column(DATE, "day", "last day on which the DEM was measured; null where nobody says"),
     "event_after_dem": Column(

@@ -64,7 +64,12 @@ def evaluate_workspace(
     for index, epoch in enumerate(plan.epochs):
         own = reference[reference["epoch"] == epoch.name] if "epoch" in reference.columns else reference
         found[epoch.name] = evaluate(
-            objects[objects["epoch"] == epoch.name], own, inventory=inventory, epoch=index, simulated=flag
+            objects[objects["epoch"] == epoch.name],
+            own,
+            inventory=inventory,
+            epoch=index,
+            simulated=flag,
+            ground=plan.config.ground,
         )
     return found
 

@@ -173,7 +173,7 @@ class RunPlan:
 
     def terrain_variables(self) -> tuple[str, ...]:
         """Stored variables of the terrain layer."""
-        return terrain_variables(self.model.card)
+        return terrain_variables(self.model.card, self.config)
 
 
 def model_of(config: Config) -> Detector:
@@ -250,9 +250,11 @@ def _with_components(model: Detector, config: Config) -> Detector:
     return replace(model, card=replace(model.card, inputs=inputs))
 
 
-def terrain_variables(card: ModelCard) -> tuple[str, ...]:
-    """Variables of the terrain that are stored for a model: those of every layer, and what else its features read."""
+def terrain_variables(card: ModelCard, config: Config) -> tuple[str, ...]:
+    """Variables of the terrain that are stored: those of every layer, and what else features and strata read."""
     needed = required_variables(card.inputs)["terrain"]
+    if config.ground.river_corridor_m and "hand_m" not in needed:
+        needed = [*needed, "hand_m"]
     return (*TERRAIN_ALWAYS, *(name for name in needed if name not in TERRAIN_ALWAYS))
 
 

@@ -22,6 +22,7 @@ from slidecube.pipeline.config import (
     Detect,
     Epoch,
     Fit,
+    Ground,
     LandCover,
     Layer,
     Mask,
@@ -337,7 +338,20 @@ def test_an_aoi_that_is_not_there_is_one_line(write):
 
 def test_every_key_says_what_it_allows():
     """The description is the error's sentence: a field without one would refuse without a reason."""
-    for section in (Sections, Area, Epoch, Sources, Cube, Mask, Layer, LandCover, Detect, Output, Cluster):
+    for section in (
+        Sections,
+        Area,
+        Epoch,
+        Sources,
+        Cube,
+        Mask,
+        Layer,
+        LandCover,
+        Ground,
+        Detect,
+        Output,
+        Cluster,
+    ):
         assert [name for name, field in section.model_fields.items() if not field.description] == []
 
 
@@ -384,6 +398,7 @@ def test_the_documented_keys_are_those_of_the_code(repo_root):
         "[cube.coregistration]": Coregistration,
         "[[layer]]": Layer,
         "[land_cover]": LandCover,
+        "[ground]": Ground,
         "[fit]": Fit,
         "[detect]": Detect,
         "[output]": Output,
