@@ -393,7 +393,7 @@ class Mask(_Section):
     ] = Field(
         (200.0, 3000.0),
         description="the lowest and the highest cloud, in metres above the ground, whose shadow is looked for "
-        "where the sun throws it, and kept where B08 is dark; [] looks for none",
+        "where the sun throws it, and kept where B08 is dark, and darker than on other dates; [] looks for none",
     )
     readmit: bool = Field(
         True,

@@ -39,6 +39,9 @@ DARK_NIR = 0.12
 """Reflectance of B08 below which what lies under the projection of a cloud counts as its shadow. In a real series of
 118 dates (site 31UDS) the classes of shadow have .068 +- .030."""
 
+SHADE = 0.6
+"""Share of the NIR of its brightest date below which a pixel may lie in shadow: the direct light is more than that."""
+
 _STRIP_PX = 1 << 16
 _LIKE = (0.02, 0.15)  # of two dates that show the same ground: absolute, and of their mean
 
@@ -235,8 +238,9 @@ def admitted(codes_tyx: da.Array, bands_tyx: Mapping[str, da.Array], *, offsets:
     """Decide by the bands what the classification left open: (t, y, x) bool, lazily.
 
     codes_tyx : of `judge`; bands_tyx : band -> (t, y, x) uint16 digital numbers, 0 = nodata; offsets : of the scenes
-    A SHADED pixel is used unless its B08 is below DARK_NIR (without B08, it is). A CLOUDED one is used where it
-    proves to be bright ground (`returning_ground`; without B02, B04 and B08 it never is).
+    A SHADED pixel is used unless its B08 is below DARK_NIR and below SHADE times that of its brightest date (without
+    B08, it is used): ground that is dark on all dates, a wet scar, lies in no cloud's shadow. A CLOUDED one is used
+    where it proves to be bright ground (`returning_ground`; without B02, B04 and B08 it never is).
     """
     names = [band for band in ("B02", "B04", "B08") if band in bands_tyx]
     if "B08" not in names:
@@ -264,7 +268,8 @@ def _admitted_strip(
     shaded = codes_tn == SHADED
     if shaded.any():
         nir = bands_tn["B08"].astype(np.float32) / 10_000 + shift_t
-        used |= shaded & (nir >= DARK_NIR)
+        nir[(bands_tn["B08"] == 0) | ~(used | shaded)] = 0
+        used |= shaded & ((nir >= DARK_NIR) | (nir >= SHADE * nir.max(axis=0)))
     # ground that is called cloud on three dates at least; few pixels, so that they are looked at apart
     asked = np.flatnonzero((codes_tn == CLOUDED).any(axis=0)) if len(bands_tn) == 3 else np.array([], int)
     if asked.size and len(codes_tn) > 2:

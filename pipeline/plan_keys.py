@@ -36,7 +36,7 @@ LAND_COVER_VERSION = 1
 """The same of classified land cover."""
 
 
-OPTICAL_VERSION = 1
+OPTICAL_VERSION = 2
 """Version of what optical layers hold and how it is made; a change makes every tile of them due, and of no others."""
 
 

@@ -159,10 +159,13 @@ def used(codes, **bands):
 
 
 def test_a_pixel_under_a_projected_cloud_is_used_unless_it_is_dark():
-    codes = np.full((1, 1, 2), SHADED, np.uint8)
+    codes = np.array([SHADED, CLEAR, CLOUDED], np.uint8)[:, None, None] * np.ones((1, 1, 4), np.uint8)
+    first = [[0.05, 0.3, 0.05, 0.11]]
+    others = [[0.3, 0.3, 0.06, 0.13], [0.5, 0.5, 0.5, 0.5]]
 
-    assert used(codes, B08=[[[0.05, 0.3]]]).tolist() == [[[False, True]]]
-    assert used(codes, B04=[[[0.05, 0.3]]]).tolist() == [[[True, True]]], "nothing says that it is dark"
+    assert used(codes, B08=[first, *([o] for o in others)])[0].tolist() == [[False, True, True, True]]
+    assert used(codes[:1], B08=[first]).all(), "with nothing to compare it with, it is ground"
+    assert used(codes[:1], B04=[first]).all(), "nothing says that it is dark"
 
 
 GROUND = {"B02": 0.11, "B04": 0.20, "B08": 0.28}
