@@ -84,6 +84,24 @@ def test_one_line_and_exit_1(desk, command, changes, says):
     assert command("plan", desk.toml).code == 0
 
 
+@pytest.mark.parametrize(
+    ("fit", "model", "says"),
+    [
+        ({"strata": "nowhere.gpkg"}, "kmeans", "fit.strata: got 'nowhere.gpkg', which cannot be read"),
+        ({"strata": "small.toml"}, "kmeans", "cannot be read"),
+        ({"strata_field": "zone"}, "kmeans", "strata_field names an attribute of strata"),
+        ({"mnf_components": 5}, "rdndvi", "reads no MNF component; leave mnf_components out"),
+        ({"mnf_variance": 1.5}, "kmeans", "above 0, at most 1"),
+    ],
+)
+def test_strata_and_components_that_do_not_serve_are_refused(desk, command, fit, model, says):
+    bands = ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]
+    desk.write(fit=fit, detect={"model": model}, cube={"bands": bands})
+    refused = command("plan", desk.toml)
+    assert refused.code == 1
+    assert says in refused.refusal
+
+
 def test_all_cloud_is_done_with_a_reason(desk_in, own_archive, tmp_path, command):
     for path in (own_archive / SCENES).glob("*/SCL.tif"):
         with rasterio.open(path) as src:
