@@ -68,7 +68,7 @@ def test_a_planted_step_is_the_only_seam_between_tiles(finished, tmp_path):
     shutil.copytree(finished.workspace, copied)
     plan = open_plan(copied)
     before = [edge for edge in quality_of(plan).edges if edge.kind == "tile"]
-    assert len(before) == 8
+    assert len(before) >= 4, "an edge that clouds hide on most of its length is not audited"
     assert not any(edge.seam for edge in before), [edge.row() for edge in before if edge.seam]
 
     tile, px = plan.tiles[0], plan.grid.tile_px
