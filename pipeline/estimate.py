@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from slidecube.catalog.grid import TileGrid
 from slidecube.models.card import ModelCard
-from slidecube.pipeline.composite import COMPILED, STRIP_PX, Method
-from slidecube.pipeline.config import Config
+from slidecube.pipeline.composite import COMPILED, STRIP_PX
+from slidecube.pipeline.config import Config, Cube
 from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.terrain import TERRAIN_ALWAYS
@@ -21,6 +21,7 @@ _COMPRESSION = 2.2  # of stored layers by zstd, on composites
 _SECONDS_PER_MPX_BAND_DATE = 0.028  # reading, masking and compositing on one core
 _SECONDS_PER_MPX_DETECT = 0.6
 _SECONDS_PER_MPX_SHIFT = 0.6  # of the blocks under a tile and around it
+_SECONDS_PER_MPX_RANKED_DATE = 0.06  # put in order of NDVI
 _SECONDS_PER_MPX_GEOMEDIAN = 0.013  # a band and date
 _SECONDS_PER_MPX_MEDOID = 2.9e-4  # a band and pair of dates
 _COMPILER_GB = 0.12  # numba, its compiler, and what it made
@@ -115,7 +116,7 @@ def estimate(
     if config.cube.coregistration.check and compares_images(card):
         around = (grid.tile_px / grid.block_px + 2) ** 2 * grid.block_px**2 / 1e6
         seconds += tiles * epochs * around * _SECONDS_PER_MPX_SHIFT
-    seconds += tile_mpx * _composite_seconds(config.cube.composite, each, bands=bands)
+    seconds += tile_mpx * _composite_seconds(config.cube, each, bands=bands)
     seconds += epochs * card.sample_patches * card.parameters.get("epochs", 0.0) * _SECONDS_PER_PATCH_EPOCH
     block = block_mem_gb(block_px=grid.block_px, dates=most, bands=bands)
     if sun.correction != "none":  # each band corrected, and the light of each date
@@ -200,11 +201,13 @@ def block_mem_gb(*, block_px: int, dates: int, bands: int) -> float:
     return (block_px**2 * dates * (bands * 2 + 2 + 4) + strip) / 1e9
 
 
-def _composite_seconds(method: Method, dates: Iterable[int], *, bands: int) -> float:
+def _composite_seconds(cube: Cube, dates: Iterable[int], *, bands: int) -> float:
     """Seconds a megapixel of all tiles, beside what every method takes; dates : of each tile."""
-    if method == "geomedian":
+    if cube.composite == "greenest" and cube.greenest_of:
+        return _SECONDS_PER_MPX_RANKED_DATE * sum(dates)
+    if cube.composite == "geomedian":
         return _SECONDS_PER_MPX_GEOMEDIAN * bands * sum(dates)
-    if method == "medoid":
+    if cube.composite == "medoid":
         return _SECONDS_PER_MPX_MEDOID * bands * sum(n * (n - 1) // 2 for n in dates)
     return 0.0
 
