@@ -27,7 +27,7 @@ from slidecube.pipeline.run_plan import EpochPlan, RunPlan, coregistration_of
 from slidecube.pipeline.store import read_window
 from slidecube.pipeline.strata import blend_weights
 from slidecube.pipeline.tasks import layer_ledger
-from slidecube.pipeline.terrain import TERRAIN_VARIABLES
+from slidecube.pipeline.terrain import RASTERIO, TERRAIN_VARIABLES
 from slidecube.pipeline.visibility import SEEN_VARIABLES
 
 _FILL: dict[str, tuple[float, str]] = {
@@ -205,9 +205,11 @@ def stratum_codes(plan: RunPlan, window: PixelWindow) -> np.ndarray:
 
 def aoi_mask(plan: RunPlan, window: PixelWindow) -> np.ndarray:
     """Pixels whose centre lies in the area of interest: (y, x) bool."""
-    inside: np.ndarray = rasterio.features.geometry_mask(
-        [plan.aoi_shape], out_shape=window.shape, transform=window.geobox(plan.grid).affine, invert=True
-    )
+    affine = window.geobox(plan.grid).affine
+    with RASTERIO:
+        inside: np.ndarray = rasterio.features.geometry_mask(
+            [plan.aoi_shape], out_shape=window.shape, transform=affine, invert=True
+        )
     return inside
 
 

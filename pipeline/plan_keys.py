@@ -26,7 +26,7 @@ from slidecube.pipeline.terrain import TERRAIN_VERSION
 _EVENT_AT: dict[str, WindowEnd] = {"pre": "end", "post": "start"}
 _MARGIN_M = 1_000.0  # beyond a halo: what the kernels of a warp from the DEM's own pixels reach
 
-RADAR_VERSION = 1
+RADAR_VERSION = 2
 """Version of what radar layers hold and how it is made; a change makes every tile of them due, and of no others."""
 
 AUXILIARY_VERSION = 1

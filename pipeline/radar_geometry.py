@@ -275,16 +275,16 @@ def padded(geobox: GeoBox) -> GeoBox:
 
 
 def block_geometry(
-    track: Track, geobox: GeoBox, terrain_yx: np.ndarray, heights: np.ndarray, *, dem_north_deg: float = 0.0
+    track: Track, geobox: GeoBox, terrain_yx: np.ndarray, heights: np.ndarray
 ) -> BlockGeometry:
     """Geometry of a block.
 
-    geobox : its pixels; terrain_yx : (3, y, x) elevation, slope and aspect on them, NaN = nodata (aspect: or flat)
+    geobox : its pixels; terrain_yx : (3, y, x) elevation, slope and aspect (from true north) on them, NaN = nodata
+        (aspect: or flat)
     heights : (y, x) metres on the pixels of `padded(geobox)`, NaN = nodata
-    dem_north_deg : azimuth of the north that aspects are counted from
     """
     seen, away = _view_of(track, geobox), _range_direction(track, geobox)
-    slopes = slope_angles(terrain_yx[1], terrain_yx[2] + dem_north_deg, seen.look_azimuth_deg)
+    slopes = slope_angles(terrain_yx[1], terrain_yx[2], seen.look_azimuth_deg)
     layover, shadow = _masks(geobox, heights, away, _centre(seen.incidence_deg))
     return BlockGeometry(
         incidence_deg=seen.incidence_deg.astype(np.float32),

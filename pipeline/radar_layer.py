@@ -12,7 +12,6 @@ from typing import Literal
 import dask
 import dask.array as da
 import numpy as np
-import pyproj
 import shapely
 from odc.geo.geobox import GeoBox
 
@@ -217,22 +216,11 @@ def _geometry_block(
 ) -> np.ndarray:
     on_grid = terrain_block(dem, geobox, log, loader)
     heights = terrain_block(dem, padded(geobox), log, loader)[0]
-    north_deg = _north_of(dem, geobox)
     out = []
     for track in tracks:
-        seen = block_geometry(track, geobox, on_grid, heights, dem_north_deg=north_deg)
+        seen = block_geometry(track, geobox, on_grid, heights)
         factor = np.ones(geobox.shape, np.float32)
         if model != "none":
             factor = slope_factor(seen.incidence_deg, seen.slopes, model)
         out += [seen.local_incidence_deg, seen.layover, seen.shadow, factor]
     return np.stack(out).astype(np.float32)
-
-
-def _north_of(dem: list[Scene], geobox: GeoBox) -> float:
-    """Azimuth of the north of a DEM's grid at a block's centre, from which its aspects are counted."""
-    codes = {scene.item["properties"].get("proj:code") for scene in dem}
-    crs = [pyproj.CRS.from_user_input(code) for code in codes if code]
-    if len(crs) != 1 or not crs[0].is_projected:
-        return 0.0
-    centre = geobox.extent.centroid.to_crs("EPSG:4326").coords[0]
-    return float(pyproj.Proj(crs[0]).get_factors(*centre).meridian_convergence)

@@ -42,7 +42,10 @@ TERRAIN_VERSION = 2
 
 SLOPE_SCALE = 0.01
 SLOPE_NODATA = 65535
-_REPROJECT = threading.Lock()
+RASTERIO = threading.Lock()
+"""Held while rasterio makes arrays of its own: it silences a warning about them in a way that two threads undo for
+each other."""
+
 _MARGIN_PX = 4  # one for Horn's kernel, two for the cubic kernel, one for rounding
 _CONVERGENCE_STEP_PX = 32  # it turns by less than .01 degree over a kilometre
 _GEOD = pyproj.Geod(ellps="WGS84")
@@ -571,8 +574,7 @@ def _onto(name: str, values: np.ndarray, native: GeoBox, geobox: GeoBox) -> np.n
 
 def _warp(layer: np.ndarray, native: GeoBox, geobox: GeoBox, kernel: Resampling) -> np.ndarray:
     out = np.full(geobox.shape, np.nan, np.float32)
-    # rasterio silences a warning about its own helper arrays in a way that two threads undo for each other
-    with _REPROJECT:
+    with RASTERIO:
         rasterio.warp.reproject(
             layer.astype(np.float32),
             out,
