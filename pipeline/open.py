@@ -103,7 +103,7 @@ def _without_unrecorded(stored: xr.Dataset, done: da.Array) -> xr.Dataset:
     mask = xr.DataArray(done, dims=("epoch", "y", "x"))
     shown = {}
     for name, array in stored.data_vars.items():
-        fill: Any = CF[str(name)].get("_FillValue", int(Observability.NOT_PROCESSED))
+        fill: Any = CF.get(str(name), {}).get("_FillValue", int(Observability.NOT_PROCESSED))
         shown[name] = array.where(mask, np.asarray(fill, array.dtype)).assign_attrs(array.attrs)
     return stored.assign(shown)
 
