@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from slidecube.catalog.aoi import Aoi
 from slidecube.catalog.errors import CatalogError
@@ -71,11 +72,18 @@ def dem_facts(config: Config, scenes: Iterable[Scene]) -> DemFacts:
     said = config.sources.dem_date
     data = {config.sources.dem_datum or _datum_of(scene) for scene in items}
     return DemFacts(
-        sources=tuple(sorted({scene.source for scene in items})),
+        sources=tuple(sorted({_name_of(scene) for scene in items})),
         first=said or (min(firsts) if known else None),
         last=said or (max(lasts) if known else None),
         vertical_datum=data.pop() if len(data) == 1 else ", ".join(sorted(d or "unknown" for d in data)),
     )
+
+
+def _name_of(scene: Scene) -> str:
+    """Name of a DEM; of a local one its collection's or its file's, for products say nothing of this machine."""
+    if scene.source in SOURCES:
+        return scene.source
+    return str(scene.item.get("collection") or PurePosixPath(scene.source).name)
 
 
 def _days_of(scene: Scene) -> tuple[dt.date, dt.date] | None:

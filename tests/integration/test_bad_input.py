@@ -110,7 +110,7 @@ def test_all_cloud_is_done_with_a_reason(desk_in, own_archive, tmp_path, command
         profile.update(driver="GTiff", interleave="band")
         with rasterio.open(path, "w", **profile) as out:
             out.write(values, 1)
-    desk = desk_in(tmp_path / "desk", archive=own_archive)
+    desk = desk_in(tmp_path / "desk", archive=own_archive, cube={"mask": {"readmit": False}})
     assert command("run", desk.toml, "--quiet").code == 0
     inventory = open_inventory(desk.workspace)
     inside = inventory.observability.values != 1

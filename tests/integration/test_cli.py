@@ -296,6 +296,8 @@ STATE = {
             "sheet": "statistics/0123456789abcdef/sheet/index.html",
         }
     ],
+    "land_cover": [],
+    "shifts": {},
     "complete": False,
     "jobs": [],
     "running": "hokkaido-1a2b3c4d",

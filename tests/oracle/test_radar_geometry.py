@@ -9,7 +9,7 @@ import pyproj
 import pytest
 import rasterio
 from affine import Affine
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 
@@ -234,6 +234,8 @@ def test_a_block_is_cut_out_of_a_larger_one_with_the_same_masks():
 @settings(deadline=None, max_examples=60)
 @given(angles, angles, st.floats(25, 48), st.sampled_from(["volume", "surface"]))
 def test_correction_is_the_paper_s_formula_and_one_on_flat_ground(range_deg, azimuth_deg, theta, model):
+    # on the very edge of what is defined, the last digit of an angle in radians decides
+    assume(min(abs(range_deg - theta), abs(range_deg - theta + 90)) > 1e-9)
     slopes = SlopeAngles(range_deg=np.array(range_deg), azimuth_deg=np.array(azimuth_deg))
     found = float(slope_factor(theta, slopes, model))
 
