@@ -284,8 +284,7 @@ def _jobqueue(profile: Profile) -> Opened:
         kept = undo.enter_context(ExitStack())
         cluster = kind(
             job_cls=_heard(kind.job_cls, answers),
-            security=fresh_security(),
-            shared_temp_directory=kept.enter_context(_scratch(prefix, Path.cwd())),
+            security=fresh_security(Path(kept.enter_context(_scratch(prefix, Path.cwd())))),
             **jobqueue_arguments(profile),
         )
         undo.callback(cluster.close, timeout=_CONNECT_S)

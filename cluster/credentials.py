@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -12,9 +13,10 @@ from distributed import Security
 _BEFORE, _AFTER = dt.timedelta(days=30), dt.timedelta(days=3650)
 
 
-def fresh_security() -> Security:
+def fresh_security(folder: Path | None = None) -> Security:
     """Make a key and a certificate that signs itself, for scheduler, workers and client alike; they die with us.
 
+    folder : private, where they lie as files, for workers that are not our children; in memory when left out
     `Security.temporary` does so, too, but from this very second on, which has not come yet on a node whose clock is
     behind.
     """
@@ -35,6 +37,8 @@ def fresh_security() -> Security:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ).decode()
     public = made.public_bytes(serialization.Encoding.PEM).decode()
+    if folder is not None:
+        private, public = (_filed(folder / name, text) for name, text in (("key", private), ("cert", public)))
     roles = ("client", "scheduler", "worker")
     return Security(
         require_encryption=True,
@@ -42,3 +46,9 @@ def fresh_security() -> Security:
         **{f"tls_{role}_cert": public for role in roles},
         **{f"tls_{role}_key": private for role in roles},
     )
+
+
+def _filed(path: Path, text: str) -> str:
+    path.touch(mode=0o600)
+    path.write_text(text, encoding="ascii")
+    return str(path)
