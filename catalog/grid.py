@@ -103,21 +103,21 @@ class TileGrid:
 
     def tile(self, row: int, col: int) -> Tile:
         """Return the tile at a row and a column of the frame."""
-        return next(self._tiles_at([(row, col)]))
+        return next(self._tiles_at([(f"r{row:03d}c{col:03d}", row, col)]))
 
     def tiles_of(self, keys: Iterable[str]) -> tuple[Tile, ...]:
         """Return the tiles with these keys."""
-        return tuple(self._tiles_at(map(_position, keys)))
+        return tuple(self._tiles_at(map(_placed, keys)))
 
-    def _tiles_at(self, positions: Iterable[tuple[int, int]]) -> Iterator[Tile]:
-        frame = self.frame
-        rows, cols = (n // self.tile_px for n in frame.shape)
-        for row, col in positions:
+    def _tiles_at(self, places: Iterable[tuple[str, int, int]]) -> Iterator[Tile]:
+        frame, side = self.frame, self.tile_px
+        rows, cols = (n // side for n in frame.shape)
+        for key, row, col in places:
             if not (0 <= row < rows and 0 <= col < cols):
                 raise CatalogError(
                     f"Tile row {row}, column {col} lies outside the frame of {rows} x {cols} tiles"
                 )
-            yield Tile(key=f"r{row:03d}c{col:03d}", row=row, col=col, frame=frame, side_px=self.tile_px)
+            yield Tile(key=key, row=row, col=col, frame=frame, side_px=side)
 
     def tiles(self, aoi: Aoi) -> tuple[Tile, ...]:
         """Return the tiles that share area with the AOI, by row, then column."""
@@ -141,7 +141,8 @@ class TileGrid:
         shapely.prepare(shape)
         # the interiors must meet: an AOI that only touches a tile's edge has no pixel in it
         hit = shapely.intersects(shape, boxes) & ~shapely.touches(shape, boxes)
-        yield from self._tiles_at(zip(r[hit].tolist(), c[hit].tolist(), strict=True))
+        places = zip(r[hit].tolist(), c[hit].tolist(), strict=True)
+        yield from self._tiles_at((f"r{row:03d}c{col:03d}", row, col) for row, col in places)
 
     def offset_px(self, geobox: GeoBox) -> tuple[int, int]:
         """Row and column in the frame of a GeoBox's first pixel; the GeoBox must lie on the grid's pixels."""
@@ -203,12 +204,13 @@ def _crs_slug(crs: str) -> str:
     return "crs" + hashlib.blake2b(wkt.encode(), digest_size=6).hexdigest()
 
 
-def _position(key: str) -> tuple[int, int]:
-    """Row and column of a tile's key."""
+def _placed(key: str) -> tuple[str, int, int]:
+    """A tile's key, its row and its column."""
     match = _KEY.fullmatch(key)
     if match is None:
         raise CatalogError(f"{key!r} is not a tile key; keys look like 'r012c034'")
-    return int(match[1]), int(match[2])
+    row, col = match.groups()
+    return key, int(row), int(col)
 
 
 @lru_cache(maxsize=64)

@@ -100,7 +100,7 @@ def _tasks_from(table: pa.Table, layer: str) -> dict[str, tuple[str, tuple[int, 
     scenes = table[f"{layer}.scenes"].combine_chunks()
     ends, flat = scenes.offsets.to_pylist(), scenes.values.to_pylist()
     read = (tuple(flat[a:b]) for a, b in pairwise(ends))
-    return {tile: (key, which) for tile, key, which in zip(tiles, keys, read, strict=True)}
+    return dict(zip(tiles, zip(keys, read, strict=True), strict=True))
 
 
 def current_run(workspace: Workspace) -> str | None:

@@ -45,11 +45,13 @@ class _Tally:
     def add(self, wanted: Wanted) -> None:
         """Take in the records of a layer or an epoch."""
         told = wanted.ledger.table(*_TOLD)
-        rows = zip(told["tile"].to_pylist(), told["key"].to_pylist(), strict=True)
-        known = told.filter(pa.array([wanted.keys.get(tile) == key for tile, key in rows], pa.bool_()))
-        failed = known.filter(
-            pa.array([state == "failed" for state in known["state"].to_pylist()], pa.bool_())
-        )
+        rows = list(zip(told["tile"].to_pylist(), told["key"].to_pylist(), strict=True))
+        known = told
+        if not all(map(wanted.keys.items().__contains__, rows)):  # most records are of this very plan
+            known = told.filter(pa.array([wanted.keys.get(tile) == key for tile, key in rows], pa.bool_()))
+        failed = known.slice(0, 0)
+        if "failed" in known["state"].unique().to_pylist():
+            failed = known.filter(pa.array([s == "failed" for s in known["state"].to_pylist()], pa.bool_()))
         for tile, reason in zip(failed["tile"].to_pylist(), failed["reason"].to_pylist(), strict=True):
             failure = {"stage": wanted.stage, "what": wanted.what, "tile": tile, "reason": reason}
             self.failures.append(failure)
@@ -82,6 +84,7 @@ _TOLD = ("key", "state", "reason", "lost", "substituted", "numbers", "bytes", "s
 """What of the records is summed up."""
 
 
+@collector_paused()
 def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, Any]:
     """Say where the current plan of a workspace stands.
 
@@ -108,11 +111,10 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
     made = read_plan(workspace, name)
     tally = _Tally()
     keys = {}
-    with collector_paused():
-        for wanted in wanted_of(made):
-            tally.add(wanted)
-            if wanted.stage == "detect":
-                keys[wanted.what] = wanted.keys
+    for wanted in wanted_of(made):
+        tally.add(wanted)
+        if wanted.stage == "detect":
+            keys[wanted.what] = wanted.keys
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
     at_work, silent = (drivers or Drivers()).look(workspace.locks)
     fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]

@@ -120,7 +120,7 @@ def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
     for name in epoch.layers:
         states, tasks = _states(layer_ledger(plan, name)), plan.tasks[name]
         keys = [tasks[tile][0] for tile in said[0]]
-        found = [states.get(tile) for tile in said[0]]
+        found = list(map(states.get, said[0]))
         said.append(
             [
                 f"{name} {key} {of[1] if of is not None and of[0] == key else ''}"
@@ -161,9 +161,13 @@ def _states(ledger: Ledger) -> dict[str, tuple[str, str]]:
     found = {}
     for tile, key, state, lost in zip(*columns, strict=True):
         if state != "failed":
-            lacking = sorted({(scene, asset) for scene, asset, _ in json.loads(lost)}) if lost != "[]" else []
-            found[tile] = (key, f"done {content_key(lacking)}" if lacking else "done")
+            found[tile] = (key, "done" if lost == "[]" else _lacking(lost))
     return found
+
+
+def _lacking(lost: str) -> str:
+    lacking = sorted({(scene, asset) for scene, asset, _ in json.loads(lost)})
+    return f"done {content_key(lacking)}" if lacking else "done"
 
 
 def fitted_statistics(plan: RunPlan, epoch: EpochPlan) -> Statistics:
