@@ -62,7 +62,9 @@ def mosaic_due(
     there = set(record["formats"])
     wanted = there == set(plan.config.output.formats) if formats is None else set(formats) <= there
     whole = all((folder / product).exists() for product in record["products"])
-    return not (wanted and whole and record["key"] == products_key(plan, keys))
+    if not (wanted and whole and record["key"]):
+        return True  # whatever a nation's detections say
+    return bool(record["key"] != products_key(plan, keys))
 
 
 def any_detected(plan: RunPlan) -> bool:
