@@ -157,8 +157,8 @@ def lineage(plan: RunPlan) -> Lineage:
             if layer is None:
                 continue
             label = f"{use} {epoch.name}" if several and use != "dem" else use
-            for positions in plan.tasks[layer].values():
-                for i in positions[1]:
+            for positions in plan.reads[layer].values():
+                for i in positions:
                     scene = plan.scenes.scenes[i]
                     scenes[label, scene.id] = LineageScene(
                         id=scene.id,

@@ -123,7 +123,7 @@ def _read(plan: RunPlan, layer: str, names: list[str], window: PixelWindow) -> x
     out = {name: np.full(window.shape, *_nodata_and_dtype(name)) for name in names}
     for tile in _tiles_in(plan, window):
         record = ledger.read(tile.key)
-        if record is None or record.key != plan.tasks[layer][tile.key][0] or record.state != "done":
+        if record is None or record.key != plan.keys[layer][tile.key] or record.state != "done":
             continue
         rows = slice(max(window.row, tile.row * px), min(window.row + window.height, (tile.row + 1) * px))
         cols = slice(max(window.col, tile.col * px), min(window.col + window.width, (tile.col + 1) * px))

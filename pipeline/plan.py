@@ -15,7 +15,7 @@ import shapely
 
 from slidecube.catalog.aoi import Aoi, read_aoi
 from slidecube.catalog.failover import Sought, seek
-from slidecube.catalog.grid import Tile, TileGrid, choose_crs
+from slidecube.catalog.grid import TileGrid, Tiles, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
 from slidecube.models.predict import Detector
 from slidecube.pipeline.config import Config
@@ -28,7 +28,7 @@ from slidecube.pipeline.plan_keys import (
     optical_layer_plan,
     stat_key_of,
     terrain_layer_plan,
-    tile_tasks,
+    tile_keys,
 )
 from slidecube.pipeline.run_plan import (
     EpochPlan,
@@ -121,7 +121,7 @@ def named_plan(config: Config, run: str) -> RunPlan:
     return replace(found, config=config if same else found.config, reused_scenes=True)
 
 
-def _tiled(aoi: Aoi, tiles: tuple[Tile, ...]) -> Aoi:
+def _tiled(aoi: Aoi, tiles: Tiles) -> Aoi:
     """Area of whole tiles: what a tile holds must not depend on how much of it the area covers, or a grown area would
     read every tile at its old edge again.
     """
@@ -200,7 +200,7 @@ def _assemble(
     workspace: Workspace,
     aoi: Aoi,
     grid: TileGrid,
-    tiles: tuple[Tile, ...],
+    tiles: Tiles,
     scenes: SceneTable,
     model: Detector,
 ) -> RunPlan:
@@ -215,23 +215,26 @@ def _assemble(
     ]
     layers = {la.name: la for la in (terrain, *(la for by in sides for la in by.values()))}
     touching = list(scenes.touching_each([tile.geobox for tile in tiles]))
-    tasks = {layer.name: tile_tasks(layer, tiles, scenes, touching) for layer in layers.values()}
+    made = {name: tile_keys(layer, tiles, scenes, touching) for name, layer in layers.items()}
+    keys = {name: by for name, (by, _) in made.items()}
+    reads = {name: by for name, (_, by) in made.items()}
     # the outline counts, too: it decides what is looked at, and another one is another inventory
     outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
     epochs = []
     for epoch, by in zip(config.epochs, sides, strict=True):
         read = (*by.values(), terrain)
-        contributing = [[tasks[layer.name][tile.key][0] for layer in read] for tile in tiles]
+        contributing = [[keys[layer.name][tile] for layer in read] for tile in tiles.keys]
         epochs.append(
             _epoch_plan(config, epoch.name, by, terrain, model=model, terms=[contributing, outline])
         )
     _require_fits(config, epochs)
-    rows, cols = [t.row for t in tiles], [t.col for t in tiles]
-    extent = [min(rows), min(cols), max(rows), max(cols)]
+    extent = [
+        int(found) for found in (tiles.rows.min(), tiles.cols.min(), tiles.rows.max(), tiles.cols.max())
+    ]
     inventory_key = content_key(
         "inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent, outline
     )
-    digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, [t.key for t in tiles])
+    digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, tiles.keys)
     return RunPlan(
         run=f"{config.stem}-{digest[:8]}",
         workspace=workspace,
@@ -242,7 +245,8 @@ def _assemble(
         scenes=scenes,
         layers=tuple(layers.values()),
         epochs=tuple(epochs),
-        tasks=tasks,
+        keys=keys,
+        reads=reads,
         inventory=f"{config.stem}-{model.card.name}-{inventory_key[:8]}",
         estimate=estimate(
             config,
@@ -250,9 +254,7 @@ def _assemble(
             card=model.card,
             tiles=len(tiles),
             scenes=len(scenes),
-            dates={
-                n: {t: len(s) for t, (_, s) in by.items()} for n, by in tasks.items() if n != terrain.name
-            },
+            dates={n: {t: len(s) for t, s in by.items()} for n, by in reads.items() if n != terrain.name},
         ),
     )
 

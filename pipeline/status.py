@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from slidecube.pipeline.drivers import Drivers
 from slidecube.pipeline.errors import PipelineError
@@ -45,13 +46,10 @@ class _Tally:
     def add(self, wanted: Wanted) -> None:
         """Take in the records of a layer or an epoch."""
         told = wanted.ledger.table(*_TOLD)
-        rows = list(zip(told["tile"].to_pylist(), told["key"].to_pylist(), strict=True))
-        known = told
-        if not all(map(wanted.keys.items().__contains__, rows)):  # most records are of this very plan
-            known = told.filter(pa.array([wanted.keys.get(tile) == key for tile, key in rows], pa.bool_()))
-        failed = known.slice(0, 0)
-        if "failed" in known["state"].unique().to_pylist():
-            failed = known.filter(pa.array([s == "failed" for s in known["state"].to_pylist()], pa.bool_()))
+        keys = pa.array(wanted.keys.values(), pa.string())
+        of = keys.take(pc.index_in(told["tile"], value_set=pa.array(wanted.keys, pa.string())))
+        known = told.filter(pc.fill_null(pc.equal(of, told["key"]), False))
+        failed = known.filter(pc.equal(known["state"], "failed"))
         for tile, reason in zip(failed["tile"].to_pylist(), failed["reason"].to_pylist(), strict=True):
             failure = {"stage": wanted.stage, "what": wanted.what, "tile": tile, "reason": reason}
             self.failures.append(failure)

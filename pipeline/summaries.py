@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slidecube.catalog.search import Newest, scenes_by_tile
 from slidecube.cluster.resources import Profile, ProfileFile
 from slidecube.pipeline.lineage import sourcing_lines
-from slidecube.pipeline.probe import Found
-from slidecube.pipeline.run import RunReport
-from slidecube.pipeline.run_plan import RunPlan
-from slidecube.pipeline.storage import Place
+
+if TYPE_CHECKING:  # who asks for a status need not import what runs
+    from slidecube.pipeline.probe import Found
+    from slidecube.pipeline.run import RunReport
+    from slidecube.pipeline.run_plan import RunPlan
+    from slidecube.pipeline.storage import Place
 
 _SHOWN = 10
 """Failures that are listed one by one; `status --json` has all."""
