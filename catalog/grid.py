@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
+import numpy.typing as npt
 import pyproj
 import shapely
 from affine import Affine
@@ -27,7 +29,6 @@ from slidecube.catalog.errors import CatalogError
 
 TILE_SIZES_PX = (512, 1024, 2048, 4096)
 BLOCK_PX = 512
-_KEY = re.compile(r"r(\d{3,})c(\d{3,})")
 _FRAME_STEP_PX = max(TILE_SIZES_PX)
 _FRAME_MARGIN_M = 200_000.0
 _FRAME_HALF_M = 5_000_000.0  # of a CRS without an area of use: wide enough for the largest nation
@@ -103,27 +104,25 @@ class TileGrid:
 
     def tile(self, row: int, col: int) -> Tile:
         """Return the tile at a row and a column of the frame."""
-        return next(self._tiles_at([(row, col)]))
+        return self.tiles_at([row], [col])[0]
 
-    def tiles_of(self, keys: Iterable[str]) -> tuple[Tile, ...]:
-        """Return the tiles with these keys."""
-        return tuple(self._tiles_at(map(_position, keys)))
+    def tiles_at(self, rows: npt.ArrayLike, cols: npt.ArrayLike) -> Tiles:
+        """Return the tiles at rows and columns of the frame, in this order."""
+        found = Tiles(self, np.asarray(rows, np.int64), np.asarray(cols, np.int64))
+        n_rows, n_cols = (n // self.tile_px for n in self.frame.shape)
+        outside = (found.rows < 0) | (found.rows >= n_rows) | (found.cols < 0) | (found.cols >= n_cols)
+        if outside.any():
+            row, col = found.rows[outside][0], found.cols[outside][0]
+            raise CatalogError(
+                f"Tile row {row}, column {col} lies outside the frame of {n_rows} x {n_cols} tiles"
+            )
+        return found
 
-    def _tiles_at(self, positions: Iterable[tuple[int, int]]) -> Iterator[Tile]:
-        frame = self.frame
-        rows, cols = (n // self.tile_px for n in frame.shape)
-        for row, col in positions:
-            if not (0 <= row < rows and 0 <= col < cols):
-                raise CatalogError(
-                    f"Tile row {row}, column {col} lies outside the frame of {rows} x {cols} tiles"
-                )
-            yield Tile(key=f"r{row:03d}c{col:03d}", row=row, col=col, frame=frame, side_px=self.tile_px)
-
-    def tiles(self, aoi: Aoi) -> tuple[Tile, ...]:
+    def tiles(self, aoi: Aoi) -> Tiles:
         """Return the tiles that share area with the AOI, by row, then column."""
-        return tuple(self._tiles_over(aoi.to_crs(self.crs)))
+        return self._tiles_over(aoi.to_crs(self.crs))
 
-    def _tiles_over(self, shape: BaseGeometry) -> Iterator[Tile]:
+    def _tiles_over(self, shape: BaseGeometry) -> Tiles:
         left, bottom, right, top = _frame_bounds(self.crs, self.resolution_m)
         xmin, ymin, xmax, ymax = shape.bounds
         if not np.all(np.isfinite([xmin, ymin, xmax, ymax])) or not shapely.box(
@@ -141,12 +140,55 @@ class TileGrid:
         shapely.prepare(shape)
         # the interiors must meet: an AOI that only touches a tile's edge has no pixel in it
         hit = shapely.intersects(shape, boxes) & ~shapely.touches(shape, boxes)
-        yield from self._tiles_at(zip(r[hit].tolist(), c[hit].tolist(), strict=True))
+        return self.tiles_at(r[hit], c[hit])
 
     def offset_px(self, geobox: GeoBox) -> tuple[int, int]:
         """Row and column in the frame of a GeoBox's first pixel; the GeoBox must lie on the grid's pixels."""
         col, row = (~self.frame.affine) @ (geobox.affine.c, geobox.affine.f)
         return round(row), round(col)
+
+
+class Tiles(Sequence[Tile]):
+    """Tiles of a grid in one order, each made when it is asked for: a nation has 100,000, and few look at all.
+
+    rows, cols : of the frame, (n,) int64
+    """
+
+    def __init__(self, grid: TileGrid, rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64]) -> None:
+        self.grid, self.rows, self.cols = grid, rows, cols
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Their keys."""
+        return tuple(_tile_key(*place) for place in zip(self.rows.tolist(), self.cols.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, i: int) -> Tile: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Tiles: ...
+
+    def __getitem__(self, i: int | slice) -> Tile | Tiles:
+        """Return one tile, or some of them in their order."""
+        if isinstance(i, slice):
+            return Tiles(self.grid, self.rows[i], self.cols[i])
+        row, col, grid = int(self.rows[i]), int(self.cols[i]), self.grid
+        return Tile(key=_tile_key(row, col), row=row, col=col, frame=grid.frame, side_px=grid.tile_px)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tiles):
+            return NotImplemented
+        same = np.array_equal(self.rows, other.rows) and np.array_equal(self.cols, other.cols)
+        return self.grid == other.grid and same
+
+    __hash__ = None  # type: ignore[assignment]  # arrays
+
+
+def _tile_key(row: int, col: int) -> str:
+    return f"r{row:03d}c{col:03d}"
 
 
 def choose_crs(aoi: Aoi) -> str:
@@ -201,14 +243,6 @@ def _crs_slug(crs: str) -> str:
         return f"laea-{'ns'[lat < 0]}{abs(lat):02d}{'ew'[lon < 0]}{abs(lon):03d}"
     wkt = pyproj.CRS.from_user_input(crs).to_wkt()
     return "crs" + hashlib.blake2b(wkt.encode(), digest_size=6).hexdigest()
-
-
-def _position(key: str) -> tuple[int, int]:
-    """Row and column of a tile's key."""
-    match = _KEY.fullmatch(key)
-    if match is None:
-        raise CatalogError(f"{key!r} is not a tile key; keys look like 'r012c034'")
-    return int(match[1]), int(match[2])
 
 
 @lru_cache(maxsize=64)

@@ -369,7 +369,7 @@ def _from_row(row: dict[str, Any]) -> Scene:
         id=item["id"],
         role=row["slidecube:role"],
         source=row["slidecube:source"],
-        datetime=dt.datetime.strptime(row["slidecube:datetime"], _DATETIME).replace(tzinfo=dt.UTC),
+        datetime=dt.datetime.fromisoformat(row["slidecube:datetime"]),
         identity=row["slidecube:identity"],
         datatake=row["slidecube:datatake"],
         version=row["slidecube:version"],

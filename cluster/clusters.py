@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import importlib
 import logging
@@ -130,6 +131,7 @@ def open_cluster(profile: Profile) -> Opened:
     atexit.unregister(
         close_clusters
     )  # we close ours; it would wait for a half-started one, and end in a traceback
+    logging.getLogger("distributed.client").addFilter(_no_cancelled_reconnect)
     settings = dask.config.set(DASK_SETTINGS)  # some are asked for while the cluster works
     try:
         opened = _OPENERS[profile.runner](profile)
@@ -143,6 +145,11 @@ def open_cluster(profile: Profile) -> Opened:
         ) from error
     opened.kept.enter_context(settings)
     return opened
+
+
+def _no_cancelled_reconnect(record: logging.LogRecord) -> bool:
+    """Drop what a client says when it is closed while it looks for its scheduler: the run tells of that in a line."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def _said(error: BaseException) -> str:

@@ -35,7 +35,7 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     """Detect one tile of one epoch from its finished layers, and store it."""
     tile, epoch = plan.by_tile[task.tile], plan.by_epoch[task.epoch]
     for name in epoch.layers:
-        if not layer_ledger(plan, name).complete(tile.key, plan.tasks[name][tile.key][0]):
+        if not layer_ledger(plan, name).complete(tile.key, plan.keys[name][tile.key]):
             raise PipelineError(
                 f"Layer {name} is not done on tile {tile.key}; the tile is detected when it is"
             )

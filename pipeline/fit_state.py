@@ -33,10 +33,10 @@ def tried(plan: RunPlan, epoch: EpochPlan) -> set[str]:
 def _tiles_where(
     plan: RunPlan, epoch: EpochPlan, holds: Callable[[tuple[str, bool] | None, str], bool]
 ) -> set[str]:
-    found = {tile.key for tile in plan.tiles}
+    found = set(plan.tiles.keys)
     for name in epoch.layers:
-        known, tasks = layer_ledger(plan, name).keys(), plan.tasks[name]
-        found = {tile for tile in found if holds(known.get(tile), tasks[tile][0])}
+        known, keys = layer_ledger(plan, name).keys(), plan.keys[name]
+        found = {tile for tile in found if holds(known.get(tile), keys[tile])}
     return found
 
 

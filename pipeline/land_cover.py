@@ -153,7 +153,7 @@ def _layers(plan: RunPlan, epoch: EpochPlan, window: PixelWindow) -> Layers:
 
 def _require_inputs(plan: RunPlan, epoch: EpochPlan, tile: str) -> None:
     for name in (epoch.pre, epoch.terrain, epoch.tree_radar):
-        if name and not layer_ledger(plan, name).complete(tile, plan.tasks[name][tile][0]):
+        if name and not layer_ledger(plan, name).complete(tile, plan.keys[name][tile]):
             raise IncompleteError(
                 f"The land cover of epoch {epoch.name!r} lacks layer {name} on tile {tile}; run `slidecube cube`"
             )

@@ -65,7 +65,9 @@ def mosaic_due(
     there = set(record["formats"])
     wanted = there == set(plan.config.output.formats) if formats is None else set(formats) <= there
     whole = all((folder / product).exists() for product in record["products"])
-    return not (wanted and whole and record["key"] == products_key(plan, keys))
+    if not (wanted and whole and record["key"]):
+        return True  # whatever a nation's detections say
+    return bool(record["key"] != products_key(plan, keys))
 
 
 def any_detected(plan: RunPlan) -> bool:
@@ -185,8 +187,8 @@ def lineage(plan: RunPlan) -> Lineage:
             if layer is None:
                 continue
             label = f"{use} {epoch.name}" if several and use not in {"dem", *_of_any_epoch(epoch)} else use
-            for positions in plan.tasks[layer].values():
-                for i in positions[1]:
+            for positions in plan.reads[layer].values():
+                for i in positions:
                     scene = plan.scenes.scenes[i]
                     scenes[label, scene.id] = LineageScene(
                         id=scene.id,

@@ -239,7 +239,11 @@ def read_stored(plan: RunPlan, layer: str, names: list[str], window: PixelWindow
     }
     for tile in _tiles_in(plan, window):
         record = ledger.read(tile.key)
-        if record is None or record.key != plan.tasks[layer][tile.key][0] or not record.checksums:
+        if record is None or record.key != plan.keys[layer][tile.key]:
+            continue
+        if (
+            not record.complete or not record.checksums
+        ):  # of an empty one reasons may be stored, and nothing else
             continue
         rows = slice(max(window.row, tile.row * px), min(window.row + window.height, (tile.row + 1) * px))
         cols = slice(max(window.col, tile.col * px), min(window.col + window.width, (tile.col + 1) * px))

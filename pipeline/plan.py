@@ -16,7 +16,7 @@ import shapely
 
 from slidecube.catalog.aoi import Aoi, read_aoi
 from slidecube.catalog.failover import Sought, seek
-from slidecube.catalog.grid import Tile, TileGrid, choose_crs
+from slidecube.catalog.grid import TileGrid, Tiles, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
 from slidecube.models.predict import Detector
 from slidecube.pipeline.config import Config
@@ -36,7 +36,7 @@ from slidecube.pipeline.plan_keys import (
     radar_layer_plan,
     stat_key_of,
     terrain_layer_plan,
-    tile_tasks,
+    tile_keys,
     tree_key_of,
 )
 from slidecube.pipeline.plan_layers import search_layers
@@ -137,7 +137,7 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     return replace(made, reused_scenes=reused)
 
 
-def _points(config: Config, grid: TileGrid, tiles: tuple[Tile, ...]) -> Points | None:
+def _points(config: Config, grid: TileGrid, tiles: Tiles) -> Points | None:
     settings = config.land_cover
     if settings is None:
         return None
@@ -156,7 +156,7 @@ def named_plan(config: Config, run: str) -> RunPlan:
     return replace(found, config=config if same else found.config, reused_scenes=True)
 
 
-def _tiled(aoi: Aoi, tiles: tuple[Tile, ...]) -> Aoi:
+def _tiled(aoi: Aoi, tiles: Tiles) -> Aoi:
     """Area of whole tiles: what a tile holds must not depend on how much of it the area covers, or a grown area would
     read every tile at its old edge again.
     """
@@ -247,7 +247,7 @@ def _assemble(
     workspace: Workspace,
     aoi: Aoi,
     grid: TileGrid,
-    tiles: tuple[Tile, ...],
+    tiles: Tiles,
     scenes: SceneTable,
     model: Detector,
     points: Points | None,
@@ -274,18 +274,20 @@ def _assemble(
         m: around_tiles(grid, tiles, scenes, touching, m)
         for m in {layer.heights_m for layer in layers.values() if layer.heights_m}
     }
-    tasks = {
-        layer.name: tile_tasks(layer, tiles, scenes, around[layer.heights_m or 0.0])
-        for layer in layers.values()
+    found = {
+        name: tile_keys(layer, tiles, scenes, around[layer.heights_m or 0.0])
+        for name, layer in layers.items()
     }
+    keys = {name: by for name, (by, _) in found.items()}
+    reads = {name: by for name, (_, by) in found.items()}
     covers = [
-        _land_cover(config, grid, (points, tiles), {**optical, **seen, "terrain": terrain}, tasks)
+        _land_cover(config, grid, (points, tiles), {**optical, **seen, "terrain": terrain}, keys)
         for optical, seen in zip(sides, radar, strict=True)
     ]
     for cover in covers:
         if cover is not None:
             layers[cover.layer.name] = cover.layer
-            tasks[cover.layer.name] = cover.tasks
+            keys[cover.layer.name], reads[cover.layer.name] = cover.keys, cover.reads
     raster = next((la for la in own if la.feature == "land_cover"), None)
     # the outline counts, too: it decides what is looked at, and another one is another inventory
     outline = [shapely.to_wkb(aoi.geometry, hex=True), aoi.crs]
@@ -301,7 +303,7 @@ def _assemble(
         }
         by = {**optical, **(seen if reads_radar(model.card) else {}), **read_too}
         read = _read_layers(by, terrain)
-        contributing = [[tasks[layer.name][tile.key][0] for layer in read] for tile in tiles]
+        contributing = [[keys[layer.name][tile] for layer in read] for tile in tiles.keys]
         terms = [contributing, outline, *([config.fit_terms()] if config.fit_terms() else [])]
         made = _epoch_plan(config, epoch.name, by, terrain, model=model, terms=terms)
         if cover is not None:
@@ -312,12 +314,13 @@ def _assemble(
             made = replace(made, land_cover=raster.name)
         epochs.append(made)
     _require_fits(config, epochs)
-    rows, cols = [t.row for t in tiles], [t.col for t in tiles]
-    extent = [min(rows), min(cols), max(rows), max(cols)]
+    extent = [
+        int(found) for found in (tiles.rows.min(), tiles.cols.min(), tiles.rows.max(), tiles.cols.max())
+    ]
     inventory_key = content_key(
         "inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent, outline
     )
-    digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, [t.key for t in tiles])
+    digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, tiles.keys)
     return RunPlan(
         run=f"{config.stem}-{digest[:8]}",
         workspace=workspace,
@@ -328,7 +331,8 @@ def _assemble(
         scenes=scenes,
         layers=tuple(layers.values()),
         epochs=tuple(epochs),
-        tasks=tasks,
+        keys=keys,
+        reads=reads,
         inventory=f"{config.stem}-{model.card.name}-{inventory_key[:8]}",
         strata=_strata(config, grid, tiles),
         points=points,
@@ -338,14 +342,14 @@ def _assemble(
             card=model.card,
             tiles=len(tiles),
             scenes=len(scenes),
-            dates=_dates(layers, tasks, scenes, "optical"),
-            radar_dates=_dates(layers, tasks, scenes, "radar"),
-            rasters=_rasters(layers, tasks),
+            dates=_dates(layers, reads, scenes, "optical"),
+            radar_dates=_dates(layers, reads, scenes, "radar"),
+            rasters=_rasters(layers, reads),
         ),
     )
 
 
-def _strata(config: Config, grid: TileGrid, tiles: tuple[Tile, ...]) -> Strata | None:
+def _strata(config: Config, grid: TileGrid, tiles: Tiles) -> Strata | None:
     """Read the strata of the tiles and of what lies around them."""
     fit = config.fit
     if fit.strata is None:
@@ -361,10 +365,11 @@ def _strata(config: Config, grid: TileGrid, tiles: tuple[Tile, ...]) -> Strata |
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cover:
-    """Classified land cover of an epoch: its layer, the tasks of its tiles, and the tree that makes it."""
+    """Classified land cover of an epoch: its layer, the keys of its tiles, what they read, and its tree."""
 
     layer: LayerPlan
-    tasks: dict[str, tuple[str, tuple[int, ...]]]
+    keys: dict[str, str]
+    reads: dict[str, tuple[int, ...]]
     tree_key: str
     tree_radar: str | None
 
@@ -372,24 +377,25 @@ class _Cover:
 def _land_cover(
     config: Config,
     grid: TileGrid,
-    learnt: tuple[Points | None, tuple[Tile, ...]],
+    learnt: tuple[Points | None, Tiles],
     by: Mapping[str, LayerPlan],
-    tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
+    keys: Mapping[str, Mapping[str, str]],
 ) -> _Cover | None:
-    """Plan the land cover of an epoch; learnt : points and all tiles; by : its layers; tasks : of these."""
+    """Plan the land cover of an epoch; learnt : points and all tiles; by : its layers; keys : of their tiles."""
     (points, tiles), settings = learnt, config.land_cover
     if points is None or settings is None:
         return None
     radar = by.get("radar_pre") if settings.radar else None
     inputs = [by["pre"], by["terrain"], *([radar] if radar else [])]
-    under = {tile: [tasks[layer.name][tile][0] for layer in inputs] for tile in (t.key for t in tiles)}
+    under = {tile: [keys[layer.name][tile] for layer in inputs] for tile in tiles.keys}
     window = by["pre"].window
     assert window is not None
     tree_key = tree_key_of(inputs, points, settings, [[under[tile] for tile in points.tiles(grid)]])
     layer = land_cover_layer_plan(grid, window, tree_key)
     return _Cover(
         layer=layer,
-        tasks={tile: (content_key(layer.key, tile, keys), ()) for tile, keys in under.items()},
+        keys={tile: content_key(layer.key, tile, read) for tile, read in under.items()},
+        reads=dict.fromkeys(under, ()),
         tree_key=tree_key,
         tree_radar=radar.name if radar else None,
     )
@@ -397,26 +403,26 @@ def _land_cover(
 
 def _dates(
     layers: Mapping[str, LayerPlan],
-    tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
+    reads: Mapping[str, Mapping[str, tuple[int, ...]]],
     scenes: SceneTable,
     kind: Literal["optical", "radar"],
 ) -> dict[str, dict[str, int]]:
     """Count the scenes of a role that each tile of each layer of a kind reads."""
     of_kind = [scene.role == kind for scene in scenes]
     return {
-        name: {tile: sum(of_kind[i] for i in read) for tile, (_, read) in by.items()}
-        for name, by in tasks.items()
+        name: {tile: sum(of_kind[i] for i in read) for tile, read in by.items()}
+        for name, by in reads.items()
         if layers[name].kind == kind
     }
 
 
 def _rasters(
-    layers: Mapping[str, LayerPlan], tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
+    layers: Mapping[str, LayerPlan], reads: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> dict[str, int]:
     """Count the rasters that the tiles of each layer of the TOML read."""
     return {
-        name: sum(len(read) for _, read in by.values())
-        for name, by in tasks.items()
+        name: sum(len(read) for read in by.values())
+        for name, by in reads.items()
         if layers[name].kind in ("auxiliary", "land-cover")
     }
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pyogrio
 
 from slidecube.catalog.aoi import Aoi
-from slidecube.catalog.grid import Tile, TileGrid
+from slidecube.catalog.grid import TileGrid, Tiles
 from slidecube.catalog.scenes import SceneTable, Window
 from slidecube.pipeline.config import Config, load_config
 from slidecube.pipeline.errors import PipelineError
@@ -80,18 +79,22 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
     raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     frame = gpd.read_file(folder / "aoi.geojson")
     grid = TileGrid(**raw["grid"])
-    table = pq.read_table(folder / "tiles.parquet")
+    table = pq.read_table(folder / "tiles.parquet").combine_chunks()
+    tiles = grid.tiles_at(table["row"], table["col"])
+    rows = {tile: row for row, tile in enumerate(tiles.keys)}
+    names = [entry["name"] for entry in raw["layers"]]
     return RunPlan(
         run=folder.name,
         workspace=workspace,
         config=config or load_config(folder / "run.toml", base=Path(raw["base"])),
         aoi=Aoi(name=raw["aoi"], geometry=frame.geometry.iloc[0]),
         grid=grid,
-        tiles=grid.tiles_of(table["tile"].to_pylist()),
+        tiles=tiles,
         scenes=SceneTable.read_parquet(folder / "scenes.parquet"),
         layers=tuple(_layer_from(entry) for entry in raw["layers"]),
         epochs=tuple(EpochPlan(**entry) for entry in raw["epochs"]),
-        tasks={entry["name"]: _tasks_from(table, entry["name"]) for entry in raw["layers"]},
+        keys={name: dict(zip(tiles.keys, table[f"{name}.key"].to_pylist(), strict=True)) for name in names},
+        reads={name: _Reads(rows, table[f"{name}.scenes"]) for name in names},
         inventory=raw["inventory"],
         estimate=Estimate(**raw["estimate"]),
         strata=Strata.read(folder, raw["strata"]) if raw.get("strata") else None,
@@ -99,12 +102,25 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
     )
 
 
-def _tasks_from(table: pa.Table, layer: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    tiles, keys = table["tile"].to_pylist(), table[f"{layer}.key"].to_pylist()
-    scenes = table[f"{layer}.scenes"].combine_chunks()
-    ends, flat = scenes.offsets.to_pylist(), scenes.values.to_pylist()
-    read = (tuple(flat[a:b]) for a, b in pairwise(ends))
-    return {tile: (key, which) for tile, key, which in zip(tiles, keys, read, strict=True)}
+class _Reads(Mapping[str, tuple[int, ...]]):
+    """What each tile of a layer reads, looked up in the plan's table: a nation's are millions of numbers.
+
+    rows : of the table, by tile; scenes : its column, a list of positions each
+    """
+
+    def __init__(self, rows: Mapping[str, int], scenes: pa.ChunkedArray) -> None:
+        lists = scenes.combine_chunks()
+        self._rows, self._ends, self._flat = rows, lists.offsets.to_numpy(), lists.values.to_numpy()
+
+    def __getitem__(self, tile: str) -> tuple[int, ...]:
+        row = self._rows[tile]
+        return tuple(self._flat[self._ends[row] : self._ends[row + 1]].tolist())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def current_run(workspace: Workspace) -> str | None:
@@ -169,9 +185,9 @@ class Index:
         self.latest = made.run
 
 
-def search_key(config: Config, tiles: tuple[Tile, ...]) -> str:
+def search_key(config: Config, tiles: Tiles) -> str:
     """Key of a search: what was asked for, over which tiles."""
-    return content_key(config.search_terms(), str(tiles[0].geobox.crs), [tile.key for tile in tiles])
+    return content_key(config.search_terms(), str(tiles[0].geobox.crs), tiles.keys)
 
 
 def write_plan(made: RunPlan) -> None:
@@ -185,17 +201,13 @@ def write_plan(made: RunPlan) -> None:
         gpd.GeoDataFrame(
             {"name": [made.aoi.name]}, geometry=[made.aoi.to_crs("EPSG:4326")], crs="EPSG:4326"
         ).to_file(local / "aoi.geojson", driver="GeoJSON", COORDINATE_PRECISION=15, RFC7946="NO")
-        rows = [
-            {
-                "tile": tile.key,
-                "row": tile.row,
-                "col": tile.col,
-                **{f"{name}.key": by[tile.key][0] for name, by in made.tasks.items()},
-                **{f"{name}.scenes": list(by[tile.key][1]) for name, by in made.tasks.items()},
-            }
-            for tile in made.tiles
-        ]
-        pq.write_table(pa.Table.from_pylist(rows), local / "tiles.parquet")
+        tiles = made.tiles
+        columns = {"tile": pa.array(tiles.keys), "row": tiles.rows, "col": tiles.cols}
+        for name, by in made.keys.items():
+            columns[f"{name}.key"] = pa.array([by[tile] for tile in tiles.keys])
+        for name, read in made.reads.items():
+            columns[f"{name}.scenes"] = pa.array([read[tile] for tile in tiles.keys], pa.list_(pa.int64()))
+        pq.write_table(pa.table(columns), local / "tiles.parquet")
         if made.strata is not None:
             made.strata.write(local, made.grid.crs)
         text = json.dumps(_plan_json(made), indent=1, sort_keys=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from slidecube.catalog.grid import Tile, TileGrid
+from slidecube.catalog.grid import TileGrid, Tiles
 from slidecube.catalog.scenes import Role, Scene, SceneTable, Window
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
@@ -243,7 +243,7 @@ def detect_key_of(
 
 def around_tiles(
     grid: TileGrid,
-    tiles: Sequence[Tile],
+    tiles: Tiles,
     scenes: SceneTable,
     touching: Sequence[SceneTable],
     heights_m: float,
@@ -261,9 +261,9 @@ def around_tiles(
     ]
 
 
-def tile_tasks(
-    layer: LayerPlan, tiles: tuple[Tile, ...], scenes: SceneTable, touching: Sequence[SceneTable]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def tile_keys(
+    layer: LayerPlan, tiles: Tiles, scenes: SceneTable, touching: Sequence[SceneTable]
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """Key of each tile of a layer, and the positions in `scenes` of what it reads.
 
     touching : those of `scenes` that touch each tile, for all layers at once: outlines of tiles are dear; of a layer
@@ -271,9 +271,9 @@ def tile_tasks(
     """
     chosen = {id(scene) for scene in _pool(layer, scenes)}
     position = {id(scene): i for i, scene in enumerate(scenes.scenes)}
-    out = {}
-    for tile, there in zip(tiles, touching, strict=True):
+    keys, reads = {}, {}
+    for tile, there in zip(tiles.keys, touching, strict=True):
         read = SceneTable(scenes=tuple(scene for scene in there if id(scene) in chosen))
-        key = task_key(layer.key, tile.key, read)
-        out[tile.key] = (key, tuple(position[id(scene)] for scene in read))
-    return out
+        keys[tile] = task_key(layer.key, tile, read)
+        reads[tile] = tuple(position[id(scene)] for scene in read)
+    return keys, reads

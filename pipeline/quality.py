@@ -164,7 +164,7 @@ def _tile_row(plan: RunPlan, epoch: EpochPlan, tile: Tile, record: Record | None
 
 def _side(plan: RunPlan, layer: str, tile: Tile, window: PixelWindow, inside: np.ndarray) -> dict[str, Any]:
     record = layer_ledger(plan, layer).read(tile.key)
-    current = record is not None and record.key == plan.tasks[layer][tile.key][0]
+    current = record is not None and record.key == plan.keys[layer][tile.key]
     held = read_stored(plan, layer, ["clear_count", "date", "date_first", "date_last"], window)
     counts = held["clear_count"].values[inside]
 

@@ -18,7 +18,9 @@ from slidecube.pipeline.lock import Lock
 from slidecube.pipeline.mosaic_stage import lineage, mosaic_due
 from slidecube.pipeline.open import open_detected, open_plan
 from slidecube.pipeline.quality import quality_of
-from slidecube.pipeline.report import EpochView, Picture, render_picture, write_report
+from slidecube.pipeline.report.page import write_report
+from slidecube.pipeline.report.pictures import EpochView, Picture
+from slidecube.pipeline.report.static import render_picture
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.storage import Place, matching, staged
 from slidecube.pipeline.store import read_window
@@ -196,7 +198,7 @@ def _picture(plan: RunPlan, layer: str, bands: tuple[str, str, str]) -> Picture:
     pixels = np.zeros((*box.shape, 3), np.uint8)
     path, ledger = plan.workspace.layer(plan.grid, layer), Ledger.of(plan.workspace.layer(plan.grid, layer))
     for tile in plan.tiles:
-        if not ledger.complete(tile.key, plan.tasks[layer][tile.key][0]):
+        if not ledger.complete(tile.key, plan.keys[layer][tile.key]):
             continue
         top, left = tile.row * px, tile.col * px
         data = read_window(path, list(bands), window=(slice(top, top + px), slice(left, left + px)))

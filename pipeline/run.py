@@ -309,7 +309,7 @@ class _Driver:
             except IncompleteError as error:
                 self.lock.require()
                 self.reasons.append((f"fit {epoch.name}", str(error)))
-                self.lost_tiles |= {tile.key for tile in self.plan.tiles}
+                self.lost_tiles |= set(self.plan.tiles.keys)
                 continue
             self.done["fit"] += 1
             self._event("fit_frozen", epoch=epoch.name, key=epoch.stat_key, digest=frozen_digest(folder))
@@ -319,7 +319,7 @@ class _Driver:
 
         Tiles whose layers failed may be missing, up to the failure budget; tiles that were not tried may not.
         """
-        lacking = {tile.key for tile in self.plan.tiles} - contributing(self.plan, epoch)
+        lacking = set(self.plan.tiles.keys) - contributing(self.plan, epoch)
         untried = lacking - tried(self.plan, epoch)
         if not untried and len(lacking) <= self.plan.config.cluster.failure_budget:
             return False

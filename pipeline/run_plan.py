@@ -12,7 +12,7 @@ from typing import Any, Literal
 import shapely
 
 from slidecube.catalog.aoi import Aoi
-from slidecube.catalog.grid import Tile, TileGrid
+from slidecube.catalog.grid import Tile, TileGrid, Tiles
 from slidecube.catalog.radar import OrbitState
 from slidecube.catalog.scenes import Scene, SceneTable, Window
 from slidecube.catalog.sources import SOURCES
@@ -95,7 +95,7 @@ class RunPlan:
 
     run : name, the TOML's stem and eight digits of the plan's digest; inventory : name of the inventory it makes
     aoi : frozen with the plan; scenes : everything that the run may read
-    tasks : layer -> tile -> (task key, positions in `scenes` of what is read)
+    keys : layer -> tile -> key of its task; reads : layer -> tile -> positions in `scenes` of what is read
     strata : that are fitted apart, None where the whole is fitted
     points : of which a land cover is learnt, None without one
     reused_scenes : the scene list came from an earlier plan, nothing was searched
@@ -106,11 +106,12 @@ class RunPlan:
     config: Config
     aoi: Aoi
     grid: TileGrid
-    tiles: tuple[Tile, ...]
+    tiles: Tiles
     scenes: SceneTable
     layers: tuple[LayerPlan, ...]
     epochs: tuple[EpochPlan, ...]
-    tasks: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
+    keys: Mapping[str, Mapping[str, str]]
+    reads: Mapping[str, Mapping[str, tuple[int, ...]]]
     inventory: str
     estimate: Estimate = field(repr=False)
     strata: Strata | None = None
@@ -144,7 +145,7 @@ class RunPlan:
 
     def scenes_of(self, layer: str, tile: str) -> list[Scene]:
         """Scenes that a tile of a layer reads."""
-        return [self.scenes.scenes[i] for i in self.tasks[layer][tile][1]]
+        return [self.scenes.scenes[i] for i in self.reads[layer][tile]]
 
     def neighbours(self, tile: Tile) -> list[Tile]:
         """Tiles of the plan among the 3 x 3 around a tile, itself included."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from slidecube.pipeline.coregistration import Shift, shifts_in
 from slidecube.pipeline.drivers import Drivers
@@ -49,11 +50,10 @@ class _Tally:
     def add(self, wanted: Wanted) -> None:
         """Take in the records of a layer or an epoch."""
         told = wanted.ledger.table(*_TOLD)
-        rows = zip(told["tile"].to_pylist(), told["key"].to_pylist(), strict=True)
-        known = told.filter(pa.array([wanted.keys.get(tile) == key for tile, key in rows], pa.bool_()))
-        failed = known.filter(
-            pa.array([state == "failed" for state in known["state"].to_pylist()], pa.bool_())
-        )
+        keys = pa.array(wanted.keys.values(), pa.string())
+        of = keys.take(pc.index_in(told["tile"], value_set=pa.array(wanted.keys, pa.string())))
+        known = told.filter(pc.fill_null(pc.equal(of, told["key"]), False))
+        failed = known.filter(pc.equal(known["state"], "failed"))
         for tile, reason in zip(failed["tile"].to_pylist(), failed["reason"].to_pylist(), strict=True):
             failure = {"stage": wanted.stage, "what": wanted.what, "tile": tile, "reason": reason}
             self.failures.append(failure)
@@ -87,6 +87,7 @@ _TOLD = ("key", "state", "reason", "lost", "substituted", "numbers", "bytes", "s
 """What of the records is summed up."""
 
 
+@collector_paused()
 def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, Any]:
     """Say where the current plan of a workspace stands.
 
@@ -115,11 +116,10 @@ def status(where: str | Place, *, drivers: Drivers | None = None) -> dict[str, A
     made = read_plan(workspace, name)
     tally = _Tally()
     keys = {}
-    with collector_paused():
-        for wanted in wanted_of(made):
-            tally.add(wanted)
-            if wanted.stage == "detect":
-                keys[wanted.what] = wanted.keys
+    for wanted in wanted_of(made):
+        tally.add(wanted)
+        if wanted.stage == "detect":
+            keys[wanted.what] = wanted.keys
     tiles = {stage: {state: count[state] for state in STATES} for stage, count in tally.tiles.items()}
     at_work, silent = (drivers or Drivers()).look(workspace.locks)
     fits = [fit_state(made, epoch) for epoch in made.epochs if epoch.stat_key]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slidecube.catalog.search import Newest, scenes_by_tile
 from slidecube.catalog.sources import SOURCES
 from slidecube.cluster.resources import Profile, ProfileFile
 from slidecube.pipeline.lineage import sourcing_lines
 from slidecube.pipeline.plan_dem import dem_facts
-from slidecube.pipeline.probe import Found
 from slidecube.pipeline.radar_layer import track_of
-from slidecube.pipeline.run import RunReport
-from slidecube.pipeline.run_plan import RunPlan
-from slidecube.pipeline.storage import Place
+
+if TYPE_CHECKING:  # who asks for a status need not import what runs
+    from slidecube.pipeline.probe import Found
+    from slidecube.pipeline.run import RunReport
+    from slidecube.pipeline.run_plan import RunPlan
+    from slidecube.pipeline.storage import Place
 
 _SHOWN = 10
 """Failures that are listed one by one; `status --json` has all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from slidecube.catalog.grid import Tile
+from slidecube.catalog.grid import Tiles
 from slidecube.catalog.load import Loader
 from slidecube.cluster.runner import TileTask
 from slidecube.pipeline.errors import FencedError
-from slidecube.pipeline.keys import content_key, text_key
+from slidecube.pipeline.keys import content_key, text_keys
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
@@ -83,10 +86,10 @@ def wanted_of(plan: RunPlan, *stages: str) -> Iterator[Wanted]:
         if stage not in (stages or (stage,)):
             continue
         for layer in plan.layers:
+            name = layer.name
             if (layer.kind == "land-cover") != (stage == "classify"):
                 continue
-            keys = {tile: key for tile, (key, _) in plan.tasks[layer.name].items()}
-            yield Wanted(stage=stage, what=layer.name, keys=keys, ledger=layer_ledger(plan, layer.name))
+            yield Wanted(stage=stage, what=name, keys=plan.keys[name], ledger=layer_ledger(plan, name))
     if "detect" in (stages or ("detect",)):
         for epoch in plan.epochs:
             ledger = Ledger.of(plan.workspace.inventory(plan.inventory), epoch.name)
@@ -123,54 +126,52 @@ def fit_tasks(plan: RunPlan, epoch: str, stage: str, *terms: str) -> Iterator[tu
 
 def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
     """Keys of tasks that read all layers of the 3 x 3 tiles around a tile."""
-    said = [[tile.key for tile in plan.tiles]]
+    tiles = pa.array(plan.tiles.keys)
+    said = [tiles]
     for name in epoch.layers:
-        states, tasks = _states(layer_ledger(plan, name)), plan.tasks[name]
-        keys = [tasks[tile][0] for tile in said[0]]
-        found = [states.get(tile) for tile in said[0]]
-        said.append(
-            [
-                f"{name} {key} {of[1] if of is not None and of[0] == key else ''}"
-                for key, of in zip(keys, found, strict=True)
-            ]
-        )
+        keys = pa.array(map(plan.keys[name].__getitem__, plan.tiles.keys), pa.string())
+        known, states = _states(layer_ledger(plan, name))
+        rows = pc.index_in(tiles, value_set=known["tile"])
+        same = pc.fill_null(pc.equal(known["key"].take(rows), keys), False)
+        said.append(pc.binary_join_element_wise(name, keys, pc.if_else(same, states.take(rows), ""), " "))
     # of each tile a digest, once, and not in each of its nine neighbours; the last one is of no tile
-    read = [*map(text_key, *said), ""]
-    own = content_key(*terms)
-    return {
-        tile: text_key(own, tile, *map(read.__getitem__, around))
-        for tile, around in zip(said[0], _around(plan.tiles), strict=True)
-    }
+    read = pa.array([*text_keys(*said), ""])
+    around = [read.take(pa.array(positions)) for positions in _around(plan.tiles)]
+    return dict(zip(plan.tiles.keys, text_keys(content_key(*terms), tiles, *around), strict=True))
 
 
-def _around(tiles: Sequence[Tile]) -> list[list[int]]:
-    """Positions of the 3 x 3 tiles around each, row by row; past the last one where there is none."""
-    row, col = (np.array([getattr(tile, name) for tile in tiles], np.int64) for name in ("row", "col"))
+def _around(tiles: Tiles) -> list[npt.NDArray[np.int64]]:
+    """Positions of the 3 x 3 tiles around each, an array for each of the nine; past the last where there is none."""
+    row, col = tiles.rows, tiles.cols
     width = (
         int(col.max(initial=0)) + 2
-    )  # a column more: the right neighbour of the last is not the next row's first
+    )  # one more: the right neighbour of the last is not the next row's first
     order = np.argsort(row * width + col)
     codes = (row * width + col)[order]
-    found = np.full((len(tiles), 9), len(tiles), np.int64)
-    for i, (r, c) in enumerate((r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)):
+    found = []
+    for r, c in ((r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)):
         wanted = np.where(col + c >= 0, (row + r) * width + col + c, -1)
         at = np.searchsorted(codes, wanted).clip(max=len(codes) - 1)
-        there = codes[at] == wanted
-        found[there, i] = order[at[there]]
-    positions: list[list[int]] = found.tolist()
-    return positions
-
-
-def _states(ledger: Ledger) -> dict[str, tuple[str, str]]:
-    """What of a layer's records decides what is read from them: their key, and the scenes that they lack, if done."""
-    table = ledger.table("key", "state", "lost")
-    columns = (table[name].to_pylist() for name in ("tile", "key", "state", "lost"))
-    found = {}
-    for tile, key, state, lost in zip(*columns, strict=True):
-        if state != "failed":
-            lacking = sorted({(scene, asset) for scene, asset, _ in json.loads(lost)}) if lost != "[]" else []
-            found[tile] = (key, f"done {content_key(lacking)}" if lacking else "done")
+        found.append(np.where(codes[at] == wanted, order[at], len(tiles)))
     return found
+
+
+def _states(ledger: Ledger) -> tuple[pa.Table, pa.Array]:
+    """What of a layer's records decides what is read from them: their key, and whether they are done and lack scenes.
+
+    Returns a table of tiles and keys, and beside it a text each, "" of what failed.
+    """
+    known = ledger.table("key", "state", "lost").combine_chunks()
+    lost = pc.dictionary_encode(known["lost"]).combine_chunks()  # a nation's records say few different things
+    done = pa.array(map(_lacking, lost.dictionary.to_pylist()), pa.string()).take(lost.indices)
+    return known, pc.if_else(pc.equal(known["state"], "failed"), "", done)
+
+
+def _lacking(lost: str) -> str:
+    if lost == "[]":
+        return "done"
+    lacking = sorted({(scene, asset) for scene, asset, _ in json.loads(lost)})
+    return f"done {content_key(lacking)}" if lacking else "done"
 
 
 def fitted_statistics(plan: RunPlan, epoch: EpochPlan) -> Statistics:

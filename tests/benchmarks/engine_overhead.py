@@ -45,8 +45,8 @@ def nothing(_: object, task: TileTask) -> TaskResult:
 def first_tiles(made: RunPlan, n: int) -> RunPlan:
     """Cut a plan down to its first tiles, with an inventory of their extent."""
     tiles = made.tiles[:n]
-    tasks = {name: {tile.key: by[tile.key] for tile in tiles} for name, by in made.tasks.items()}
-    return dataclasses.replace(made, tiles=tiles, tasks=tasks, inventory=f"{made.inventory}-{n}")
+    keys = {name: {tile: by[tile] for tile in tiles.keys} for name, by in made.keys.items()}
+    return dataclasses.replace(made, tiles=tiles, keys=keys, inventory=f"{made.inventory}-{n}")
 
 
 def overhead(made: RunPlan, profile: str, n: int) -> float:

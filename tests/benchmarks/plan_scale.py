@@ -175,7 +175,7 @@ def main() -> None:
         began = time.monotonic()
         read = read_plan(made.workspace, made.run)
         print(f"{'read':<12}{time.monotonic() - began:>9.1f} s")
-        assert again.tasks == made.tasks == read.tasks
+        assert again.keys == made.keys == read.keys
         size = sum(p.stat().st_size for p in (root / "ws" / "plans").rglob("*") if p.is_file())
         print(f"{'on disk':<12}{size / 1e6:>9.1f} MB")
 

@@ -21,7 +21,8 @@ from slidecube.catalog.scenes import Window
 from slidecube.pipeline.evaluate import evaluate
 from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene
 from slidecube.pipeline.mosaic import TileRasters, label_objects
-from slidecube.pipeline.report import EpochView, Picture, write_report
+from slidecube.pipeline.report.page import write_report
+from slidecube.pipeline.report.pictures import EpochView, Picture
 
 BAD = "<img src=x onerror=window.ran=1><script>window.ran=2</script>"
 FRAME = GeoBox((4096, 4096), Affine(10, 0, 300_000, 0, -10, 4_800_000), "EPSG:32633")

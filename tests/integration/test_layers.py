@@ -360,7 +360,7 @@ def test_another_order_another_name_and_another_file_make_due_what_they_touch_an
     assert base.epochs[0].detect_key == without.epochs[0].detect_key, "rdndvi does not read it"
     (climate,) = [la.name for la in base.layers if la.feature == "climate"]
     nearest = plan(configured(CLIMATE + 'resampling = "nearest"\n'))
-    assert climate not in nearest.tasks
+    assert climate not in nearest.keys
     file = rasters / "climate.tif"
     before = file.read_bytes()
     try:
@@ -369,9 +369,9 @@ def test_another_order_another_name_and_another_file_make_due_what_they_touch_an
         changed = plan(configured(CLIMATE))
     finally:
         file.write_bytes(before)
-    tasks = zip(without.tasks[climate].values(), changed.tasks[climate].values(), strict=True)
-    assert all(one[0] != two[0] for one, two in tasks)
-    assert plan(configured("")).tasks.keys() < without.tasks.keys()
+    keys = zip(without.keys[climate].values(), changed.keys[climate].values(), strict=True)
+    assert all(one != two for one, two in keys)
+    assert plan(configured("")).keys.keys() < without.keys.keys()
 
 
 def test_a_tile_without_the_raster_is_done_with_the_reason(configured):

@@ -199,8 +199,7 @@ def test_keys_follow_what_is_read(configured):
     assert len({p.epochs[0].terrain for p in (plain, low, shadow, c)}) == 1
 
     def heights(p):
-        (tasks,) = (by for name, by in p.tasks.items() if name == p.epochs[0].post)
-        return {p.scenes.scenes[i].role for _, read in tasks.values() for i in read}
+        return {p.scenes.scenes[i].role for read in p.reads[p.epochs[0].post].values() for i in read}
 
     assert heights(plain) == heights(low) == {"optical"}
     assert heights(shadow) == heights(c) == {"optical", "dem"}

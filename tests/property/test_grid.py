@@ -97,10 +97,28 @@ def test_keys_stay_when_the_area_grows(pair, tile_px):
 
 @given(areas(), sizes)
 @settings(max_examples=40, deadline=None)
-def test_a_key_leads_back_to_its_tile(aoi, tile_px):
+def test_tiles_are_a_sequence_of_tiles_that_are_made_when_asked_for(aoi, tile_px):
     grid = TileGrid(crs=aoi.crs, tile_px=tile_px)
-    for tile in grid.tiles(aoi):
-        assert grid.tiles_of([tile.key]) == (tile,)
+    tiles = grid.tiles(aoi)
+    listed = list(tiles)
+    assert [tile.key for tile in listed] == list(tiles.keys)
+    assert [grid.tile(tile.row, tile.col) for tile in listed] == listed
+    assert grid.tiles_at(tiles.rows, tiles.cols) == tiles
+    assert list(tiles[1:]) == listed[1:]
+    assert list(tiles[::-1]) == listed[::-1]
+    assert tiles[-1] == listed[-1]
+    assert listed[0] in tiles
+    assert tiles[1:] != tiles
+    with pytest.raises(IndexError):
+        tiles[len(tiles)]
+
+
+@pytest.mark.parametrize("place", [(-1, 0), (0, -1), (10_000, 0), (0, 10_000)])
+def test_a_tile_outside_the_frame_is_refused(place):
+    with pytest.raises(
+        CatalogError, match=f"Tile row {place[0]}, column {place[1]} lies outside the frame of "
+    ):
+        TileGrid(crs="EPSG:32632", tile_px=2048).tile(*place)
 
 
 @pytest.mark.parametrize("crs", sorted(PLACES))

@@ -24,16 +24,11 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.evaluate import evaluate
 from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene
 from slidecube.pipeline.mosaic import TileRasters, label_objects
-from slidecube.pipeline.report import (
-    EpochView,
-    Picture,
-    numbers,
-    page,
-    pictures,
-    render_picture,
-    write_report,
-)
+from slidecube.pipeline.report import numbers, page, pictures
 from slidecube.pipeline.report.maps import layer_source
+from slidecube.pipeline.report.page import write_report
+from slidecube.pipeline.report.pictures import EpochView, Picture
+from slidecube.pipeline.report.static import render_picture
 
 FRAME = GeoBox((4096, 4096), Affine(10, 0, 300_000, 0, -10, 4_800_000), "EPSG:32633")
 SHAPE = (90, 110)

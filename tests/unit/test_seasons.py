@@ -116,7 +116,7 @@ def test_a_plan_reads_the_spans_and_nothing_between_them(desk):
     desk.write(epoch={"pre": pairs})
     made = plan(load_config(desk.toml))
     (name,) = [e.pre for e in made.epochs]
-    read = {made.scenes.scenes[i].datetime.date() for _, at in made.tasks[name].values() for i in at}
+    read = {made.scenes.scenes[i].datetime.date() for at in made.reads[name].values() for i in at}
     assert read == {first, last}
     again = plan(load_config(desk.toml))
     assert again.reused_scenes
