@@ -206,7 +206,7 @@ def _started(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
             local_directory=scratch,
-            silence_logs=logging.ERROR,
+            silence_logs=logging.CRITICAL,  # of a worker that dies the run tells by itself, and in a line
             **({"processes": True} if kind is LocalCluster else {}),
             **how,
         )

@@ -155,10 +155,16 @@ class Slurm:
     def lose_node(self, node: str) -> None:
         """Kill the daemon of a node and everything that its jobs started, as a power failure does."""
         self.cut_off(node)
+        at_work, daemons = [], []
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("SLURMD_NODENAME") == node:
-                    process.kill()
+                    at_work.append(process)
+                    daemons += [parent for parent in process.parents() if parent.name() == "slurmstepd"]
+        # the daemons of its steps first: they would live to tell the controller that their job has failed
+        for process in (*daemons, *at_work):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def stop(self) -> None:
         """End the daemons, and what jobs may have left behind."""
