@@ -49,6 +49,7 @@ __all__ = [
 
 DTYPES: Mapping[str, str] = {
     "SCL": "uint8",
+    "CLD": "uint8",
     "elevation": "float32",
     **dict.fromkeys(RADAR_BANDS, "float32"),
 }
@@ -57,7 +58,7 @@ DTYPES: Mapping[str, str] = {
 NODATA: Mapping[str, float] = dict.fromkeys(("elevation", *RADAR_BANDS), float("nan"))
 """Band -> fill value of a loaded cube; 0 for every other band."""
 
-RESAMPLING: Mapping[str, str] = {"SCL": "nearest", "*": "bilinear"}
+RESAMPLING: Mapping[str, str] = {"SCL": "nearest", "CLD": "nearest", "*": "bilinear"}
 """Band -> kernel used where a band's pixels are not those of the grid (20 and 60 m bands, or another CRS)."""
 
 # this one logs a failed href as it is, signature included; our error names item and asset instead
@@ -89,7 +90,7 @@ def load(
     log : given, a failed read leaves nodata in its block and is written down there; left out, it raises
     loader : of `LOADERS`; the cubes are equal, pixel for pixel and coordinate for coordinate
 
-    Returns (time, y, x) uint16 a band (SCL uint8; elevation and radar bands float32), 0 (NaN) = nodata, with the
+    Returns (time, y, x) uint16 a band (SCL, CLD uint8; elevation and radar bands float32), 0 (NaN) = nodata, with the
     coordinates `time` (UTC) and `scene` (item id).
     Raises CatalogError for an unknown band or loader, no scenes, or a grid that the loader does not know, and, when
     computed without a log, AssetReadError.

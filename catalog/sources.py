@@ -1,6 +1,6 @@
 """Where scenes come from: one table of sources, their bands, and the radiometric offset of each item.
 
-Names follow "provider/collection". Band names are canonical (`B02`..`B12`, `SCL`, `elevation`, `VV`, `VH`); each
+Names follow "provider/collection". Band names are canonical (`B02`..`B12`, `SCL`, `CLD`, `elevation`, `VV`, `VH`); each
 source says under which asset key it keeps them, and the item itself is asked where it does not.
 """
 
@@ -29,7 +29,7 @@ Quantity = Literal["", "gamma0", "sigma0", "dn"]
 # Native ground sampling distance, metres: Sentinel-2 Products Specification Document, table 1.
 BAND_RESOLUTION_M: dict[str, float] = {
     **dict.fromkeys(("B02", "B03", "B04", "B08"), 10.0),
-    **dict.fromkeys(("B05", "B06", "B07", "B8A", "B11", "B12", "SCL"), 20.0),
+    **dict.fromkeys(("B05", "B06", "B07", "B8A", "B11", "B12", "SCL", "CLD"), 20.0),
     **dict.fromkeys(("B01", "B09", "B10"), 60.0),
     **dict.fromkeys(("VV", "VH", "HH", "HV"), 10.0),
     "elevation": 30.0,
@@ -65,14 +65,18 @@ _COMMON: dict[str, str] = {
     "swir16": "B11",
     "swir22": "B12",
     "scl": "SCL",
+    "cld": "CLD",
     "vv": "VV",
     "vh": "VH",
     "hh": "HH",
     "hv": "HV",
 }
 _DEM_KEYS = ("data", "elevation", "dem", "dsm")
-_ES_BANDS = {band: key for key, band in _COMMON.items() if key not in ("cirrus", "vv", "vh", "hh", "hv")}
-_ES_L1C_BANDS = {band: key for key, band in _COMMON.items() if key not in ("scl", "vv", "vh", "hh", "hv")}
+_ES_BANDS = {
+    band: key for key, band in _COMMON.items() if band in (*REFLECTANCE_BANDS, "SCL") and band != "B10"
+}
+_ES_C1_BANDS = {**_ES_BANDS, "CLD": "cloud"}
+_ES_L1C_BANDS = {band: key for key, band in _COMMON.items() if band in REFLECTANCE_BANDS}
 _PC_BANDS = {band: band for band in _ES_BANDS}
 _CDSE_L2A_BANDS = {band: f"{band}_{BAND_RESOLUTION_M[band]:.0f}m" for band in _ES_BANDS}
 _CDSE_L1C_BANDS = {band: band for band in _ES_L1C_BANDS}
@@ -213,8 +217,8 @@ _TABLE = (
     _s2(
         "earth-search/sentinel-2-c1-l2a",
         _EARTH_SEARCH,
-        _ES_BANDS,
-        note="Collection 1; the offset is in the DN",
+        _ES_C1_BANDS,
+        note="Collection 1; the offset is in the DN; offers a cloud probability (CLD)",
     ),
     _s2(
         "earth-search/sentinel-2-l1c",

@@ -400,6 +400,14 @@ class Mask(_Section):
         description="true, or false: whether what is called cloud is used where it proves to be bright ground, the "
         "same on three dates, by B02, B04 and B08",
     )
+    cloud_pct: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="a whole number, 1 to 100: the per cent of the provider's cloud probability (band CLD, of "
+        "earth-search/sentinel-2-c1-l2a) from which on a pixel counts as cloud whatever its scene class; left out, it "
+        "is not read",
+    )
 
     @pydantic.field_validator("cloud_heights_m")
     @classmethod
@@ -416,6 +424,7 @@ class Mask(_Section):
             dilation_px=self.dilation_px,
             cloud_heights_m=(heights[0], heights[1]) if heights else None,
             readmit=self.readmit,
+            cloud_pct=self.cloud_pct,
         )
 
 
@@ -507,7 +516,7 @@ class Cube(_Section):
     )
     mask: Mask = Field(
         default_factory=Mask,
-        description="a table with scl_classes, dilation_px, cloud_heights_m and readmit",
+        description="a table with scl_classes, dilation_px, cloud_heights_m, readmit and cloud_pct",
     )
     radar: Radar = Field(
         default_factory=Radar, description="a table with orbit, slope_correction and speckle_window_px"

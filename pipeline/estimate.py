@@ -95,12 +95,13 @@ def estimate(
     radar = _radar_cost(grid, tiles, radar_dates or {})
     own, own_reads = len(rasters or {}), sum((rasters or {}).values())
     bands, epochs = len(config.cube.bands), len(config.epochs)
+    opinions = 1 + (config.cube.mask.cloud_pct is not None)  # on what is cloud, a band each
     tile_mpx = grid.tile_px**2 / 1e6
     shapes = len(set(required_variables(card.inputs)["terrain"]) - set(TERRAIN_ALWAYS))
     kept = bands + _EXTRA + _of_series(card)
     stored = tiles * tile_mpx * (len(dates) * kept * 2 + 8 + 2 * shapes + epochs * 7) / _COMPRESSION
     seconds = tile_mpx * (
-        reads * (bands + 1) * _SECONDS_PER_MPX_BAND_DATE
+        reads * (bands + opinions) * _SECONDS_PER_MPX_BAND_DATE
         + tiles * epochs * (_SECONDS_PER_MPX_DETECT + (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK)
     )
     if config.land_cover is not None:
@@ -128,7 +129,7 @@ def estimate(
         scene_reads=reads + radar.reads + own_reads,
         max_dates=max(most, radar.most),
         read_gb=round(
-            reads * tile_mpx * (bands * 2 + 1) / 1e3
+            reads * tile_mpx * (bands * 2 + opinions) / 1e3
             + own_reads * tile_mpx * _RASTER_BYTES / 1e3
             + radar.read_gb,
             3,

@@ -26,6 +26,8 @@ SCL_DILATED = (3, 8, 9, 10)
 """Scene classes whose edges are uncertain, and are widened."""
 
 CLOUD, SNOW = 8, 11
+"""Cloud of medium probability, and snow."""
+
 _CLOUDS = (8, 9, 10)
 _THICK = (8, 9)  # thin cirrus throws no shadow that matters
 
@@ -54,12 +56,14 @@ class MaskRule:
     dilation_px : widening of the cloud and shadow classes, in pixels of the grid, as a square
     cloud_heights_m : lowest and highest cloud whose shadow is looked for, above the ground; None = not looked for
     readmit : whether what is called cloud is used where it proves to be bright ground
+    cloud_pct : probability from which on a second opinion counts as cloud; None = it is not asked
     """
 
     scl_classes: tuple[int, ...] = SCL_MASKED
     dilation_px: int = 3
     cloud_heights_m: tuple[float, float] | None = (200.0, 3000.0)
     readmit: bool = True
+    cloud_pct: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +124,18 @@ def judge(
             )
     judged: da.Array = da.block(blocks)
     return judged[:-1], judged[-1]
+
+
+def second_opinion(scl_tyx: da.Array, cloud_pct_tyx: da.Array, rule: MaskRule) -> da.Array:
+    """Call cloud what a provider's cloud probability calls so: (t, y, x) uint8 of scene classes, lazily.
+
+    scl_tyx : (t, y, x) uint8; cloud_pct_tyx : (t, y, x) uint8, in per cent; nodata, 0, is no cloud, as its makers
+    write it. What no scene shows stays class 0, and snow, which looks like cloud to it, stays snow. The clouds that it
+    finds are widened, throw shadows and are admitted again like those of the classification.
+    """
+    assert rule.cloud_pct is not None
+    cloudy = (cloud_pct_tyx >= rule.cloud_pct) & (scl_tyx != 0) & ~da.isin(scl_tyx, (*_CLOUDS, SNOW))
+    return da.where(cloudy, np.uint8(CLOUD), scl_tyx)
 
 
 def _shadows(

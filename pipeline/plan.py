@@ -239,6 +239,11 @@ def _require_bands(config: Config, optical: list[Scene]) -> None:
                 f"Scene {scene.id!r} of {scene.source!r} has no scene classification (SCL), by which clouds "
                 "are masked; use a Level-2A source"
             )
+        if config.cube.mask.cloud_pct is not None and "CLD" not in scene.bands:
+            raise PipelineError(
+                f"Scene {scene.id!r} of {scene.source!r} has no cloud probability (CLD), which [cube.mask] cloud_pct "
+                "asks for; leave it out, or use source 'earth-search/sentinel-2-c1-l2a'"
+            )
 
 
 def _assemble(

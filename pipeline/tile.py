@@ -37,7 +37,7 @@ from slidecube.pipeline.fit import sample_tile
 from slidecube.pipeline.fit_mnf import moments_tile
 from slidecube.pipeline.land_cover import classify_tile
 from slidecube.pipeline.ledger import Record
-from slidecube.pipeline.masks import MaskRule, admitted, judge, sun_of
+from slidecube.pipeline.masks import MaskRule, admitted, judge, second_opinion, sun_of
 from slidecube.pipeline.plan_files import read_plan
 from slidecube.pipeline.radar import SpeckleFilter
 from slidecube.pipeline.radar_layer import RadarSettings, radar_layer
@@ -163,7 +163,11 @@ def judged_scenes(
     """
     halo = block_px if mask.dilation_px or mask.cloud_heights_m else 0
     around = geobox.pad(halo) if halo else geobox
-    scl = load(scenes, around, ["SCL"], block_px=block_px, log=log, loader=loader)["SCL"].data
+    bands = ["SCL"] if mask.cloud_pct is None else ["SCL", "CLD"]
+    read = load(scenes, around, bands, block_px=block_px, log=log, loader=loader)
+    scl = read["SCL"].data
+    if mask.cloud_pct is not None:
+        scl = second_opinion(scl, read["CLD"].data, mask)
     touches_tji = touching(scenes, around, scl, block_px)
     scl = scl.map_blocks(
         lambda part, block_id: part * touches_tji[:, block_id[1], block_id[2], None, None], dtype=np.uint8

@@ -30,6 +30,7 @@ from slidecube.pipeline.masks import (
     admitted,
     judge,
     returning_ground,
+    second_opinion,
     shadow_offsets,
     sun_of,
 )
@@ -80,6 +81,24 @@ def test_mask_equals_morphology_and_sees_no_block_edge(scl, dilation, classes):
         seen, snowy = (core != 0).sum(axis=0), (core == 11).sum(axis=0)
         share = np.where(seen > 0, np.rint(100 * snowy / np.maximum(seen, 1)), SNOW_NODATA)
         np.testing.assert_array_equal(snow, share)
+
+
+@unhurried
+@given(
+    hnp.arrays(np.uint8, (2, 9, 9), elements=st.integers(0, 11)),
+    hnp.arrays(np.uint8, (2, 9, 9), elements=st.integers(0, 100)),
+    st.integers(1, 100),
+)
+def test_a_second_opinion_only_adds_clouds(scl, cloud_pct, limit):
+    """Nothing that is hidden comes to light, no data and snow stay what they are, and no opinion changes nothing."""
+    rule = MaskRule(cloud_pct=limit, **NO_SHADOWS)
+    found = second_opinion(da.from_array(scl), da.from_array(cloud_pct), rule).compute()
+
+    added = found != scl
+    assert found.dtype == np.uint8
+    assert (found[added] == 8).all()
+    clear = (scl != 0) & ~np.isin(scl, (8, 9, 10, 11))
+    np.testing.assert_array_equal(added, clear & (cloud_pct >= limit))
 
 
 @pytest.mark.parametrize("azimuth", [10, 100, 155, 200, 290])
