@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ SHIFTS: Mapping[str, int] = {"low_vegetation": 0, "river_corridor": 2, "farmland
 
 _NO, _YES = 1, 2
 
-GROUND_CF = {
+GROUND_CF: Mapping[str, Any] = {
     "long_name": "ground that the pixel lies on; 0 in a mask = not known",
     "flag_masks": [3, 3, 12, 12, 48, 48, 192, 192, 192],
     "flag_values": [1, 2, 4, 8, 16, 32, 64, 128, 192],

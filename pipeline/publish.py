@@ -52,7 +52,16 @@ COGS: dict[str, CogSpec] = {
         description="0 not processed, 1 outside the AOI, 2 not observable, 3 observed",
         colours={value: (*styles.rgb(colour), 255) for value, colour in styles.OBSERVABILITY.items()},
     ),
+    "reason": CogSpec(
+        nodata=None, description="why a pixel is not observable, 0 where it is; classes in the item"
+    ),
+    "ground": CogSpec(
+        nodata=0,
+        description="ground, two bits each, 0 not known: little vegetation before the event, river corridor, farmland "
+        "(1 no, 2 yes), slope (1 gentle, 2 moderate, 3 steep)",
+    ),
 }
+"""Variables of an inventory that are written as GeoTIFFs, where it holds them."""
 
 
 def write_products(
@@ -139,7 +148,7 @@ def write_geopackage(path: Path, objects: gpd.GeoDataFrame, lineage: Lineage) ->
 
 
 def write_cogs(folder: Path, inventory: xr.Dataset, lineage: Lineage) -> dict[str, Path]:
-    """Write probability, landslide and observability of each epoch as cloud-optimised GeoTIFFs."""
+    """Write the variables of `COGS` of each epoch as cloud-optimised GeoTIFFs."""
     geobox = geobox_of(inventory)
     made = {}
     for index, epoch in enumerate(epochs_of(inventory)):
@@ -151,7 +160,7 @@ def write_cogs(folder: Path, inventory: xr.Dataset, lineage: Lineage) -> dict[st
             "SOFTWARE": f"slidecube {lineage.version}",
             "STATUS": "simulated, unreviewed" if lineage.simulated else "unreviewed",
         }
-        for name, spec in COGS.items():
+        for name, spec in ((name, spec) for name, spec in COGS.items() if name in inventory):
             path = folder / f"{prefix}{name}.tif"
             values = stored(inventory, name, epoch=index)
             made[f"{epoch}/{name}" if epoch else name] = write_cog(

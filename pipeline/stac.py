@@ -18,11 +18,14 @@ import shapely.affinity
 from odc.geo.geobox import GeoBox
 from shapely.geometry.base import BaseGeometry
 
+from slidecube.pipeline.ground import GROUND_CF, SHIFTS
 from slidecube.pipeline.inventory import (
     LANDSLIDE_NODATA,
     PROBABILITY_NODATA,
     PROBABILITY_SCALE,
+    REASONS,
     Observability,
+    Reason,
 )
 from slidecube.pipeline.lineage import Lineage
 from slidecube.pipeline.polygons import SCHEMA
@@ -54,6 +57,38 @@ _TITLES = {
     "shifts": "Shifts between the images before and after the event, by block (parquet)",
 }
 
+
+def _bitfields() -> list[dict[str, Any]]:
+    """Answers of the ground's byte, as the classification extension says them."""
+    meanings = zip(
+        GROUND_CF["flag_masks"],
+        GROUND_CF["flag_values"],
+        str(GROUND_CF["flag_meanings"]).split(),
+        strict=True,
+    )
+    flags = [(int(mask), int(value), name) for mask, value, name in meanings]
+    return [
+        {
+            "name": factor,
+            "offset": shift,
+            "length": 2,
+            "classes": [
+                {"value": 0, "name": "unknown", "description": "Not known"},
+                *(
+                    {
+                        "value": value >> shift,
+                        "name": name,
+                        "description": name.replace("_", " ").capitalize(),
+                    }
+                    for mask, value, name in flags
+                    if mask == 3 << shift
+                ),
+            ],
+        }
+        for factor, shift in SHIFTS.items()
+    ]
+
+
 _BANDS: dict[str, dict[str, Any]] = {
     "probability": {
         "name": "probability",
@@ -79,6 +114,19 @@ _BANDS: dict[str, dict[str, Any]] = {
             {"value": int(o), "name": o.name.lower(), "description": o.name.replace("_", " ").capitalize()}
             for o in Observability
         ],
+    },
+    "reason": {
+        "name": "reason",
+        "data_type": "uint8",
+        "classification:classes": [
+            {"value": int(r), "name": r.name.lower(), "description": REASONS[r].capitalize()} for r in Reason
+        ],
+    },
+    "ground": {
+        "name": "ground",
+        "data_type": "uint8",
+        "nodata": 0,
+        "classification:bitfields": _bitfields(),
     },
 }
 

@@ -26,7 +26,9 @@ from odc.geo.geobox import GeoBox
 from slidecube.catalog.scenes import Window
 from slidecube.pipeline import publish, styles
 from slidecube.pipeline.cog import CogSpec, write_cog
+from slidecube.pipeline.config import Ground
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.ground import SHIFTS, strata
 from slidecube.pipeline.inventory import finish_inventory, geobox_of, open_stored, stored
 from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene
 from slidecube.pipeline.mosaic import TileRasters, label_objects
@@ -52,7 +54,8 @@ def fields(seed: int = 0) -> dict[str, np.ndarray]:
         "spread": (probability // 20).astype(np.uint16),
         "landslide": landslide,
         "observability": observability,
-        "reason": np.zeros_like(landslide),
+        "reason": np.where(landslide == 255, 0, 10).astype(np.uint8),
+        "ground": rng.integers(0, 256, landslide.shape).astype(np.uint8),
     }
 
 
@@ -228,7 +231,7 @@ def test_geopackage_opens_with_a_style(tmp_path, objects, lineage, n):
 def test_cogs_are_valid_placed_and_hold_what_is_stored(tmp_path, inventory_path, lineage):
     inventory = xr.open_zarr(inventory_path, consolidated=False)
     made = publish.write_cogs(tmp_path / "cog", inventory, lineage)
-    assert set(made) == {"e1/probability", "e1/landslide", "e1/observability"}
+    assert set(made) == {f"e1/{name}" for name in publish.COGS}
     for key, path in made.items():
         with rasterio.open(path) as src:
             assert src.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
@@ -309,6 +312,20 @@ def test_products_and_an_item_that_lists_them(tmp_path, objects, inventory_path,
     assert (p["start_datetime"], p["end_datetime"]) == ("2018-05-01T00:00:00Z", "2018-11-15T23:59:59Z")
     assert [link.target for link in item.get_links("derived_from")] == ["https://example.com/S2B_33T"]
     assert [c["name"] for c in item.assets["objects"].extra_fields["table:columns"]] == list(SCHEMA)
+    (reason,) = item.assets["e1/reason"].extra_fields["bands"]
+    told = {c["value"]: c["description"] for c in reason["classification:classes"]}
+    assert told[10] == "Snow on one side of the event, and no date without"
+    (ground,) = item.assets["e1/ground"].extra_fields["bands"]
+    fields_of = {f["name"]: f for f in ground["classification:bitfields"]}
+    for factor in SHIFTS:
+        field = fields_of.pop(factor)
+        names = {c["value"]: c["name"] for c in field["classes"]}
+        for stratum in strata(Ground()):
+            byte = np.uint8(stratum.value << SHIFTS[stratum.factor])
+            if stratum.factor == factor:
+                value = (int(byte) >> field["offset"]) & (2 ** field["length"] - 1)
+                assert names[value] == stratum.name.removeprefix("slope_")
+    assert not fields_of
     assert item.geometry["type"] == "Polygon"
     again = publish.write_products(
         tmp_path / "products" / "test",
