@@ -23,6 +23,10 @@ import urllib3
 
 ROOT = Path(__file__).resolve().parents[1]
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # of a job that a shell put into the background; tests send it, to themselves and to commands that inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:

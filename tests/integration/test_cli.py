@@ -17,7 +17,7 @@ import pytest
 from slidecube.catalog.errors import AssetReadError, CatalogError, OffsetError
 from slidecube.cluster.errors import ClusterError
 from slidecube.models.errors import ModelError
-from slidecube.pipeline import cli, doctor, summaries
+from slidecube.pipeline import cli, doctor
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.storage import StorageError
@@ -434,4 +434,3 @@ def test_the_package_offers_the_four_functions(repo_root):
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == [f"slidecube.pipeline.{name}" for name in ("config", "plan", "run")]
-    assert summaries.RunReport.__module__ == "slidecube.pipeline.run"

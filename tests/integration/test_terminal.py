@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import select
-import signal
 import sys
 import time
 
@@ -45,8 +44,6 @@ def test_one_line_and_no_tracebacks(tmp_path, sign, after_s):
     script.write_text(START)
     pid, terminal = pty.fork()
     if not pid:
-        # it is ignored where the tests themselves run in the background
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execv(sys.executable, [sys.executable, str(script)])
     told, code = seen(pid, terminal, sign, after_s)
 
