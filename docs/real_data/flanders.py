@@ -47,7 +47,10 @@ dem = "items.json"
 
 [cube]
 composite = "{method}"
+greenest_of = 0
 tile_px = 512
+# what the classification alone says: numpy's side knows nothing else
+mask = {{ cloud_heights_m = [], readmit = false }}
 
 [output]
 workspace = "{method}"

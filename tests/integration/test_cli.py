@@ -293,6 +293,7 @@ STATE = {
             "named_by": "person",
             "reasons": {"1": "landslide: steep"},
             "repaired_tiles": ["r001c002"],
+            "strata": {},
             "sheet": "statistics/0123456789abcdef/sheet/index.html",
         }
     ],
