@@ -113,7 +113,7 @@ def test_other_products_detect_nothing_anew(desk, run):
     desk.write(output={"formats": ["parquet", "cog"]})
     assert run()["detect"] == 0
     folder = next((desk.workspace / "products").iterdir())
-    assert len(list(folder.glob("cog/*.tif"))) == 3
+    assert len(list(folder.glob("cog/*.tif"))) == 5
     desk.write(output={"formats": ["cog"]})
     assert run()["detect"] == 0
     assert not (folder / "landslides.parquet").exists(), "an old table beside new rasters would mislead"
