@@ -46,12 +46,11 @@ QUICK = {
 
 
 @pytest.fixture(scope="module")
-def address():
-    """A cluster that somebody else started."""
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1"
-    ) as cluster:
-        yield cluster.scheduler_address
+def address(servers, tmp_path_factory):
+    """A cluster that somebody else started: its nannies start a worker again however long that takes."""
+    with servers("dask_site").DaskSite(tmp_path_factory.mktemp("site") / "site") as site:
+        site.until_there()
+        yield site.address
 
 
 def profile_of(name, request):
@@ -391,7 +390,7 @@ def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
 
     assert found["k1"].fault == "deadline"
     assert found.pop("k1").reason.startswith("not done after ")
-    assert {r.status for r in found.values()} == {"done"}
+    assert {r.status for r in found.values()} == {"done"}, found
     assert noted.begun("k1") == noted.begun("k2") == 2
     pids = {int(pid) for key in ("k1", "k2") for n, pid, _ in noted.attempts(key) if n == "1"}
     left = [os.getpid()] * ("thread" in name)
