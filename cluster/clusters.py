@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import importlib
 import logging
@@ -27,7 +26,7 @@ import dask
 import psutil
 from distributed import Client, LocalCluster, Status, WorkerPlugin
 from distributed.deploy.spec import close_clusters
-from distributed.utils import LoopRunner
+from distributed.utils import LoopRunner, silence_logging_cmgr
 
 from slidecube.cluster.credentials import fresh_security
 from slidecube.cluster.errors import ClusterError
@@ -131,25 +130,22 @@ def open_cluster(profile: Profile) -> Opened:
     atexit.unregister(
         close_clusters
     )  # we close ours; it would wait for a half-started one, and end in a traceback
-    logging.getLogger("distributed.client").addFilter(_no_cancelled_reconnect)
-    settings = dask.config.set(DASK_SETTINGS)  # some are asked for while the cluster works
+    kept = ExitStack()
+    kept.enter_context(dask.config.set(DASK_SETTINGS))  # some are asked for while the cluster works
+    # of a scheduler or a worker that is lost the run tells by itself, and in a line, not with their tracebacks
+    kept.enter_context(silence_logging_cmgr(logging.CRITICAL))
     try:
         opened = _OPENERS[profile.runner](profile)
     except BaseException as error:
-        settings.__exit__(None, None, None)
+        kept.close()
         if isinstance(error, ClusterError | MemoryError) or not isinstance(error, Exception):
             raise
         raise ClusterError(
             f"The cluster of profile {profile.name!r} does not start ({_said(error)}); look at its settings with "
             f"`slidecube cluster show {profile.name}`"
         ) from error
-    opened.kept.enter_context(settings)
+    opened.kept.enter_context(kept)
     return opened
-
-
-def _no_cancelled_reconnect(record: logging.LogRecord) -> bool:
-    """Drop what a client says when it is closed while it looks for its scheduler: the run tells of that in a line."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def _said(error: BaseException) -> str:
@@ -206,7 +202,7 @@ def _started(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
             local_directory=scratch,
-            silence_logs=logging.CRITICAL,  # of a worker that dies the run tells by itself, and in a line
+            silence_logs=logging.CRITICAL,
             **({"processes": True} if kind is LocalCluster else {}),
             **how,
         )
