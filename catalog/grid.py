@@ -22,7 +22,6 @@ import pyproj
 import shapely
 from affine import Affine
 from odc.geo.geobox import GeoBox
-from shapely.geometry.base import BaseGeometry
 
 from slidecube.catalog.aoi import Aoi
 from slidecube.catalog.errors import CatalogError
@@ -120,9 +119,7 @@ class TileGrid:
 
     def tiles(self, aoi: Aoi) -> Tiles:
         """Return the tiles that share area with the AOI, by row, then column."""
-        return self._tiles_over(aoi.to_crs(self.crs))
-
-    def _tiles_over(self, shape: BaseGeometry) -> Tiles:
+        shape = aoi.to_crs(self.crs)
         left, bottom, right, top = _frame_bounds(self.crs, self.resolution_m)
         xmin, ymin, xmax, ymax = shape.bounds
         if not np.all(np.isfinite([xmin, ymin, xmax, ymax])) or not shapely.box(
@@ -161,6 +158,13 @@ class Tiles(Sequence[Tile]):
     def keys(self) -> tuple[str, ...]:
         """Their keys."""
         return tuple(_tile_key(*place) for place in zip(self.rows.tolist(), self.cols.tolist(), strict=True))
+
+    @property
+    def roi(self) -> tuple[slice, slice]:
+        """Pixels of the frame from the first to the last of their rows and columns."""
+        px = self.grid.tile_px
+        ends = [(int(at.min()) * px, (int(at.max()) + 1) * px) for at in (self.rows, self.cols)]
+        return slice(*ends[0]), slice(*ends[1])
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -270,8 +270,8 @@ def lattice_places(plan: RunPlan) -> Iterator[tuple[int, int]]:
     """Rows and columns of the lattice blocks that share area with the area of interest, in the order of their hash."""
     per_tile, block_px = plan.grid.tile_px // plan.grid.block_px, plan.grid.block_px
     offsets = np.arange(per_tile)
-    rows = np.concatenate([np.repeat(t.row * per_tile + offsets, per_tile) for t in plan.tiles])
-    cols = np.concatenate([np.tile(t.col * per_tile + offsets, per_tile) for t in plan.tiles])
+    rows = np.repeat(plan.tiles.rows[:, None] * per_tile + offsets, per_tile, axis=1).ravel()
+    cols = np.tile(plan.tiles.cols[:, None] * per_tile + offsets, (1, per_tile)).ravel()
     a, side_m = plan.grid.frame.affine, block_px * plan.grid.resolution_m
     left, top = a.c + cols * side_m, a.f - rows * side_m
     meets = shapely.intersects(plan.aoi_shape, shapely.box(left, top - side_m, left + side_m, top))

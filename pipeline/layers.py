@@ -162,10 +162,7 @@ def create_stores(made: RunPlan) -> None:
             attrs["slidecube:orbit"] = layer.orbit
         path = made.workspace.layer(made.grid, layer.name)
         create_arrays(path, variables, geobox=frame, tile_px=tile_px, block_px=block_px, attrs=attrs)
-    rows, cols = [t.row for t in made.tiles], [t.col for t in made.tiles]
-    extent = frame[
-        min(rows) * tile_px : (max(rows) + 1) * tile_px, min(cols) * tile_px : (max(cols) + 1) * tile_px
-    ]
+    extent = frame[made.tiles.roi]
     inventory = made.workspace.inventory(made.inventory)
     create_arrays(
         inventory,
@@ -178,7 +175,7 @@ def create_stores(made: RunPlan) -> None:
             "slidecube:run": made.run,
             "slidecube:grid": made.grid.key,
             "slidecube:tile_px": tile_px,
-            "slidecube:first_tile": [min(rows), min(cols)],
+            "slidecube:first_tile": [int(made.tiles.rows.min()), int(made.tiles.cols.min())],
             "slidecube:model": made.model.card.address,
         },
     )

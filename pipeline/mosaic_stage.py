@@ -300,7 +300,7 @@ def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]
     inventory = plan.workspace.inventory(plan.inventory)
     done = detected(plan, epoch.name)
     px = plan.grid.tile_px
-    row0, col0 = min(t.row for t in plan.tiles), min(t.col for t in plan.tiles)
+    row0, col0 = int(plan.tiles.rows.min()), int(plan.tiles.cols.min())
     if not done:
         raise PipelineError(
             f"No tile of epoch {epoch.name!r} has been detected; run `slidecube detect` first"

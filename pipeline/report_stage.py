@@ -189,11 +189,9 @@ def _pictures(plan: RunPlan, layer: str) -> dict[str, Picture]:
 def _picture(plan: RunPlan, layer: str, bands: tuple[str, str, str]) -> Picture:
     """Draw a layer over the plan's tiles, thinned to at most `MAX_PICTURE_PX` a side, one tile in memory."""
     px = plan.grid.tile_px
-    rows, cols = [t.row for t in plan.tiles], [t.col for t in plan.tiles]
-    row0, col0 = min(rows) * px, min(cols) * px
-    shape = ((max(rows) + 1) * px - row0, (max(cols) + 1) * px - col0)
-    extent = plan.grid.frame[row0 : row0 + shape[0], col0 : col0 + shape[1]]
-    step = max(1, -(-max(shape) // MAX_PICTURE_PX))
+    extent = plan.grid.frame[plan.tiles.roi]
+    row0, col0 = (int(at.start) for at in plan.tiles.roi)
+    step = max(1, -(-max(extent.shape) // MAX_PICTURE_PX))
     box = extent.zoom_out(step) if step > 1 else extent
     pixels = np.zeros((*box.shape, 3), np.uint8)
     path, ledger = plan.workspace.layer(plan.grid, layer), Ledger.of(plan.workspace.layer(plan.grid, layer))

@@ -143,9 +143,8 @@ def _keys(plan: RunPlan, epoch: EpochPlan, *terms: str) -> dict[str, str]:
 def _around(tiles: Tiles) -> list[npt.NDArray[np.int64]]:
     """Positions of the 3 x 3 tiles around each, an array for each of the nine; past the last where there is none."""
     row, col = tiles.rows, tiles.cols
-    width = (
-        int(col.max(initial=0)) + 2
-    )  # one more: the right neighbour of the last is not the next row's first
+    # one column more than there are: the right neighbour of a row's last is not the next row's first
+    width = int(col.max(initial=0)) + 2
     order = np.argsort(row * width + col)
     codes = (row * width + col)[order]
     found = []

@@ -176,6 +176,9 @@ def main() -> None:
         read = read_plan(made.workspace, made.run)
         print(f"{'read':<12}{time.monotonic() - began:>9.1f} s")
         assert again.keys == made.keys == read.keys
+        for name, each in read.reads.items():
+            assert each.keys() == made.reads[name].keys() == again.reads[name].keys()
+            assert all(indices == made.reads[name][tile] for tile, indices in each.items()), name
         size = sum(p.stat().st_size for p in (root / "ws" / "plans").rglob("*") if p.is_file())
         print(f"{'on disk':<12}{size / 1e6:>9.1f} MB")
 
