@@ -369,7 +369,7 @@ def _from_row(row: dict[str, Any]) -> Scene:
         id=item["id"],
         role=row["slidecube:role"],
         source=row["slidecube:source"],
-        datetime=dt.datetime.fromisoformat(row["slidecube:datetime"]),
+        datetime=dt.datetime.fromisoformat(row["slidecube:datetime"]).astimezone(dt.UTC),
         identity=row["slidecube:identity"],
         datatake=row["slidecube:datatake"],
         version=row["slidecube:version"],
