@@ -202,7 +202,7 @@ def _started(profile: Profile, kind: Callable[..., Any], **how: Any) -> Opened:
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
             local_directory=scratch,
-            silence_logs=logging.CRITICAL,
+            silence_logs=logging.CRITICAL,  # of its worker processes, which have loggers of their own
             **({"processes": True} if kind is LocalCluster else {}),
             **how,
         )

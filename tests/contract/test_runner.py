@@ -394,7 +394,7 @@ def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
     assert noted.begun("k1") == noted.begun("k2") == 2
     pids = {int(pid) for key in ("k1", "k2") for n, pid, _ in noted.attempts(key) if n == "1"}
     left = [os.getpid()] * ("thread" in name)
-    until = time.monotonic() + 60  # nobody waits for the end of a process
+    until = time.monotonic() + 30  # nobody waits for the end of a process
     while [pid for pid in pids if psutil.pid_exists(pid)] != left:
         assert time.monotonic() < until
         time.sleep(0.05)

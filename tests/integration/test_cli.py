@@ -429,6 +429,7 @@ def test_the_package_offers_the_four_functions(repo_root):
     """Whatever was imported before: `plan` and `run` are the functions, not the modules of the same name."""
     probe = (
         "import slidecube.pipeline.run, slidecube.pipeline.plan\n"
+        "from slidecube.pipeline.run import RunReport\n"
         "from slidecube.pipeline import load_config, plan, run\n"
         "print(load_config.__module__, plan.__module__, run.__module__)\n"
     )

@@ -155,36 +155,31 @@ class Slurm:
     def lose_node(self, node: str) -> None:
         """Kill the daemon of a node and everything that its jobs started, as a power failure does."""
         self.cut_off(node)
-        at_work, daemons = [], []
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("SLURMD_NODENAME") == node:
-                    at_work.append(process)
-                    daemons += [parent for parent in process.parents() if parent.name() == "slurmstepd"]
-        # the daemons of its steps first: they would live to tell the controller that their job has failed
-        for process in (*daemons, *at_work):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        self._kill(node)
 
     def stop(self) -> None:
         """End the daemons, and what jobs may have left behind."""
         for daemon in self.daemons.values():
             daemon.kill()
             daemon.wait()
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        self._kill()
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def _processes(self) -> Iterator[psutil.Process]:
-        """Processes that were started for jobs of this Slurm: their environment names it."""
+    def _kill(self, node: str | None = None) -> None:
+        """Kill what was started for jobs of this Slurm, by their environment, on one node or on both."""
+        at_work, daemons = [], []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 found = process.environ()
-                if found.get("SLURM_CONF") == str(self.configuration) and (
-                    "SLURM_JOB_ID" in found or process.name() == "slurmstepd"
-                ):
-                    yield process
+                if found.get("SLURM_CONF") != str(self.configuration) or "SLURM_JOB_ID" not in found:
+                    continue
+                if node in {None, found.get("SLURMD_NODENAME")}:
+                    at_work.append(process)
+                    daemons += [parent for parent in process.parents() if parent.name() == "slurmstepd"]
+        # the daemons of its steps first: they would live to tell the controller that their job has failed
+        for process in (*daemons, *at_work):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def _start(self, name: str, *command: str) -> None:
         with (self.root / f"{name}.out").open("ab") as out:
