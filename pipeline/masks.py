@@ -250,10 +250,17 @@ def _snow_pct(scl_tyx: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarra
     return np.where(seen > 0, share, SNOW_NODATA).astype(np.uint8)
 
 
-def admitted(codes_tyx: da.Array, bands_tyx: Mapping[str, da.Array], *, offsets: Sequence[float]) -> da.Array:
+def admitted(
+    codes_tyx: da.Array,
+    bands_tyx: Mapping[str, da.Array],
+    *,
+    offsets: Sequence[float],
+    groups: Sequence[Sequence[int]],
+) -> da.Array:
     """Decide by the bands what the classification left open: (t, y, x) bool, lazily.
 
     codes_tyx : of `judge`; bands_tyx : band -> (t, y, x) uint16 digital numbers, 0 = nodata; offsets : of the scenes
+    groups : scenes of one overpass, which are one date however many granules they are cut into
     A SHADED pixel is used unless its B08 is below DARK_NIR and below SHADE times that of its brightest date (without
     B08, it is used): ground that is dark on all dates, a wet scar, lies in no cloud's shadow. A CLOUDED one is used
     where it proves to be bright ground (`returning_ground`; without B02, B04 and B08 it never is).
@@ -262,6 +269,9 @@ def admitted(codes_tyx: da.Array, bands_tyx: Mapping[str, da.Array], *, offsets:
     if "B08" not in names:
         return codes_tyx.map_blocks(lambda codes: (codes == CLEAR) | (codes == SHADED), dtype=bool)
     shift = np.asarray(offsets, np.float32)[:, None]
+    overpass = np.zeros(len(offsets), np.int64)
+    for number, group in enumerate(groups):
+        overpass[list(group)] = number
 
     def block(codes: np.ndarray, *bands: np.ndarray) -> np.ndarray:
         flat, out = codes.reshape(len(codes), -1), np.empty(codes.shape, bool)
@@ -269,7 +279,7 @@ def admitted(codes_tyx: da.Array, bands_tyx: Mapping[str, da.Array], *, offsets:
         for start in range(0, flat.shape[1], _STRIP_PX):
             at = np.s_[:, start : start + _STRIP_PX]
             strip = {n: b.reshape(flat.shape)[at] for n, b in zip(names, bands, strict=True)}
-            flags[at] = _admitted_strip(flat[at], strip, shift)
+            flags[at] = _admitted_strip(flat[at], strip, shift, overpass)
         return out
 
     return da.map_blocks(
@@ -278,7 +288,7 @@ def admitted(codes_tyx: da.Array, bands_tyx: Mapping[str, da.Array], *, offsets:
 
 
 def _admitted_strip(
-    codes_tn: np.ndarray, bands_tn: Mapping[str, np.ndarray], shift_t: np.ndarray
+    codes_tn: np.ndarray, bands_tn: Mapping[str, np.ndarray], shift_t: np.ndarray, overpass_t: np.ndarray
 ) -> np.ndarray:
     used: np.ndarray = codes_tn == CLEAR
     shaded = codes_tn == SHADED
@@ -288,23 +298,28 @@ def _admitted_strip(
         used |= shaded & ((nir >= DARK_NIR) | (nir >= SHADE * nir.max(axis=0)))
     # ground that is called cloud on three dates at least; few pixels, so that they are looked at apart
     asked = np.flatnonzero((codes_tn == CLOUDED).any(axis=0)) if len(bands_tn) == 3 else np.array([], int)
-    if asked.size and len(codes_tn) > 2:
+    if asked.size and len(set(overpass_t.tolist())) > 2:
         blue, red, nir = (
             np.where(b[:, asked] == 0, np.nan, b[:, asked].astype(np.float32) / 10_000 + shift_t)
             for b in (bands_tn[n] for n in ("B02", "B04", "B08"))
         )
         codes = codes_tn[:, asked]
         candidates = (codes == CLEAR) | (codes == CLOUDED)
-        used[:, asked] |= (codes == CLOUDED) & returning_ground(blue, red, nir, candidates)
+        used[:, asked] |= (codes == CLOUDED) & returning_ground(blue, red, nir, candidates, overpass_t)
     return used
 
 
 def returning_ground(
-    blue_tn: np.ndarray, red_tn: np.ndarray, nir_tn: np.ndarray, candidates_tn: np.ndarray
+    blue_tn: np.ndarray,
+    red_tn: np.ndarray,
+    nir_tn: np.ndarray,
+    candidates_tn: np.ndarray,
+    overpass_t: np.ndarray,
 ) -> np.ndarray:
     """Tell bare bright ground that stays, on three dates or more, from clouds, which do not: (t, n) bool.
 
-    blue_tn, red_tn, nir_tn : reflectance, NaN = nodata; candidates_tn : dates that may be of the same ground
+    blue_tn, red_tn, nir_tn : reflectance, NaN = nodata; candidates_tn : scenes that may be of the same ground
+    overpass_t : (t,) number of each scene's overpass: scenes of one saw the same cloud, and are one date
     A date counts as bare ground where it has no haze (blue - .5 red - .08 < 0), NDVI below .35 and red of .08 or
     more; it returns where two other such dates agree with it in red and NIR, to .02 and 15 %.
     Source of the haze test: Zhu & Woodcock 2012, doi:10.1016/j.rse.2011.10.028, eq. 3.
@@ -315,11 +330,14 @@ def returning_ground(
     out = np.zeros(bare.shape, bool)
     some = np.flatnonzero(bare.sum(axis=0) > 2)
     bare, red, nir = bare[:, some], red_tn[:, some], nir_tn[:, some]
+    numbers = np.unique(overpass_t)
     for t in range(len(bare)):
         alike = np.zeros(some.size, np.int32)
-        for s in range(len(bare)):
-            if s != t:
-                alike += bare[s] & _like(red[s], red[t]) & _like(nir[s], nir[t])
+        for other in numbers[numbers != overpass_t[t]]:
+            agrees = np.zeros(some.size, bool)
+            for s in np.flatnonzero(overpass_t == other):
+                agrees |= bare[s] & _like(red[s], red[t]) & _like(nir[s], nir[t])
+            alike += agrees
         out[t, some] = bare[t] & (alike >= 2)
     return out
 

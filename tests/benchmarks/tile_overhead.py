@@ -166,7 +166,7 @@ def _optical(made: RunPlan, tile, scenes, taken: dict[str, float]) -> dict[str, 
         codes, _ = judge(lazy, rule, geobox=tile.geobox, suns=suns, groups=groups, halo_px=BLOCK_PX)
         data = {name: cube[name].chunk(y=BLOCK_PX, x=BLOCK_PX).data for name in config.bands}
         open_cases = admitted(
-            codes.rechunk(data["B04"].chunks), data, offsets=[s.offset.value for s in scenes]
+            codes.rechunk(data["B04"].chunks), data, offsets=[s.offset.value for s in scenes], groups=groups
         )
         clear = open_cases.compute(scheduler="synchronous")
     names = list(config.bands)

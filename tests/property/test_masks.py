@@ -172,9 +172,11 @@ def test_the_sun_of_an_item_is_told_in_two_ways_or_not_at_all():
     assert of(**{"view:sun_azimuth": 150.0, "view:sun_elevation": -3.0}) is None
 
 
-def used(codes, **bands):
+def used(codes, groups=None, **bands):
     lazy = {n: da.from_array((np.asarray(v) * 10_000).round().astype(np.uint16)) for n, v in bands.items()}
-    return admitted(da.from_array(codes), lazy, offsets=[0.0] * len(codes)).compute(scheduler="synchronous")
+    each = groups or [[i] for i in range(len(codes))]
+    clear = admitted(da.from_array(codes), lazy, offsets=[0.0] * len(codes), groups=each)
+    return clear.compute(scheduler="synchronous")
 
 
 def test_a_pixel_under_a_projected_cloud_is_used_unless_it_is_dark():
@@ -206,6 +208,16 @@ def test_bright_ground_that_stays_on_three_dates_is_admitted_again():
 
 
 @pytest.mark.parametrize(
+    ("groups", "ground"),
+    [([[0, 1, 2, 3]], False), ([[0, 1], [2, 3]], False), ([[0, 1], [2], [3]], True)],
+    ids=["one", "two", "three"],
+)
+def test_granules_of_one_overpass_are_one_date(groups, ground):
+    """Where granules overlap a cloud is seen several times at once, and agrees with itself."""
+    assert used(called(*(CLOUDED,) * 4), groups, **series(*[GROUND] * 4)).all() == ground
+
+
+@pytest.mark.parametrize(
     ("codes", "dates", "why"),
     [
         ((CLOUDED,) * 2, [GROUND] * 2, "two dates may be two clouds"),
@@ -230,8 +242,9 @@ def test_what_does_not_prove_to_be_ground_stays_masked(codes, dates, why):
 def test_the_order_of_dates_admits_the_same(values, order):
     stack = values * 0.5, values, values * 1.2
     every = np.ones(values.shape, bool)
-    got = returning_ground(*stack, every)
-    again = returning_ground(*(v[order] for v in stack), every)
+    overpass = np.array([0, 1, 2, 2, 3])
+    got = returning_ground(*stack, every, overpass)
+    again = returning_ground(*(v[order] for v in stack), every, overpass[list(order)])
 
     np.testing.assert_array_equal(again, got[order])
 
@@ -255,7 +268,7 @@ def test_block_cuts_change_nothing(method):
             groups=[[0], [1], [2], [3]], halo_px=16,
         )  # fmt: skip
         cut = {n: da.from_array(v, chunks=(-1, block, block)) for n, v in bands.items()}
-        clear = admitted(codes, cut, offsets=[s.offset.value for s in scenes])
+        clear = admitted(codes, cut, offsets=[s.offset.value for s in scenes], groups=[[0], [1], [2], [3]])
         made = {
             **composite(cut, clear, scenes=scenes, how=Compositing(method=method, greenest_of=2)),
             "snow": snow,
