@@ -404,7 +404,9 @@ def _without_holes(asset: rasterio.DatasetReader, geobox: GeoBox, pixels: Pixels
     none = [v for v in (*pixels.holes, asset.nodata) if v is not None]
 
     def clean(values: np.ndarray) -> np.ndarray:
-        return np.where(np.isin(values, none), np.nan, values).astype(np.float32)
+        # as the file stores them: 1e20 is no float32
+        held = np.asarray(none, values.dtype if values.dtype.kind == "f" else np.float64)
+        return np.where(np.isin(values, held), np.nan, values).astype(np.float32)
 
     with _rewritten(asset, geobox, pixels.band, np.nan, clean) as cleaned:
         return _onto(cleaned, geobox, replace(pixels, band=1, holes=()))

@@ -26,6 +26,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.layers import create_stores
 from slidecube.pipeline.mosaic_stage import lineage
 from slidecube.pipeline.pixels import PixelWindow, features_of, read_layers
+from slidecube.pipeline.plan_keys import auxiliary_layer_plan
 from slidecube.pipeline.simulate import simulate_archive
 from slidecube.pipeline.store import open_layer
 from slidecube.pipeline.tasks import layer_ledger
@@ -138,6 +139,18 @@ def test_further_nodata_does_not_bleed_into_its_neighbours(tmp_path, tile, corne
     assert (clean[:, :298] == 20).all()
 
 
+@pytest.mark.parametrize("none", [1e20, -9999.9, 9.969209968386869e36])
+def test_a_nodata_value_that_float32_cannot_hold_is_taken_out(tmp_path, tile, corner, none):
+    values = np.full((200, 200), 20.0, np.float32)
+    values[:, 100:] = none
+    path = write(tmp_path / "a.tif", values, Affine(30, 0, corner[0], 0, -30, corner[1]))
+
+    clean, _ = made(path, layer(kind="continuous", nodata=(none,)), tile)
+
+    assert set(np.unique(clean[~np.isnan(clean)])) == {20.0}
+    assert np.isnan(clean[:, 302:]).all()
+
+
 def test_beyond_a_file_that_declares_no_nodata_there_is_none(tmp_path, tile, corner):
     path = write(
         tmp_path / "a.tif", np.full((50, 50), 7, np.int16), Affine(30, 0, corner[0], 0, -30, corner[1])
@@ -227,6 +240,21 @@ def test_items_of_a_catalogue_mosaic_and_the_year_chooses(tmp_path, tile, corner
         CatalogError, match=r"no item with an asset 'data' of 2020 over .*; 3 others have no such"
     ):
         find_rasters(source, aoi, name="mine", asset="data", year=2020)
+
+
+def test_another_asset_or_catalogue_is_another_layer():
+    """Items say nothing of their assets: the same id and the same day may be heights, and their errors."""
+
+    def key(**given):
+        given = {"name": "mine", "kind": "continuous", "units": "m"} | given
+        return auxiliary_layer_plan(GRID, Layer(**given)).key
+
+    one = key(source="https://a.invalid/collections/c", asset="height")
+    assert one == key(source="https://a.invalid/collections/c", asset="height", year=2020)
+    assert one != key(source="https://a.invalid/collections/c", asset="height_sd")
+    assert one != key(source="https://b.invalid/collections/c", asset="height")
+    assert key(source="here.json", asset="height") == key(source="moved/here.json", asset="height")
+    assert key(href="a.tif") == key(href="b.tif"), "a file counts by its content"
 
 
 def test_a_mirror_is_read_where_the_first_place_cannot_be(tmp_path, tile, corner):
