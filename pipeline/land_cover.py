@@ -108,7 +108,10 @@ def classify_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record
     """Apply the frozen tree to one tile; a pixel of which a feature is unknown has no class."""
     (epoch,) = [e for e in plan.epochs if e.tree_key and e.land_cover == task.layer][:1]
     _require_inputs(plan, epoch, task.tile)
-    tree, spec = read_tree(plan, epoch), tree_features(plan, epoch)
+    tree = read_tree(plan, epoch)
+    spec = FeatureSpec(
+        names=tree.features
+    )  # its own order: that of the bands in the TOML may have changed since
     tile, block_px = plan.by_tile[task.tile], plan.grid.block_px
     window = PixelWindow.of_tile(plan.grid, tile)
     layers = _layers(plan, epoch, window)

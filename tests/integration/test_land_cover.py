@@ -30,6 +30,7 @@ from slidecube.pipeline.simulate.parameters import load_parameters
 from slidecube.pipeline.status import status
 from slidecube.pipeline.store import open_layer
 from slidecube.pipeline.summaries import plan_summary
+from slidecube.pipeline.tasks import layer_ledger
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,8 @@ def finished(configured):
 
 
 def stored_cover(made):
-    layer = open_layer(made.workspace.layer(made.grid, made.epochs[0].land_cover))
+    # the tiles alone: the array is as large as a UTM zone
+    layer = open_layer(made.workspace.layer(made.grid, made.epochs[0].land_cover), tiles=list(made.tiles))
     return layer["land_cover"], layer["land_cover"].attrs
 
 
@@ -177,6 +179,22 @@ def test_the_tree_is_plain_data_and_enters_the_keys(finished, configured, folder
     assert other.tree_key != epoch.tree_key
     assert other.detect_key == epoch.detect_key, "rdndvi does not read it"
     assert read_plan(finished.workspace, finished.run).points == finished.points
+
+
+def test_a_frozen_tree_knows_its_columns_whatever_the_order_of_the_bands(finished, folder):
+    """The order of bands in a TOML is in no key: a tile that is made later is classified as those before it."""
+    before = stored_cover(finished)[0].to_numpy()
+    written = json.dumps(list(finished.config.cube.bands))
+    toml = finished.config.text.replace(written, json.dumps(list(reversed(finished.config.cube.bands))))
+    (folder / "turned-bands.toml").write_text(toml)
+    made = plan(load_config(folder / "turned-bands.toml"))
+    assert made.epochs[0].tree_key == finished.epochs[0].tree_key
+    assert tree_features(made, made.epochs[0]) != tree_features(finished, finished.epochs[0])
+    layer_ledger(made, made.epochs[0].land_cover).forget(made.tiles[0].key)
+    report = run(made, stages=("fit",), progress=False)
+    assert report.done == {"classify": 1}
+
+    np.testing.assert_array_equal(stored_cover(made)[0].to_numpy(), before)
 
 
 def test_nothing_is_due_twice_and_status_tells_of_it(finished):
