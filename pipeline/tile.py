@@ -137,7 +137,7 @@ def optical_layer(
     )
     data = {b: cube[b].data for b in bands}
     offsets = [0.0 if scene.offset is None else scene.offset.value for scene in scenes]
-    clear = admitted(codes, data, offsets=offsets)
+    clear = admitted(codes, data, offsets=offsets, groups=observations(scenes))
     if terrain_syx is not None and correction != "none":
         data = corrected(data, clear, terrain_syx, scenes=scenes, method=correction)
     made = composite(data, clear, scenes=scenes, how=how)
@@ -371,6 +371,7 @@ def _plan(workspace: Place, run: str) -> RunPlan:
 def _within_budget(plan: RunPlan, task: TileTask, log: ReadLog, scenes: Sequence[Scene]) -> None:
     """Refuse a tile that lacks more scenes than it may, and wait for those that may come while it is worth it.
 
+    scenes : of the layer's own role; what else it reads, the DEM, it may not lack
     Raises PassingError, by which the tile is tried again, and PipelineError when that would not help.
     """
     lost = sorted({(scene, asset) for scene, asset, _ in log.lost})
@@ -380,9 +381,12 @@ def _within_budget(plan: RunPlan, task: TileTask, log: ReadLog, scenes: Sequence
     what = f"first: asset {first[1]!r} of item {first[0]!r}: {first[2]}"
     if log.passing and not task.last:
         raise PassingError(f"{len(log.passing)} assets cannot be read now; {what}", log.passing_fault)
-    scenes_lost = {scene for scene, _ in lost}
+    scenes_lost, own = {scene for scene, _ in lost}, {s.id for s in scenes}
     budget = plan.config.cube.max_lost_scenes
-    if len(scenes_lost) > budget or scenes_lost == {s.id for s in scenes}:
+    if not scenes_lost <= own:  # without the DEM all that it decides would silently be left out
+        message = f"the DEM under or around this tile cannot be read; {what}"
+        raise PassingError(message, log.passing_fault) if log.passing else PipelineError(message)
+    if len(scenes_lost) > budget or scenes_lost == own:
         n = f"{len(scenes_lost)} of {len(scenes)}"
         message = f"{n} scenes cannot be read, more than max_lost_scenes={budget}; {what}"
         raise PassingError(message, log.passing_fault) if log.passing else PipelineError(message)
