@@ -11,6 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 SEED ?= 0
+SIZE ?= default
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DATA ?= ../shared/data
@@ -46,9 +47,9 @@ simulation-report: $(VENV)/.dev ## Score the detectors on simulated archives of 
 	@"$(BIN)/python" -m slidecube.pipeline.simulate docs/simulation-report.md
 
 .PHONY: ablation
-ablation: $(VENV)/.dev ## Score features, and preprocessing step by step, on simulated archives; SEEDS="0 1" takes these
+ablation: $(VENV)/.dev ## Score features, and preprocessing step by step, on simulated archives; SEEDS="0 1", SIZE=small
 	@"$(BIN)/python" -m slidecube.pipeline.simulate.ablation docs/ablation.md $(SEEDS)
-	@"$(BIN)/python" -m slidecube.pipeline.simulate.steps docs/preprocessing.md $(SEEDS)
+	@"$(BIN)/python" -m slidecube.pipeline.simulate.steps docs/preprocessing.md --size "$(SIZE)" $(SEEDS)
 
 .PHONY: real-data
 real-data: $(VENV)/.dev ## Make docs/real-data.md, its numbers and pictures from DATA, the folder of real fixtures

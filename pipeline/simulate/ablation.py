@@ -117,10 +117,25 @@ def _scores(result: Evaluation, prefix: str) -> dict[str, float | str]:
 
 def _clusters(archive: SimulatedArchive, plan: RunPlan, mapped: Detection) -> dict[str, float | str]:
     """What the rule named, and the best that one cluster alone could have scored."""
+    clusters_yx = cluster_map(archive, plan)
+    best, mask = best_cluster(archive, plan, mapped, clusters_yx)
+    result = score(archive, Detection(objects=of_mask(archive, mask).objects, observed=mapped.observed))
+    observed = np.ones(clusters_yx.shape, bool) if mapped.observed is None else mapped.observed
+    return {
+        "named": ", ".join(map(str, fitted_statistics(plan, plan.epochs[0]).clusters or ())) or "none",
+        "best": best,
+        "share_of_best": float((clusters_yx == best)[observed].mean()),
+        **_scores(result, "best_"),
+    }
+
+
+def best_cluster(
+    archive: SimulatedArchive, plan: RunPlan, mapped: Detection, clusters_yx: np.ndarray
+) -> tuple[int, np.ndarray]:
+    """Return the cluster that would map best by pixel F1, picked with the truth at hand, and its map: (y, x) bool."""
     fitted = fitted_statistics(plan, plan.epochs[0])
     assert isinstance(fitted.detector, Kmeans)
     assert fitted.detector.fitted is not None
-    clusters_yx = cluster_map(archive, plan)
     observed = np.ones(clusters_yx.shape, bool) if mapped.observed is None else mapped.observed
     truth = truth_mask(archive) & observed
     minimum_px = minimum_size_px(plan.model.card.min_area_m2, plan.grid.resolution_m)
@@ -130,15 +145,7 @@ def _clusters(archive: SimulatedArchive, plan: RunPlan, mapped: Detection) -> di
     ]
     f1 = [2 * (mask & truth).sum() / max(mask.sum() + truth.sum(), 1) for mask in masks]
     best = int(np.argmax(f1))
-    result = score(
-        archive, Detection(objects=of_mask(archive, masks[best]).objects, observed=mapped.observed)
-    )
-    return {
-        "named": ", ".join(map(str, fitted.clusters or ())) or "none",
-        "best": best,
-        "share_of_best": float((clusters_yx == best)[observed].mean()),
-        **_scores(result, "best_"),
-    }
+    return best, masks[best]
 
 
 def cluster_map(archive: SimulatedArchive, plan: RunPlan) -> np.ndarray:

@@ -53,7 +53,7 @@ def test_the_document_prints_differences_of_either_sign_seed_by_seed():
         for variant, f1 in ((DEFAULTS, 0.30), ("without a", 0.35), ("without b", 0.10))
     ]  # fmt: skip
     text = markdown(pd.DataFrame(rows))
-    assert "**SIMULATED data**, archives of the seeds 0, 1" in text
+    assert "**SIMULATED data**, archives of the seeds 0, 1, size `default`" in text
     assert "| without a | +0.0500 (+0.0500 to +0.0500) | +0.0000 (+0.0000 to +0.0000)" in text
     assert "| without b | -0.2000 (-0.2000 to -0.2000)" in text
     assert "| the defaults | - | 0.500 (0.500 to 0.500) | 0.350 (0.300 to 0.400)" in text
