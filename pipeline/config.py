@@ -752,14 +752,12 @@ class Config:
     def search_terms(self) -> dict[str, Any]:
         """Return what decides the scene search, as canonical JSON types: area, windows, sources, cloud limit."""
         orbit = {"orbit": self.cube.radar.orbit} if self.sources.radar else {}
-        shadow = {"cast_shadow": True} if self.cube.sun.cast_shadow else {}
         return {
             "area": self._area_terms(),
             "windows": sorted({str(w) for epoch in self.epochs for w in epoch.windows.values()}),
             "sources": self._source_terms(),
             "max_cloud_pct": self.cube.max_cloud_pct,
             **orbit,
-            **shadow,
             **({"layers": self._layer_terms()} if self.layers else {}),
         }
 

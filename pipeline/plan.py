@@ -6,7 +6,7 @@ work. Workers read it and never search. An unchanged TOML finds its plan again; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_pl
 from slidecube.pipeline.plan_keys import (
     around_tiles,
     auxiliary_layer_plan,
+    dem_reach_m,
     detect_key_of,
     land_cover_layer_plan,
     optical_layer_plan,
@@ -40,7 +41,7 @@ from slidecube.pipeline.plan_keys import (
     tree_key_of,
 )
 from slidecube.pipeline.plan_layers import search_layers
-from slidecube.pipeline.plan_radar import search_radar
+from slidecube.pipeline.plan_radar import require_one_quantity, search_radar
 from slidecube.pipeline.points import Points, read_points
 from slidecube.pipeline.run_plan import (
     EpochPlan,
@@ -59,7 +60,7 @@ from slidecube.pipeline.statistics import load_statistics, read_manifest
 from slidecube.pipeline.storage import fetched
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.strata import Strata, read_strata
-from slidecube.pipeline.sunlight import SHADOW_HALO_M, required_sun
+from slidecube.pipeline.sunlight import required_sun
 
 
 def _require_statistics(workspace: Workspace, config: Config, model: Detector) -> None:
@@ -116,12 +117,16 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
             f"The AOI {aoi.name!r} covers no pixel of the grid {grid.key}; check its coordinates"
         )
     points = _points(config, grid, tiles)
-    earlier = index.searches.get(search_key(config, tiles))
+    reach_m = dem_reach_m(config, terrain_variables(model.card, config))
+    earlier = index.searches.get(search_key(config, tiles, reach_m))
     if earlier and not refresh and (workspace.plan(earlier) / "scenes.parquet").exists():
         with fetched(workspace.plan(earlier) / "scenes.parquet") as file:
             scenes, reused = SceneTable.read_parquet(file), True
     else:
-        scenes, reused = _search(config, aoi, _tiled(aoi, tiles)), False
+        scenes, reused = _search(config, aoi, _tiled(aoi, tiles), reach_m), False
+    # a search that is known may have been made for other settings
+    _require_bands(config, scenes.role("optical"))
+    require_one_quantity(config, scenes.role("radar"))
     made = _assemble(
         config,
         workspace=workspace,
@@ -165,12 +170,15 @@ def _tiled(aoi: Aoi, tiles: Tiles) -> Aoi:
 
 
 def _widened(tiled: Aoi, by_m: float) -> Aoi:
-    """Area of the tiles and their surroundings, from which shadow falls on them."""
+    """Area of the tiles and their surroundings, where the DEM throws shadow and gathers water."""
     return Aoi(name=tiled.name, geometry=tiled.geometry.buffer(by_m, join_style="mitre"), crs=tiled.crs)
 
 
-def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
-    """Find the scenes and the DEM of all tiles; an epoch without any scene over the area itself is refused."""
+def _search(config: Config, aoi: Aoi, tiled: Aoi, reach_m: float) -> SceneTable:
+    """Find the scenes and the DEM of all tiles; an epoch without any scene over the area itself is refused.
+
+    reach_m : how far around the tiles the DEM is looked at
+    """
     sources = config.sources
     windows = sorted({span for e in config.epochs for w in e.windows.values() for span in w.spans}, key=str)
     found = seek(
@@ -180,7 +188,6 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
         max_cloud_pct=config.cube.max_cloud_pct,
     )
     optical = [scene for scene in found.scenes if any(band.startswith("B") for band in scene.bands)]
-    _require_bands(config, optical)
     area = aoi.to_crs("EPSG:4326")
     over = list(compress(optical, shapely.intersects(area, footprints(optical)))) if optical else []
     for epoch in config.epochs:
@@ -192,7 +199,7 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi) -> SceneTable:
                     f"{config.cube.max_cloud_pct:g} % cloud; widen the window or raise max_cloud_pct"
                     f"{_elsewhere(found, window)}"
                 )
-    heights = search_dem(config, _widened(tiled, SHADOW_HALO_M) if config.cube.sun.cast_shadow else tiled)
+    heights = search_dem(config, _widened(tiled, reach_m))
     dem = [scene for scene in heights.scenes if "elevation" in scene.bands]  # a catalogue may hold both
     if not dem:
         raise PipelineError(
@@ -223,7 +230,7 @@ def _elsewhere(found: Sought, window: Window) -> str:
     return f", or name another source as optical ({', '.join(holds)})" if holds else ""
 
 
-def _require_bands(config: Config, optical: list[Scene]) -> None:
+def _require_bands(config: Config, optical: Iterable[Scene]) -> None:
     """Refuse now what would fail on every tile later."""
     for scene in optical:
         if config.cube.sun.reads_heights:

@@ -22,6 +22,7 @@ from slidecube.pipeline.config import Config, load_config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
+from slidecube.pipeline.plan_keys import dem_reach_m
 from slidecube.pipeline.points import Points
 from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan
 from slidecube.pipeline.storage import create, fetched, made_once, read_tagged, swap
@@ -180,14 +181,16 @@ class Index:
         """Take a plan in."""
         config = made.config
         self.runs[f"{config.stem} {content_key(config.science())}"] = made.run
-        self.searches[search_key(config, made.tiles)] = made.run
+        self.searches[search_key(config, made.tiles, dem_reach_m(config, made.terrain_variables()))] = (
+            made.run
+        )
         self.newest[str(config.path)] = made.run
         self.latest = made.run
 
 
-def search_key(config: Config, tiles: Tiles) -> str:
-    """Key of a search: what was asked for, over which tiles."""
-    return content_key(config.search_terms(), str(tiles[0].geobox.crs), tiles.keys)
+def search_key(config: Config, tiles: Tiles, reach_m: float) -> str:
+    """Key of a search: what was asked for, over which tiles, and how far around them the DEM was."""
+    return content_key(config.search_terms(), str(tiles[0].geobox.crs), tiles.keys, reach_m)
 
 
 def write_plan(made: RunPlan) -> None:

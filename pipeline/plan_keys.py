@@ -21,7 +21,7 @@ from slidecube.pipeline.points import Points
 from slidecube.pipeline.radar_geometry import HALO_M
 from slidecube.pipeline.run_plan import LayerPlan, compositing
 from slidecube.pipeline.sunlight import SHADOW_HALO_M, SUN_VERSION
-from slidecube.pipeline.terrain import TERRAIN_VERSION
+from slidecube.pipeline.terrain import TERRAIN_VARIABLES, TERRAIN_VERSION
 
 _EVENT_AT: dict[str, WindowEnd] = {"pre": "end", "post": "start"}
 _MARGIN_M = 1_000.0  # beyond a halo: what the kernels of a warp from the DEM's own pixels reach
@@ -36,7 +36,7 @@ LAND_COVER_VERSION = 1
 """The same of classified land cover."""
 
 
-OPTICAL_VERSION = 2
+OPTICAL_VERSION = 3
 """Version of what optical layers hold and how it is made; a change makes every tile of them due, and of no others."""
 
 
@@ -81,7 +81,7 @@ def _heights_m(sun: SunSettings) -> float | None:
     """How far around a tile an optical layer reads the DEM, None where it does not."""
     if sun.cast_shadow:
         return SHADOW_HALO_M + _MARGIN_M
-    return 0.0 if sun.reads_heights else None
+    return _MARGIN_M if sun.reads_heights else None
 
 
 def _sun_terms(config: Config, scenes: SceneTable) -> list[Any]:
@@ -103,7 +103,19 @@ def terrain_layer_plan(
         _source_term(scenes.source_of("dem", config.sources.dem)),
         sorted(variables),
     )
-    return LayerPlan(name=f"terrain-{key[:8]}", kind="terrain", key=key)
+    return LayerPlan(
+        name=f"terrain-{key[:8]}", kind="terrain", key=key, heights_m=_terrain_reach_m(variables)
+    )
+
+
+def _terrain_reach_m(variables: Iterable[str]) -> float:
+    return max(TERRAIN_VARIABLES[name].halo_m for name in variables) + _MARGIN_M
+
+
+def dem_reach_m(config: Config, variables: Iterable[str]) -> float:
+    """How far around the tiles any layer of a plan looks at the DEM; variables : of the terrain that it stores."""
+    radar_m = HALO_M + _MARGIN_M if config.sources.radar else 0.0
+    return max(_terrain_reach_m(variables), _heights_m(config.cube.sun) or 0.0, radar_m)
 
 
 def radar_layer_plan(config: Config, grid: TileGrid, window: Window, scenes: SceneTable) -> LayerPlan:
@@ -133,6 +145,8 @@ def auxiliary_layer_plan(grid: TileGrid, layer: Layer) -> LayerPlan:
         grid.key,
         layer.model_dump(mode="json", include={"name", "kind", "band", "nodata"}),
         layer.kernel,
+        # a file counts by its content; of an item nothing says which of its assets was read
+        *([layer.asset, layer.source if "://" in layer.source else "local"] if layer.source else []),
     )
     return LayerPlan(name=f"auxiliary-{layer.name}-{key[:8]}", kind="auxiliary", key=key, feature=layer.name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 
 import shapely
@@ -20,14 +20,12 @@ from slidecube.pipeline.radar_layer import BANDS, track_of
 def search_radar(config: Config, aoi: Aoi, tiled: Aoi) -> Sought:
     """Find the radar scenes of all tiles: of the wanted orbit direction, with both polarisations.
 
-    Raises PipelineError where a window has none over the area, where the numbers are not calibrated, where gamma0 and
-    sigma0 are mixed, and where a slope correction would correct gamma0 twice.
+    Raises PipelineError where a window has none over the area.
     """
     assert config.sources.radar is not None
     windows = sorted({span for e in config.epochs for w in e.windows.values() for span in w.spans}, key=str)
     found = seek([config.source(config.sources.radar)], tiled, windows, role="radar")
     kept, left_out = _usable(config, found.scenes)
-    _require_one_quantity(config, kept)
     area = aoi.to_crs("EPSG:4326")
     over = list(compress(kept, shapely.intersects(area, footprints(kept)))) if kept else []
     for epoch in config.epochs:
@@ -63,7 +61,11 @@ def _reason_against(config: Config, scene: Scene) -> str:
     return "" if state == config.cube.radar.orbit else f"of {state} orbits"
 
 
-def _require_one_quantity(config: Config, scenes: Sequence[Scene]) -> None:
+def require_one_quantity(config: Config, scenes: Iterable[Scene]) -> None:
+    """Refuse scenes that a plan cannot read: not calibrated, of two quantities, or corrected for slopes already.
+
+    Raises PipelineError.
+    """
     quantities = {acquisition_of(scene).quantity: scene.id for scene in scenes}
     if "dn" in quantities:
         raise PipelineError(

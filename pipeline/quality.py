@@ -282,7 +282,7 @@ def _scene_edges(plan: RunPlan, layer: LayerPlan, variable: str, tile: Tile) -> 
     kinds: dict[str, dict[int, str]] = {}
     regions: dict[str, np.ndarray] = {}
     regions["overpass"], kinds["overpass"] = _covered_by(
-        plan, window, scenes, {s.id: s.datatake for s in scenes}
+        plan, window, scenes, {s.id: s.datatake or s.id for s in scenes}
     )
     if layer.kind == "radar":
         sensors = {s.id: sensor_of(s) for s in scenes}

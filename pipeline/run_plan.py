@@ -283,7 +283,14 @@ def _require_clusters(model: Detector, chosen: Mapping[str, tuple[int, ...]] | N
 
 def fit_terms(config: Config) -> dict[str, Any]:
     """What of a cube must agree for statistics of one to hold for another, as canonical JSON types."""
-    cube = config.cube.model_dump(mode="json", include={"composite", "greenest_of", "mask"})
+    # numbers of a composite that is not made decide nothing
+    wanted = {"composite", "mask", "sun"} | (
+        {"greenest_of"} if config.cube.composite == "greenest" else set()
+    )
+    cube = config.cube.model_dump(
+        mode="json", include=wanted | ({"radar"} if config.sources.radar else set())
+    )
+    cube |= {"coregistration": config.cube.coregistration.model_dump(mode="json", exclude={"warn_px"})}
     unset = dict.fromkeys(("mnf_variance", "strata", "strata_field", "strata_blend_m", "strata_min_px"))
     return {"resolution_m": config.area.resolution_m, **cube, **unset, **config.fit_terms()}
 

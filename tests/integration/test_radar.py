@@ -292,6 +292,15 @@ def test_amplitudes_and_a_second_correction_are_refused(configured, items, archi
     assert "would correct slopes twice" in said
 
 
+def test_a_search_that_is_known_refuses_as_one_that_is_made(configured, archive, finished):
+    """The scenes of a plan that was allowed are found again by one that is not."""
+    known = configured("known", radar=archive.radar, workspace="shared")
+    assert plan(known).layers
+    more = '[cube.radar]\nslope_correction = "volume"'
+    with pytest.raises(PipelineError, match="would correct slopes twice"):
+        plan(configured("known", radar=archive.radar, more=more, workspace="shared"))
+
+
 def test_a_radar_model_without_a_radar_source_is_refused(configured):
     assert "reads Sentinel-1; name a source of it" in refusal(configured, "nothing", None)
 
