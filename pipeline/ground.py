@@ -15,9 +15,9 @@ import numpy as np
 from slidecube.pipeline.auxiliary import CLASS_NODATA
 from slidecube.pipeline.composite import SCALE, SHIFT
 from slidecube.pipeline.config import Ground
-from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import ndvi
 from slidecube.pipeline.pixels import PixelWindow, read_stored
+from slidecube.pipeline.points import farmland_codes
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
 
@@ -112,7 +112,7 @@ def _answers(plan: RunPlan, epoch: EpochPlan, window: PixelWindow) -> Iterator[t
         yield "river_corridor", _asked(height < settings.river_corridor_m, ~np.isnan(height))
     if settings.farmland and epoch.land_cover:
         (cover,) = read_stored(plan, epoch.land_cover, ["land_cover"], window).data_vars.values()
-        classes = np.isin(cover.values, farmland_codes(plan))
+        classes = np.isin(cover.values, farmland_codes(settings.farmland, plan.points))
         yield "farmland", _asked(classes, cover.values != CLASS_NODATA)
     slope = _terrain(plan, epoch, "slope_deg", window)
     steps = np.searchsorted(np.array(settings.slope_edges_deg), slope, side="right") + 1
@@ -126,15 +126,3 @@ def _terrain(plan: RunPlan, epoch: EpochPlan, name: str, window: PixelWindow) ->
 
 def _asked(yes: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.where(known, np.where(yes, _YES, _NO), 0)
-
-
-def farmland_codes(plan: RunPlan) -> list[int]:
-    """Codes of the classes that the TOML calls farmland; raises PipelineError for a name that no class has."""
-    names = {name: code for code, name in (plan.points.names if plan.points else {}).items()}
-    codes = []
-    for entry in plan.config.ground.farmland:
-        if isinstance(entry, str) and entry not in names:
-            held = f"the points have {', '.join(names)}" if names else "classes of a raster are numbers"
-            raise PipelineError(f"[ground] farmland names the class {entry!r}; {held}")
-        codes.append(names[entry] if isinstance(entry, str) else entry)
-    return codes

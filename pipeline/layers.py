@@ -8,7 +8,7 @@ from typing import Any
 
 from slidecube.pipeline.auxiliary import dtype_of, nodata_of
 from slidecube.pipeline.config import Layer
-from slidecube.pipeline.ground import GROUND_CF, farmland_codes
+from slidecube.pipeline.ground import GROUND_CF
 from slidecube.pipeline.inventory import (
     CF,
     LANDSLIDE_NODATA,
@@ -146,7 +146,6 @@ def _auxiliary_variables(layer: Layer, made: RunPlan) -> dict[str, Variable]:
 
 def create_stores(made: RunPlan) -> None:
     """Make the arrays that are missing; what is there stays."""
-    farmland_codes(made)  # names that no class has are refused before anything is made
     frame = made.grid.frame
     tile_px, block_px = made.grid.tile_px, made.grid.block_px
     by_kind = {

@@ -23,15 +23,18 @@ def slidecube_version() -> str:
 class LineageScene:
     """One scene that was read.
 
+    datetime : None where nobody says it, as of a file without a date
     use : what for, "pre", "post", "dem", with the epoch's name where there are several
     href : address of its STAC item, unsigned; "" when the catalogue gives none
+    image : whether it is a satellite's, and not a DEM or a layer of the user's
     """
 
     id: str
     source: str
-    datetime: dt.datetime
+    datetime: dt.datetime | None
     use: str
     href: str = ""
+    image: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,13 +6,14 @@ import datetime as dt
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
 
+from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import SOURCES
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.fit_state import fit_state
@@ -186,17 +187,19 @@ def lineage(plan: RunPlan) -> Lineage:
         ):
             if layer is None:
                 continue
-            label = f"{use} {epoch.name}" if several and use not in {"dem", *_of_any_epoch(epoch)} else use
-            for positions in plan.reads[layer].values():
-                for i in positions:
-                    scene = plan.scenes.scenes[i]
-                    scenes[label, scene.id] = LineageScene(
-                        id=scene.id,
-                        source=scene.source,
-                        datetime=scene.datetime,
-                        use=label,
-                        href=_self_href(scene.item),
-                    )
+            own = f"{use} {epoch.name}" if several and use not in {"dem", *_of_any_epoch(epoch)} else use
+            for i in {i for positions in plan.reads[layer].values() for i in positions}:
+                scene = plan.scenes.scenes[i]
+                # layers of images read the DEM as well, for light, shadow and layover
+                label = "dem" if scene.role == "dem" else own
+                scenes[label, scene.id] = LineageScene(
+                    id=scene.id,
+                    source=_source_of(scene),
+                    datetime=scene.datetime if scene.datetime.year > 1970 else None,
+                    use=label,
+                    href=_self_href(scene.item),
+                    image=scene.role in {"optical", "radar"},
+                )
     card = plan.model.card
     substituted = _substitutions(plan)
     used = {scene.source for scene in plan.scenes} | {entry.source for entry in substituted}
@@ -282,6 +285,15 @@ def _substitutions(plan: RunPlan) -> tuple[Substitution, ...]:
         Substitution(scene=scene, asset=asset, source=source, reason=reasons[scene, asset, source], tiles=n)
         for (scene, asset, source), n in sorted(tiles.items())
     )
+
+
+def _source_of(scene: Scene) -> str:
+    """Name of a scene's source; of a file on this machine its name alone."""
+    if scene.source in SOURCES or "://" in scene.source:
+        return scene.source
+    if scene.role in {"dem", "layer"} and "data" in scene.item["assets"]:
+        return PurePosixPath(scene.item["assets"]["data"]["href"]).name
+    return PurePosixPath(scene.source).name
 
 
 def _self_href(item: dict[str, Any]) -> str:

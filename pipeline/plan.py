@@ -42,7 +42,7 @@ from slidecube.pipeline.plan_keys import (
 )
 from slidecube.pipeline.plan_layers import search_layers
 from slidecube.pipeline.plan_radar import require_one_quantity, search_radar
-from slidecube.pipeline.points import Points, read_points
+from slidecube.pipeline.points import Points, farmland_codes, read_points
 from slidecube.pipeline.run_plan import (
     EpochPlan,
     LayerPlan,
@@ -117,6 +117,7 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
             f"The AOI {aoi.name!r} covers no pixel of the grid {grid.key}; check its coordinates"
         )
     points = _points(config, grid, tiles)
+    farmland_codes(config.ground.farmland, points)  # refuses what is no class
     reach_m = dem_reach_m(config, terrain_variables(model.card, config))
     earlier = index.searches.get(search_key(config, tiles, reach_m))
     if earlier and not refresh and (workspace.plan(earlier) / "scenes.parquet").exists():

@@ -8,7 +8,7 @@ from typing import Any
 
 from slidecube.catalog.grid import TileGrid, Tiles
 from slidecube.catalog.scenes import Role, Scene, SceneTable, Window
-from slidecube.catalog.sources import SOURCES
+from slidecube.catalog.sources import SOURCES, is_raster
 from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device
 from slidecube.models.predict import Detector
@@ -87,7 +87,7 @@ def _heights_m(sun: SunSettings) -> float | None:
 def _sun_terms(config: Config, scenes: SceneTable) -> list[Any]:
     """What of the sun decides an optical layer; the DEM where it is read."""
     sun = config.cube.sun
-    heights = [TERRAIN_VERSION, _source_term(scenes.source_of("dem", config.sources.dem))]
+    heights = [TERRAIN_VERSION, _dem_term(config, scenes)]
     return [SUN_VERSION, sun.model_dump(mode="json"), *(heights if sun.reads_heights else [])]
 
 
@@ -100,7 +100,7 @@ def terrain_layer_plan(
         SCHEMA_VERSION,
         TERRAIN_VERSION,
         grid.key,
-        _source_term(scenes.source_of("dem", config.sources.dem)),
+        _dem_term(config, scenes),
         sorted(variables),
     )
     return LayerPlan(
@@ -127,7 +127,7 @@ def radar_layer_plan(config: Config, grid: TileGrid, window: Window, scenes: Sce
         RADAR_VERSION,
         grid.key,
         _source_term(scenes.source_of("radar", config.sources.radar)),
-        _source_term(scenes.source_of("dem", config.sources.dem)),
+        _dem_term(config, scenes),
         radar.model_dump(mode="json"),
         str(window),
     )
@@ -173,6 +173,16 @@ def land_cover_layer_plan(grid: TileGrid, window: Window, tree_key: str) -> Laye
 def _source_term(name: str) -> str:
     """What of a source counts in a key: its name; a local one may move or be gone, its scenes count themselves."""
     return name if name in SOURCES else "local"
+
+
+def _dem_term(config: Config, scenes: SceneTable) -> str | list[str]:
+    """What of the DEM counts in the key of a layer: of one file its content, so that two of them are two layers and
+    two inventories, to be compared.
+    """
+    source = scenes.source_of("dem", config.sources.dem)
+    if not is_raster(source):
+        return _source_term(source)
+    return sorted({scene.version for scene in scenes.role("dem")})
 
 
 def _registration_terms(held: Coregistration | None) -> list[Any]:

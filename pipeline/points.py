@@ -137,3 +137,23 @@ def _refuse_two_classes(pixels: list[tuple[int, int, int]], names: dict[int, str
                 f"{str(path)!r} has points of {names[other]} and of {names[code]} on one pixel of the grid (row {row}, "
                 f"column {col}); remove one of them"
             )
+
+
+def farmland_codes(farmland: Sequence[int | str], points: Points | None) -> list[int]:
+    """Codes of the classes that a TOML calls farmland; points : None where land cover is a raster's numbers.
+
+    Raises PipelineError for a class that the points do not have, and for a name where there are numbers only.
+    """
+    names = {name: code for code, name in points.names.items()} if points else {}
+    codes = []
+    for entry in farmland:
+        if points is None and isinstance(entry, str):
+            raise PipelineError(
+                f"[ground] farmland names the class {entry!r}; classes of a raster are numbers: give its number"
+            )
+        if points is not None and entry not in names and entry not in points.names:
+            raise PipelineError(
+                f"[ground] farmland names the class {entry!r}; the points have {', '.join(names)}"
+            )
+        codes.append(names[entry] if isinstance(entry, str) else entry)
+    return codes

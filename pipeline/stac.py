@@ -245,7 +245,7 @@ def _properties(lineage: Lineage, geobox: GeoBox) -> dict[str, Any]:
         "slidecube:model": dict(lineage.model),
         "slidecube:keys": dict(lineage.keys),
         "slidecube:scenes": [
-            {"id": s.id, "source": s.source, "datetime": s.datetime.isoformat(), "use": s.use}
+            {"id": s.id, "source": s.source, "datetime": s.datetime and s.datetime.isoformat(), "use": s.use}
             for s in lineage.scenes
         ],
         "slidecube:dem": lineage.dem,
@@ -266,7 +266,7 @@ def _story(lineage: Lineage) -> str:
         for e in lineage.epochs
     )
     return (
-        f"{len(lineage.scenes)} scenes, composited by window ({windows}), "
+        f"{sum(scene.image for scene in lineage.scenes)} scenes, composited by window ({windows}), "
         f"classified by {lineage.model_name}, joined into objects by slidecube {lineage.version}.{elsewhere}"
     )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import shapely
+
+from slidecube.catalog.scenes import footprints
 from slidecube.catalog.search import Newest, scenes_by_tile
 from slidecube.catalog.sources import SOURCES
 from slidecube.cluster.resources import Profile, ProfileFile
@@ -18,6 +21,7 @@ if TYPE_CHECKING:  # who asks for a status need not import what runs
     from slidecube.pipeline.run_plan import RunPlan
     from slidecube.pipeline.storage import Place
 
+_WHOLE = 0.995  # of the area: what a DEM's rim leaves out is no news
 _SHOWN = 10
 """Failures that are listed one by one; `status --json` has all."""
 
@@ -40,6 +44,7 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         * any(entry.unsearched for entry in made.scenes.sourcing),
         *_table(("  window", "tile", "scenes", "first", "last", "cloud"), _scene_rows(made)),
         f"dem         {dem_facts(made.config, made.scenes.role('dem'))}",
+        *_uncovered(made),
         *_radar_lines(made),
         *_layer_lines(made),
         *_charged(made),
@@ -49,6 +54,17 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         + (f"; the fit {cost.fit_mem_gb:.1f} GB where it is started" if cost.fit_mem_gb else ""),
     ]
     return "\n".join(lines)
+
+
+def _uncovered(made: RunPlan) -> list[str]:
+    """Warn of a DEM that leaves out a part of the area: there is no slope, and nothing can be judged."""
+    area = made.aoi.to_crs("EPSG:4326")
+    covered = (
+        shapely.union_all(footprints(made.scenes.role("dem").scenes)).intersection(area).area / area.area
+    )
+    if covered > _WHOLE:
+        return []
+    return [f"warning     the DEM covers {covered:.0%} of the area; the rest cannot be judged (no terrain)"]
 
 
 def _radar_lines(made: RunPlan) -> list[str]:

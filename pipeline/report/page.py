@@ -262,15 +262,16 @@ def _context(of: _Page, sections: list[dict[str, Any]], links: list[dict[str, st
         "epochs": sections,
         "n_objects": len(of.objects),
         "links": links,
+        "images": sum(scene.image for scene in lineage.scenes),
         "scenes": [
             {
                 "id": s.id,
                 "use": s.use,
-                "day": s.datetime.date().isoformat(),
+                "day": s.datetime.date().isoformat() if s.datetime else "",
                 "source": s.source,
                 "href": s.href if s.href.startswith(("https://", "http://")) else "",
             }
-            for s in sorted(lineage.scenes, key=lambda s: (s.use, s.datetime, s.id))
+            for s in sorted(lineage.scenes, key=lambda s: (s.use, str(s.datetime), s.id))
         ],
         "crs": _crs_text(geobox),
         "resolution_m": abs(geobox.affine.a),

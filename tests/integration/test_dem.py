@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 
 import geopandas as gpd
 import numpy as np
@@ -144,7 +145,26 @@ def test_the_content_of_the_file_decides_what_is_due_and_its_date_does_not(confi
     assert keys(lidar_plan) == keys(moved)
     assert keys(lidar_plan) == keys(dated)
     assert keys(other).isdisjoint(keys(lidar_plan))
+    assert lidar_plan.inventory == moved.inventory
+    assert len({made.inventory for made in (lidar_plan, other, simulated)}) == 3, "two DEMs can be compared"
     assert keys(simulated).isdisjoint(keys(lidar_plan))
+
+
+def test_a_dem_that_leaves_out_a_part_of_the_area_is_warned_of(configured, folder, archive):
+    with rasterio.open(folder / "lidar.tif") as whole:
+        half = whole.read(1)[: whole.height // 2]
+        profile = whole.profile | {"height": len(half)}
+    with rasterio.open(folder / "half.tif", "w", **profile) as file:
+        file.write(half, 1)
+
+    (said,) = [
+        line
+        for line in plan_summary(plan(configured("half.tif")), newest="").splitlines()
+        if "DEM covers" in line
+    ]
+    share = int(re.search(r"covers (\d+)%", said)[1])
+    assert 30 < share < 70
+    assert "DEM covers" not in plan_summary(plan(configured("lidar.tif")), newest="")
 
 
 def facts(made):

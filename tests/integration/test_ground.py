@@ -119,4 +119,4 @@ def test_what_makes_no_sense_is_one_line(configured, case):
 
 def test_a_name_of_a_class_of_a_raster_is_refused_before_anything_is_made(configured):
     with pytest.raises(PipelineError, match="names the class 'wheat'; classes of a raster are numbers"):
-        run(plan(configured('farmland = ["wheat"]')), progress=False)
+        plan(configured('farmland = ["wheat"]'))

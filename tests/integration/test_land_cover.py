@@ -252,6 +252,18 @@ def test_a_model_reads_it_and_a_whole_run_ends(configured):
     assert not run(plan(config), progress=False).done
 
 
+@pytest.mark.parametrize("farmland", ['"corn"', "7"])
+def test_farmland_that_is_no_class_of_the_points_is_refused_before_anything_is_made(
+    configured, folder, farmland
+):
+    config = configured("fields", more=f"[ground]\nfarmland = [{farmland}]")
+    with pytest.raises(
+        PipelineError, match=r"farmland names the class .*; the points have cropland, forest, grass"
+    ):
+        plan(config)
+    assert not (folder / "fields").exists()
+
+
 def test_detection_that_reads_it_waits_for_the_fit(configured):
     how = 'model = "kmeans-change"\nfeatures = ["dndvi", "slope_deg", "land_cover"]\nparameters = { sample = 500 }'
     made = plan(configured("early", detect=how))
