@@ -22,6 +22,7 @@ from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.run_plan import LAND_COVER, RunPlan
 from slidecube.pipeline.store import Variable, create_arrays
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES
+from slidecube.pipeline.topography import ILLUMINATION
 from slidecube.pipeline.visibility import CAST_SHADOW, LOW_SUN
 
 _DAYS = {"units": "days since 1970-01-01", "long_name": "date", "comment": "0 = none"}
@@ -122,7 +123,18 @@ def _optical_variables(made: RunPlan) -> dict[str, Variable]:
     }
     hidden = Variable(dtype="uint8", fill=0, attrs=_HIDDEN)
     observed = {"clear_count": count, **dates, "spread": spread, "snow_pct": snow, "hidden": hidden}
-    return {**bands, **observed, **of_series}
+    light = Variable(
+        dtype="uint16",
+        fill=0,
+        attrs={
+            "units": "1",
+            "scale_factor": 1e-4,
+            "add_offset": -1.0001,
+            "long_name": "cosine of the angle between sun and ground, mean over the clear observations",
+        },
+    )
+    lit = {ILLUMINATION: light} if made.config.cube.sun.correction != "none" else {}
+    return {**bands, **observed, **of_series, **lit}
 
 
 def _auxiliary_variables(layer: Layer, made: RunPlan) -> dict[str, Variable]:

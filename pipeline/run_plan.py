@@ -31,6 +31,7 @@ from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.strata import Strata
 from slidecube.pipeline.terrain import TERRAIN_ALWAYS
+from slidecube.pipeline.topography import ILLUMINATION
 from slidecube.pipeline.visibility import SEEN_VARIABLES
 
 
@@ -159,7 +160,8 @@ class RunPlan:
 
     def optical_variables(self) -> list[str]:
         """Stored variables of an optical layer."""
-        return [*self.config.cube.bands, *SEEN_VARIABLES, *self.series_variables()]
+        light = [ILLUMINATION] if self.config.cube.sun.correction != "none" else []
+        return [*self.config.cube.bands, *SEEN_VARIABLES, *self.series_variables(), *light]
 
     def series_variables(self) -> tuple[str, ...]:
         """Stored variables of an optical layer that tell of its dates' NDVI."""

@@ -47,7 +47,7 @@ from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import Workspace
 from slidecube.pipeline.tasks import TileContext, adopted, holding, ledger_of, record_tile, store_tile
 from slidecube.pipeline.terrain import TERRAIN_VARIABLES, terrain
-from slidecube.pipeline.topography import Correction, corrected
+from slidecube.pipeline.topography import ILLUMINATION, Correction, corrected, illumination
 from slidecube.pipeline.visibility import SunRule, hidden_by, lit
 
 
@@ -129,7 +129,7 @@ def optical_layer(
     terrain_syx, correction : slope and aspect, and how their light is taken out; see `topography.corrected`
     series : add `ndvi_mean` and `ndvi_std`; see `ndvi_series`
     Returns (y, x) uint16 variables: the bands, and `composite.OBSERVED_VARIABLES`; and `snow_pct` uint8, the share of
-    the overpasses that called the pixel snow, 255 where none saw it.
+    the overpasses that called the pixel snow, 255 where none saw it; and `illumination` where light is taken out.
     """
     cube = load(scenes, geobox, bands, block_px=block_px, log=log, loader=loader)
     codes, snow_pct = judged or judged_scenes(
@@ -141,6 +141,8 @@ def optical_layer(
     if terrain_syx is not None and correction != "none":
         data = corrected(data, clear, terrain_syx, scenes=scenes, method=correction)
     made = composite(data, clear, scenes=scenes, how=how)
+    if terrain_syx is not None and correction != "none":
+        made[ILLUMINATION] = illumination(clear, terrain_syx, scenes=scenes)
     made["snow_pct"] = snow_pct
     if series:
         made |= ndvi_series(data, clear, scenes=scenes)

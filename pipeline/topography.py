@@ -88,6 +88,35 @@ def corrected(
     }
 
 
+ILLUMINATION = "illumination"
+"""Stored with an optical layer that is corrected."""
+
+
+def illumination(clear_tyx: da.Array, terrain_syx: da.Array, *, scenes: Sequence[Scene]) -> da.Array:
+    """Mean light over the clear scenes of each pixel: the cosine of the angle between sun and ground, lazily.
+
+    clear_tyx, terrain_syx, scenes : as for `corrected`
+    Returns (y, x) uint16, round(10000 * mean) + 10001; 0 = seen on no date, or without a slope. Cosines count in whole
+    ten-thousandths, so that the order of dates leaves no trace.
+    """
+    suns = [required_sun(scene) for scene in scenes]
+
+    def block(clear: NDArray[np.bool_], terrain: NDArray[np.float32]) -> NDArray[np.uint16]:
+        total, count = np.zeros(clear.shape[1:], np.int64), clear.sum(axis=0)
+        known = ~np.isnan(terrain[0]) & (count > 0)
+        for seen, sun in zip(clear, suns, strict=True):
+            light = np.rint(10_000 * np.nan_to_num(cos_incidence(terrain[0], terrain[1], sun))).astype(
+                np.int64
+            )
+            total += np.where(seen, light, 0)
+        mean = np.rint(total / np.maximum(count, 1)) + 10_001
+        return np.where(known, mean, 0).astype(np.uint16)
+
+    return da.map_blocks(
+        block, clear_tyx, terrain_syx, dtype=np.uint16, drop_axis=0, meta=np.empty((0, 0), np.uint16)
+    )
+
+
 def correct_scene(
     reflectance: NDArray[np.float32],
     clear: NDArray[np.bool_],

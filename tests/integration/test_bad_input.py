@@ -149,6 +149,23 @@ def test_a_truncated_asset_costs_its_blocks_within_the_budget_and_the_tile_beyon
     assert command("run", strict.toml, "--quiet").code == 0
 
 
+def test_without_the_dem_an_image_that_needs_it_is_not_made(desk_in, own_archive, tmp_path, command):
+    """A budget of lost scenes is not one of lost heights: without them no shadow would be taken out."""
+    (dem,) = own_archive.glob("archive/dem/**/*.tif")
+    content = dem.read_bytes()
+    dem.write_bytes(content[: len(content) // 50])
+    desk = desk_in(
+        tmp_path / "desk", archive=own_archive, cube={"max_lost_scenes": 5, "sun": {"correction": "scs+c"}}
+    )
+    failed = command("run", desk.toml, "--quiet")
+    assert failed.code == 2
+    tiles = json.loads(command("status", desk.workspace, "--json").out)["tiles"]["cube"]
+    assert tiles["done"] == 0, tiles
+
+    dem.write_bytes(content)
+    assert command("run", desk.toml, "--quiet").code == 0
+
+
 def test_a_deleted_asset_is_named(desk_in, own_archive, tmp_path, command):
     folders = scene_folders(own_archive, "20180907")
     (folders[0] / "B04.tif").unlink()

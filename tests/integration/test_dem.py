@@ -10,6 +10,8 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+import rasterio.warp
+import shapely
 from affine import Affine
 
 from slidecube.catalog.aoi import read_aoi
@@ -165,6 +167,37 @@ def test_a_dem_that_leaves_out_a_part_of_the_area_is_warned_of(configured, folde
     share = int(re.search(r"covers (\d+)%", said)[1])
     assert 30 < share < 70
     assert "DEM covers" not in plan_summary(plan(configured("lidar.tif")), newest="")
+
+
+def test_what_gathers_water_reads_the_next_item_of_the_dem_as_far_as_it_looks(configured, folder, archive):
+    """A tile that ends a kilometre before the seam of two items: its rivers come from beyond."""
+    west, south, east, north = gpd.read_file(archive.aoi).to_crs("EPSG:32632").total_bounds
+    seam, items = east + 1500, []
+    for name, box in (
+        ("west", (west - 9000, south - 9000, seam, north + 9000)),
+        ("east", (seam, south - 9000, east + 9000, north + 9000)),
+    ):
+        path = lidar(folder / f"{name}.tif", box, step=20.0)
+        with rasterio.open(path) as file:
+            bounds = rasterio.warp.transform_bounds(file.crs, "EPSG:4326", *file.bounds)
+        outline = shapely.geometry.mapping(shapely.box(*bounds))
+        items.append(
+            {
+                "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": "dem", "links": [],
+                "bbox": list(bounds), "geometry": outline, "properties": {"datetime": "2015-01-01T00:00:00Z"},
+                "assets": {"elevation": {"href": f"{name}.tif", "type": "image/tiff; application=geotiff"}},
+            }
+        )  # fmt: skip
+    (folder / "two.json").write_text(json.dumps({"type": "FeatureCollection", "features": items}))
+
+    def read(more):
+        made = plan(configured("two.json", more))
+        reads = made.reads[made.epochs[0].terrain]
+        assert made.tiles[0].geobox.boundingbox.right < seam
+        return {made.scenes.scenes[i].id for i in reads[made.tiles[0].key]}
+
+    assert read("") == {"west"}
+    assert read("[ground]\nriver_corridor_m = 5\n") == {"west", "east"}
 
 
 def facts(made):

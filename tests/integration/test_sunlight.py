@@ -165,6 +165,7 @@ def test_correction_parts_brightness_from_light(mapped, method):
         epoch = made.epochs[0]
         slope, aspect = (_degrees(workspace, epoch.terrain, n) for n in ("slope_deg", "aspect_deg"))
         layer = _layer(workspace, epoch.post)
+        assert ("illumination" in layer) == (name != "plain")
         for scene in made.scenes.role("optical"):
             day = scene.datetime.date().toordinal() - 719_163
             here = (layer["date"].values == day) & (slope > 5) & (layer["B08"].values > 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import dask.array as da
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from slidecube.pipeline.sunlight import Sun, cos_incidence
 from slidecube.pipeline.terrain import aspect_from, horn_gradients, slope_from
-from slidecube.pipeline.topography import FEWEST_PX, LARGEST_FACTOR, correct_scene
+from slidecube.pipeline.topography import FEWEST_PX, LARGEST_FACTOR, correct_scene, illumination
 
 SUN = Sun(elevation_deg=35.0, azimuth_deg=150.0)
 COS_Z = float(np.sin(np.radians(35.0)))
@@ -23,6 +26,12 @@ def hill():
     gradients = horn_gradients(z, 10.0, 10.0)
     slope, aspect = slope_from(*gradients), aspect_from(*gradients)
     return slope, cos_incidence(slope, aspect, SUN)
+
+
+def under(elevation_deg, azimuth_deg):
+    """A scene of which only the sun is known."""
+    said = {"view:sun_elevation": elevation_deg, "view:sun_azimuth": azimuth_deg}
+    return SimpleNamespace(id="s", source="mine", item={"properties": said})
 
 
 def correlation(a, b, where):
@@ -118,3 +127,32 @@ def test_unknown_slopes_stay_and_no_factor_runs_away(hill):
     factor = made[~unknown] / seen[~unknown]
     assert factor.max() <= LARGEST_FACTOR * 1.0001
     assert factor.min() >= 1 / LARGEST_FACTOR * 0.9999
+
+
+def test_the_illumination_layer_is_the_mean_light_of_the_clear_dates(hill):
+    """Against the dot product of sun and normal, in plain vectors; the order of dates leaves no trace."""
+    slope, _ = hill
+    aspect = np.random.default_rng(3).uniform(0, 360, slope.shape).astype(np.float32)
+    suns = [(35.0, 150.0), (52.0, 170.0), (28.0, 210.0)]
+    scenes = [under(*sun) for sun in suns]
+    clear = np.random.default_rng(4).random((3, *slope.shape)) < 0.6
+    terrain = np.stack([slope, aspect])
+
+    def made(order):
+        lazy = da.from_array(clear[order]), da.from_array(terrain)
+        return illumination(*lazy, scenes=[scenes[i] for i in order]).compute()
+
+    s, a = np.radians(slope.astype(np.float64)), np.radians(aspect.astype(np.float64))
+    normal = np.stack([np.sin(s) * np.sin(a), np.sin(s) * np.cos(a), np.cos(s)])
+    light = []
+    for elevation, azimuth in np.radians(suns):
+        to_sun = np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth), np.sin(elevation)
+        light.append(np.tensordot(to_sun, normal, axes=1))
+    known = clear.any(axis=0) & ~np.isnan(slope)
+    with np.errstate(invalid="ignore"):
+        want = np.where(clear, light, 0).sum(axis=0) / clear.sum(axis=0)
+    stored = made([0, 1, 2])
+    np.testing.assert_allclose((stored[known].astype(float) - 10_001) / 10_000, want[known], atol=2e-4)
+    assert (stored[~known] == 0).all()
+    assert (~known).any()
+    np.testing.assert_array_equal(made([2, 0, 1]), stored)
