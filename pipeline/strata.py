@@ -5,6 +5,7 @@ Codes are whole numbers from 1, in the order of the strata's names; 0 is what li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,9 +245,23 @@ def blend_weights(codes_yx: np.ndarray, *, margin_px: int, half_px: float) -> Ma
     present = [int(code) for code in np.unique(codes_yx)]
     if len(present) == 1:
         return {present[0]: np.ones(codes_yx[core].shape, np.float32)}
-    shares = {code: _share(codes_yx == code, half_px)[core] for code in present}
-    total = np.sum(list(shares.values()), axis=0)
-    return {code: (share / total).astype(np.float32) for code, share in shares.items() if share.any()}
+    # each where it lies: a window of a nation's map may hold a hundred strata
+    reach = math.ceil(half_px) + 2
+    places = scipy.ndimage.find_objects(codes_yx.astype(np.int32) + 1)
+    shares: dict[int, tuple[tuple[slice, ...], np.ndarray]] = {}
+    total = np.zeros(codes_yx.shape)
+    for code in present:
+        around = tuple(slice(max(at.start - reach, 0), at.stop + reach) for at in places[code])
+        share = _share(codes_yx[around] == code, half_px)
+        total[around] += share
+        shares[code] = (around, share)
+    out = {}
+    for code, (around, share) in shares.items():
+        weight = np.zeros(codes_yx.shape, np.float32)
+        weight[around] = share / total[around]
+        if weight[core].any():
+            out[code] = weight[core].copy()
+    return out
 
 
 def _share(mask_yx: np.ndarray, half_px: float) -> np.ndarray:

@@ -129,7 +129,7 @@ class Case:
 
 
 CASES = {
-    "all snow": Case(spoil=all_snow, reasons=("clear|snow",), whole=True),
+    "all snow": Case(spoil=all_snow, reasons=("snow",), whole=True),
     "all water": Case(spoil=all_water, reasons=("water",), whole=True),
     "a DEM smaller than the tile": Case(spoil=small_dem, reasons=("no terrain",)),
     "stripes without heights": Case(spoil=striped_dem, reasons=("no terrain",)),

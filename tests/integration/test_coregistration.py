@@ -48,7 +48,7 @@ workers = 2
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    return simulate_archive(tmp_path_factory.mktemp("archive"), seed=3, extent_km=8.0, overpasses=4)
+    return simulate_archive(tmp_path_factory.mktemp("archive"), seed=3, extent_km=8.0, overpasses=7)
 
 
 @pytest.fixture(scope="module")
