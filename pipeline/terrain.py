@@ -46,6 +46,9 @@ RASTERIO = threading.Lock()
 """Held while rasterio makes arrays of its own: it silences a warning about them in a way that two threads undo for
 each other."""
 
+MOST_CELLS = 64_000_000
+"""Cells of a DEM that are held at once: 25 km at 3 m, a quarter of a gigabyte before they are worked on."""
+
 _MARGIN_PX = 4  # one for Horn's kernel, two for the cubic kernel, one for rounding
 _CONVERGENCE_STEP_PX = 32  # it turns by less than .01 degree over a kilometre
 _GEOD = pyproj.Geod(ellps="WGS84")
@@ -257,6 +260,7 @@ def terrain_block(
     for group in _same_pixels(scenes):
         native = _native_window(group[0], geobox, wide_m)
         if native is not None:
+            _require_bounded(group[0], native, geobox)
             read.append((native, _read_native(group, native, log, loader), group[0]))
     # each variable from as much ground as it looks at: what else is asked for must not change it
     for halo_m in sorted({TERRAIN_VARIABLES[name].halo_m for name in variables}):
@@ -268,6 +272,17 @@ def terrain_block(
             found = _resampled(names, dem, whole, native, geobox)
             out[at] = np.where(np.isnan(out[at]), found, out[at])
     return out
+
+
+def _require_bounded(scene: Scene, native: GeoBox, geobox: GeoBox) -> None:
+    """Refuse a window of so many of the DEM's cells that a worker would hold gigabytes of them."""
+    cells, wide_km = native.shape[0] * native.shape[1], abs(geobox.affine.a) * geobox.shape[1] / 1000
+    if cells > MOST_CELLS:
+        raise PipelineError(
+            f"The DEM {scene.id!r} has {cells / 1e6:.0f} million cells in a window of {wide_km:.0f} km, more than "
+            f"{MOST_CELLS / 1e6:.0f} million: radar and the shadow of ridges look that far around. Name a coarser one "
+            "in [sources] dem, such as made by gdalwarp -tr 5 5 -r average"
+        )
 
 
 def slope_from(dz_dx: np.ndarray, dz_dy: np.ndarray) -> np.ndarray:

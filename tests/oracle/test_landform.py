@@ -209,6 +209,18 @@ def test_a_dem_too_fine_for_drainage_is_refused():
         height_above_drainage(np.zeros((2000, 3000), np.float32), 1.0, 1.0)
 
 
+def test_a_dem_too_fine_for_what_looks_far_is_refused_before_it_is_read(dems, tmp_path):
+    scene = dems.dem_scene(
+        tmp_path, "dem", np.zeros((40, 40), np.float32), Affine(1e-5, 0, 6.5, 0, -1e-5, 0.31)
+    )
+    wide = GeoBox((600, 600), Affine(40, 0, 222_000, 0, -40, 40_000), "EPSG:32632")
+
+    with pytest.raises(
+        PipelineError, match=r"has 468 million cells in a window of 24 km.*Name a coarser one"
+    ):
+        terrain_block([scene], wide, variables=("elevation",))
+
+
 # --- all of them -------------------------------------------------------------------------------------------------
 
 
