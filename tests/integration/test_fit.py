@@ -159,6 +159,11 @@ def test_statistics_that_were_fitted_earlier_are_used_as_they_are(cae, command):
     other = command("run", cae.toml, "--quiet")
     assert other.code == 1
     assert "were fitted for cae-kmeans@1" in other.refusal
+    for changes in ({"sun": {"correction": "scs+c"}}, {"sun": {"min_elevation_deg": 0}}, {"composite": "median"}):
+        cae.write(fit={"statistics": key}, detect={"model": "cae-kmeans"}, cube=changes)
+        elsewhere = command("run", cae.toml, "--quiet")
+        assert elsewhere.code == 1
+        assert f"were fitted to another cube: {next(iter(changes))} =" in elsewhere.refusal
 
 
 def test_damaged_statistics_are_named_and_come_back(cae, command):
