@@ -102,7 +102,8 @@ def workspaces(desk_in, tmp_path_factory):
         desk.write(detect={"model": model, "parameters": LEARNS if model != "rdndvi" else {}})
         desk.write(detect={"landslide_clusters": None})
         if model != "rdndvi":
-            assert desk.cli("fit", desk.toml, "--quiet").code == 0
+            for stage in ("cube", "fit"):
+                assert desk.cli(stage, desk.toml, "--quiet").code == 0
             key = open_plan(desk.workspace).epochs[0].stat_key
             desk.write(detect={"landslide_clusters": {key: [0]}})
         done = desk.cli("run", desk.toml, "--quiet")
