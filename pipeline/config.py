@@ -28,6 +28,7 @@ from slidecube.models.devices import Device
 from slidecube.pipeline.composite import METHODS
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.masks import MaskRule
+from slidecube.pipeline.published import FEATURE_SETS
 from slidecube.pipeline.refusals import did_you_mean, refusal
 from slidecube.pipeline.storage import SCHEME, Place, place_of
 
@@ -100,6 +101,22 @@ def _distinct(value: object) -> object:
     if twice:
         raise ValueError(f"{twice[0]} is named twice")
     return tuple(value)
+
+
+def _features(value: object) -> object:
+    """Pass a list on with the features of a set in its place; a feature twice among them is a mistake."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(item, str) for item in value):
+        return tuple(value)
+    parts = [FEATURE_SETS[item].names if item in FEATURE_SETS else (item,) for item in value]
+    names = [name for part in parts for name in part]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        sets = [repr(item) for item in value if item in FEATURE_SETS and twice in FEATURE_SETS[item].names]
+        within = f" (it is in the set{'s' * (len(sets) > 1)} {' and '.join(sets)})" if sets else ""
+        raise ValueError(f"{twice} is named twice{within}")
+    return tuple(names)
 
 
 Days = Annotated[InstanceOf[Window], BeforeValidator(_window)]
@@ -555,13 +572,13 @@ class Detect(_Section):
     )
     features: (
         Annotated[
-            tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_distinct)
+            tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_features)
         ]
         | None
     ) = Field(
         None,
-        description="a list of features, none twice, layers of [[layer]] among them, of models that cluster; left out, "
-        "the model's own",
+        description="a list of features, layers of [[layer]] and sets of features, none twice, of models that cluster; "
+        "left out, the model's own",
     )
     device: Device = Field(
         "cpu", description='"cpu" or "cuda", on which a network detects; a GPU gives other last digits'
