@@ -10,6 +10,7 @@ import datetime as dt
 import itertools
 import math
 import random
+import re
 import time
 import warnings
 from collections import Counter
@@ -481,11 +482,23 @@ def _explained(source: Source, error: APIError, retries: Retries) -> str:
     status = getattr(error, "status_code", None)
     head = f"Catalogue {source.endpoint} (collection {source.collection!r})"
     if status is None:
-        said = f"{head} cannot be reached after {retries.attempts} attempts: {_one_line(error)}"
+        times = f"{retries.attempts} attempt{'s' * (retries.attempts > 1)}"
+        said = f"{head} cannot be reached after {times}: {_cause(error)}"
         return f"{said}; check the network, or use another source"
     if status in _BUSY:
         return f"{head} still answered {status} after {retries.attempts} attempts; try later, or use another source"
     return f"{head} refused the search with status {status}: {_one_line(error)}"
+
+
+def _cause(error: BaseException) -> str:
+    """Say what stopped a request: the innermost error, without the objects that it passed through."""
+    match = re.search(r"Caused by (\w+)\((.*)\)\)$", " ".join(str(error).split()))
+    if match is None:
+        return _one_line(error)
+    said = re.sub(r"^<[^>]*>, ", "", match[2])
+    said = said[1:-1] if said[:1] in "'\"" and said[-1:] == said[:1] else said
+    said = re.sub(r"^HTTPS?Connection(Pool)?\([^)]*\): ", "", said)
+    return f"{match[1]}: {said}"[:200]
 
 
 def _sendable(area: BaseGeometry) -> BaseGeometry:

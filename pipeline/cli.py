@@ -146,7 +146,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()).rstrip(".")
+    line = " ".join(text.split())
+    return line if line.endswith("...") else line.rstrip(".")
 
 
 def _write_traceback(error: BaseException) -> str:
@@ -177,7 +178,8 @@ class _Group(click.Group):
 def cli() -> None:
     """Map the landslides of a country from open satellite data.
 
-    Exit codes: 0 complete, 1 your error, 2 incomplete (run again to resume), 70 a bug, 130 interrupted.
+    Exit codes: 0 complete, 1 your error, 2 incomplete (run again to resume), 70 a bug,
+    75 asked to end early by SIGUSR1 (run again), 130 interrupted.
     """
 
 

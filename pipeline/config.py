@@ -430,7 +430,9 @@ class Mask(_Section):
     @classmethod
     def _two_heights(cls, heights: tuple[float, ...]) -> tuple[float, ...]:
         if heights and (len(heights) != 2 or heights[0] > heights[1]):
-            raise ValueError("")
+            raise ValueError(
+                f"got {list(heights)}; allowed: two heights in metres, ascending, or [] for none"
+            )
         return heights
 
     def rule(self) -> MaskRule:
