@@ -511,6 +511,10 @@ class Coregistration(_Section):
             raise ValueError(
                 f"warn_px {self.warn_px:g} is above exclude_px {self.exclude_px:g}; warn at a smaller shift"
             )
+        if self.correct and not self.check:
+            raise ValueError(
+                "correct = true moves nothing with check = false, for no shift is measured; set check to true"
+            )
         return self
 
 
@@ -937,6 +941,11 @@ def _check_across(path: Path, config: Config) -> None:
             raise PipelineError(
                 f"{path}: epoch.name: got {name!r} {names.count(name)} times; allowed: each name once"
             )
+    if config.cube.radar != Radar() and config.sources.radar is None:
+        raise PipelineError(
+            f"{path}: cube.radar: sets how Sentinel-1 is read, and none is; name a source of it as radar in [sources], "
+            "such as 'planetary-computer/sentinel-1-rtc', or leave [cube.radar] out"
+        )
     _check_layers(path, config)
     if area.crs is not None:
         try:
