@@ -241,6 +241,16 @@ def test_signals_stop_without_a_traceback(number):
     assert err.strip() == "slidecube: stopped; run the same command to resume"
 
 
+def test_simulate_ends_with_a_toml_that_maps_its_archive(slidecube, tmp_path):
+    out = tmp_path / "small"
+    code, said, _ = slidecube("simulate", "--out", out, "--size", "small")
+
+    assert code == 0
+    toml = re.findall(r"map it: slidecube run (\S+);", said)[0]
+    assert load_config(toml).workspace == out
+    assert slidecube("plan", toml)[0] == 0
+
+
 def test_help_lists_every_exit_code_of_the_readme(slidecube, repo_root):
     _, out, _ = slidecube("--help")
     listed = re.findall(r"Exit codes: (.*)", (repo_root / "README.md").read_text())[0].partition(". ")[0]

@@ -317,8 +317,7 @@ CONFIG = {
     "text": ({"cover": 'points = "bad.toml"'}, "cannot be read"),
     "raster": (
         {"cover": 'points = "r.tif"'},
-        r"bad\.toml: Points .*r\.tif' cannot be read \(not recognized as being in a supported file format\); name a "
-        "GeoJSON or GeoPackage of points$",
+        r"bad\.toml: Points .*r\.tif' cannot be read \(not recognized as being in a supported file format\); name a G",
     ),
     "both": (
         {"more": '[[layer]]\nname = "land_cover"\nhref = "a.tif"\nkind = "categorical"\n'},

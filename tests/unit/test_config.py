@@ -219,6 +219,25 @@ REFUSED = {
         MINIMAL + '[output]\nworkspace = "gs://b/w"\n',
         ["output.workspace", "neither a folder nor an s3://bucket/prefix"],
     ),
+    "moved without a look": (
+        MINIMAL + "[cube.coregistration]\ncheck = false\ncorrect = true\n",
+        ["cube.coregistration: correct = true moves nothing with check = false"],
+    ),
+    "settings of no radar": (
+        MINIMAL + '[cube.radar]\norbit = "ascending"\n',
+        ["cube.radar: sets how Sentinel-1 is read, and none is; name a source of it as radar in [sources]"],
+    ),
+    "a table of cube at the top": (
+        MINIMAL + "[mask]\ndilation_px = 3\n",
+        ["mask: unknown section (did you mean [cube.mask]?); allowed: area, epoch"],
+    ),
+    "the sun at the top": (MINIMAL + "[sun]\n", ["sun: unknown section (did you mean [cube.sun]?)"]),
+    "reversed heights": (
+        MINIMAL + "[cube.mask]\ncloud_heights_m = [3000, 200]\n",
+        [
+            "cube.mask.cloud_heights_m: got [3000.0, 200.0]; allowed: two heights in metres, ascending, or [] for"
+        ],
+    ),
     "format": (MINIMAL + '[output]\nformats = ["pdf"]\n', ["output.formats: got ['pdf']", "gpkg"]),
     "profile": (
         MINIMAL + '[cluster]\nprofile = "moon"\n',

@@ -308,6 +308,7 @@ def test_items_are_dropped_for_a_reason_that_is_counted(series, tmp_path, real):
         "cloudy": 1,
         "refused": 0,
         "superseded": 0,
+        "other_mission": 0,
     }
 
 
