@@ -528,8 +528,8 @@ class Cube(_Section):
         2,
         ge=0,
         le=50,
-        description="of greenest: the whole number of clear dates whose greenest is meant, however many there are, so "
-        "that more dates on one side are no loss of green; 0 to 50, 0 for the greenest of all",
+        description="of greenest: a fixed high rank of NDVI, that of the greenest of so many dates, the same however "
+        "many are clear; a whole number, 0 to 50, 0 for the greenest of all",
     )
     max_cloud_pct: float = Field(
         80.0, ge=0, le=100, description="the largest cloud share of a scene, 0 to 100 per cent"
