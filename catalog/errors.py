@@ -26,6 +26,10 @@ class CatalogError(Exception):
     fault: Fault = "data"
 
 
+class OtherMissionError(CatalogError):
+    """An item is of Sentinel-1 where one of Sentinel-2 is wanted, or the other way round."""
+
+
 class CatalogDownError(CatalogError):
     """A provider's catalogue does not answer, or not as a STAC API: another provider may have the same scenes."""
 

@@ -17,9 +17,12 @@ from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import shapely
 
-from slidecube.catalog.errors import CatalogError
+from slidecube.catalog.errors import CatalogError, OtherMissionError
 from slidecube.catalog.scenes import Role, Scene
 from slidecube.catalog.sources import Source, asset_bands, baseline_of, offset_of
+
+MISSIONS: Mapping[Role, int] = {"optical": 2, "radar": 1}
+"""Role of a scene -> number of the Sentinel that it must be of."""
 
 _REMOTE_SCHEMES = ("http", "https", "s3")
 _LONGEST_ID = 300  # the longest of the known providers have 110
@@ -114,6 +117,7 @@ def identity_of(item: Mapping[str, Any], role: Role) -> tuple[str, str]:
     Raises CatalogError naming what is missing.
     """
     name = str(item.get("id", ""))
+    require_mission(item, role)
     if role == "radar":
         return _radar_identity(item, name)
     if role != "optical":
@@ -133,6 +137,28 @@ def identity_of(item: Mapping[str, Any], role: Role) -> tuple[str, str]:
         )
     datatake = f"{parts['platform']}_{parts['datatake']}"
     return "/".join(str(v) for v in parts.values()), datatake
+
+
+def mission_of(item: Mapping[str, Any]) -> int | None:
+    """Return 1 or 2 where an item is evidently of Sentinel-1 or Sentinel-2."""
+    properties = item.get("properties") or {}
+    for key in ("platform", "constellation"):
+        if match := re.match(r"(?i)(?:sentinel[- ]?|S)([12])(?![0-9])", str(properties.get(key) or "")):
+            return int(match[1])
+    name = str(item.get("id") or "")
+    if _OPERA.search(name):
+        return 1
+    return int(match[1]) if (match := re.match(r"S([12])[A-D]_", name)) else None
+
+
+def require_mission(item: Mapping[str, Any], role: Role) -> None:
+    """Refuse an item of Sentinel-1 among optical ones, and one of Sentinel-2 among radar ones."""
+    found, wanted = mission_of(item), MISSIONS.get(role)
+    if found is not None and wanted is not None and found != wanted:
+        raise OtherMissionError(
+            f"Item {item.get('id')!r} is of Sentinel-{found}, and {role} takes Sentinel-{wanted}; name a catalogue of "
+            f"Sentinel-{wanted} as {role}"
+        )
 
 
 def _radar_identity(item: Mapping[str, Any], name: str) -> tuple[str, str]:

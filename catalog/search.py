@@ -10,6 +10,7 @@ import datetime as dt
 import itertools
 import math
 import random
+import re
 import time
 import warnings
 from collections import Counter
@@ -31,8 +32,16 @@ from shapely.geometry.base import BaseGeometry
 from urllib3.util import Retry
 
 from slidecube.catalog.aoi import Aoi
-from slidecube.catalog.errors import CatalogDownError, CatalogError
-from slidecube.catalog.items import datetime_of, is_partial, mgrs_tile, normalised, scene_of
+from slidecube.catalog.errors import CatalogDownError, CatalogError, OtherMissionError
+from slidecube.catalog.items import (
+    MISSIONS,
+    datetime_of,
+    is_partial,
+    mgrs_tile,
+    mission_of,
+    normalised,
+    scene_of,
+)
 from slidecube.catalog.local import local_items, root_of
 from slidecube.catalog.scenes import Role, Scene, Window, footprints
 from slidecube.catalog.sources import Source, asset_bands, find_source
@@ -47,6 +56,7 @@ _REASONS = (
     "outside_windows",
     "outside_area",
     "cloudy",
+    "other_mission",
     "refused",
     "superseded",
 )
@@ -77,7 +87,7 @@ class Found:
 
     scenes : kept, by sensing time
     counts : items seen and left out, by reason: seen, partial, other_collection, outside_windows, outside_area,
-        cloudy, refused, superseded
+        cloudy, other_mission (which are among the refused), refused, superseded
     refused : id -> why an item's acquisition or radiometric offset cannot be told
     """
 
@@ -139,11 +149,33 @@ def search(
     Raises CatalogError where the catalogue is down, wrong or hostile, or where an item cannot be identified.
     """
     found = find(source, aoi, windows, max_cloud_pct=max_cloud_pct, role=role, retries=retries)
+    if found.counts["other_mission"]:
+        where = find_source(source, kind=role) if isinstance(source, str) else source
+        raise CatalogError(_other_mission(where, role, found))
     if found.refused:
         first = next(iter(found.refused.values()))
         of = f"{len(found.refused)} of {found.counts['seen']} items cannot be used, first: "
         raise CatalogError(first if len(found.refused) == 1 else of + first)
     return list(found.scenes)
+
+
+def _other_mission(source: Source, role: Role, found: Found) -> str:
+    """Say that a catalogue holds another Sentinel's items, and where beside them those lie that are wanted."""
+    wanted = MISSIONS[role]
+    n, seen = found.counts["other_mission"], found.counts["seen"]
+    said = f"{n} of {seen} items of {source.name!r} are of Sentinel-{3 - wanted}, and {role} takes Sentinel-{wanted}"
+    beside = _collection_of(Path(source.endpoint), wanted) if source.is_local else None
+    return f"{said}; name {repr(str(beside)) if beside else f'a catalogue of Sentinel-{wanted}'} as {role}"
+
+
+def _collection_of(entry: Path, mission: int) -> Path | None:
+    """Return the collection within a local catalogue, or beside it, whose items are of a mission."""
+    folder = entry if entry.is_dir() else entry.parent
+    for path in sorted({*folder.glob("*/collection.json"), *folder.parent.glob("*/collection.json")}):
+        first = next(local_items(path), None)
+        if first is not None and mission_of(first[0]) == mission:
+            return path
+    return None
 
 
 def find(
@@ -303,6 +335,9 @@ def _scenes(
                 continue
             kept = normalised(item, wanted.source, folder=folder, root=root)
             yield scene_of(kept, wanted.source, wanted.role)
+        except OtherMissionError as error:
+            counts["other_mission"] += 1
+            refused[name] = str(error)
         except CatalogError as error:
             refused[name] = str(error)
         except _MALFORMED as error:
@@ -481,11 +516,23 @@ def _explained(source: Source, error: APIError, retries: Retries) -> str:
     status = getattr(error, "status_code", None)
     head = f"Catalogue {source.endpoint} (collection {source.collection!r})"
     if status is None:
-        said = f"{head} cannot be reached after {retries.attempts} attempts: {_one_line(error)}"
+        times = f"{retries.attempts} attempt{'s' * (retries.attempts > 1)}"
+        said = f"{head} cannot be reached after {times}: {_cause(error)}"
         return f"{said}; check the network, or use another source"
     if status in _BUSY:
         return f"{head} still answered {status} after {retries.attempts} attempts; try later, or use another source"
     return f"{head} refused the search with status {status}: {_one_line(error)}"
+
+
+def _cause(error: BaseException) -> str:
+    """Say what stopped a request: the innermost error, without the objects that it passed through."""
+    match = re.search(r"Caused by (\w+)\((.*)\)\)$", " ".join(str(error).split()))
+    if match is None:
+        return _one_line(error)
+    said = re.sub(r"^<[^>]*>, ", "", match[2])
+    said = said[1:-1] if said[:1] in "'\"" and said[-1:] == said[:1] else said
+    said = re.sub(r"^HTTPS?Connection(Pool)?\([^)]*\): ", "", said)
+    return f"{match[1]}: {said}"[:200]
 
 
 def _sendable(area: BaseGeometry) -> BaseGeometry:

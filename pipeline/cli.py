@@ -146,7 +146,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()).rstrip(".")
+    line = " ".join(text.split())
+    return line if line.endswith("...") else line.rstrip(".")
 
 
 def _write_traceback(error: BaseException) -> str:
@@ -177,7 +178,8 @@ class _Group(click.Group):
 def cli() -> None:
     """Map the landslides of a country from open satellite data.
 
-    Exit codes: 0 complete, 1 your error, 2 incomplete (run again to resume), 70 a bug, 130 interrupted.
+    Exit codes: 0 complete, 1 your error, 2 incomplete (run again to resume), 70 a bug,
+    75 asked to end early by SIGUSR1 (run again), 130 interrupted.
     """
 
 
@@ -396,18 +398,24 @@ def simulate(
     dem: Path | None,
 ) -> None:
     """Simulate scenes with known landslides, or implant some."""
+    from slidecube.pipeline.demo import write_toml
     from slidecube.pipeline.simulate import into, simulate_archive
 
     if catalog is None:
-        click.echo(simulate_archive(out, seed=seed, size=size, radar=radar))
+        made = simulate_archive(out, seed=seed, size=size, radar=radar)
+        click.echo(made)
+        click.echo(
+            f"map it: slidecube run {write_toml(made)}; compare: slidecube evaluate {out} {made.landslides}"
+        )
     elif event is None or dem is None:
         raise click.UsageError(
             "--into needs --event YYYY-MM-DD and --dem FILE, beside the catalogue of the scenes"
         )
     else:
-        made = into(catalog, out, event=event.date(), dem=dem, seed=seed)
+        path = into(catalog, out, event=event.date(), dem=dem, seed=seed)
         click.echo(
-            f"SIMULATED landslides in real scenes: {made}, truth {out / 'truth' / 'landslides.parquet'}"
+            f"SIMULATED landslides in real scenes: {path}, truth {out / 'truth' / 'landslides.parquet'}\n"
+            f"map it: slidecube init, and name {path} as optical in [sources], {dem} as dem, {event.date()} as event"
         )
 
 

@@ -28,6 +28,7 @@ from slidecube.models.devices import Device
 from slidecube.pipeline.composite import METHODS
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.masks import MaskRule
+from slidecube.pipeline.published import FEATURE_SETS
 from slidecube.pipeline.refusals import did_you_mean, refusal
 from slidecube.pipeline.storage import SCHEME, Place, place_of
 
@@ -100,6 +101,22 @@ def _distinct(value: object) -> object:
     if twice:
         raise ValueError(f"{twice[0]} is named twice")
     return tuple(value)
+
+
+def _features(value: object) -> object:
+    """Pass a list on with the features of a set in its place; a feature twice among them is a mistake."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(item, str) for item in value):
+        return tuple(value)
+    parts = [FEATURE_SETS[item].names if item in FEATURE_SETS else (item,) for item in value]
+    names = [name for part in parts for name in part]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        sets = [repr(item) for item in value if item in FEATURE_SETS and twice in FEATURE_SETS[item].names]
+        within = f" (it is in the set{'s' * (len(sets) > 1)} {' and '.join(sets)})" if sets else ""
+        raise ValueError(f"{twice} is named twice{within}")
+    return tuple(names)
 
 
 Days = Annotated[InstanceOf[Window], BeforeValidator(_window)]
@@ -413,7 +430,9 @@ class Mask(_Section):
     @classmethod
     def _two_heights(cls, heights: tuple[float, ...]) -> tuple[float, ...]:
         if heights and (len(heights) != 2 or heights[0] > heights[1]):
-            raise ValueError("")
+            raise ValueError(
+                f"got {list(heights)}; allowed: two heights in metres, ascending, or [] for none"
+            )
         return heights
 
     def rule(self) -> MaskRule:
@@ -492,6 +511,10 @@ class Coregistration(_Section):
             raise ValueError(
                 f"warn_px {self.warn_px:g} is above exclude_px {self.exclude_px:g}; warn at a smaller shift"
             )
+        if self.correct and not self.check:
+            raise ValueError(
+                "correct = true moves nothing with check = false, for no shift is measured; set check to true"
+            )
         return self
 
 
@@ -505,8 +528,8 @@ class Cube(_Section):
         2,
         ge=0,
         le=50,
-        description="of greenest: the whole number of clear dates whose greenest is meant, however many there are, so "
-        "that more dates on one side are no loss of green; 0 to 50, 0 for the greenest of all",
+        description="of greenest: a fixed high rank of NDVI, that of the greenest of so many dates, the same however "
+        "many are clear; a whole number, 0 to 50, 0 for the greenest of all",
     )
     max_cloud_pct: float = Field(
         80.0, ge=0, le=100, description="the largest cloud share of a scene, 0 to 100 per cent"
@@ -555,13 +578,13 @@ class Detect(_Section):
     )
     features: (
         Annotated[
-            tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_distinct)
+            tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_features)
         ]
         | None
     ) = Field(
         None,
-        description="a list of features, none twice, layers of [[layer]] among them, of models that cluster; left out, "
-        "the model's own",
+        description="a list of features, layers of [[layer]] and sets of features, none twice, of models that cluster; "
+        "left out, the model's own",
     )
     device: Device = Field(
         "cpu", description='"cpu" or "cuda", on which a network detects; a GPU gives other last digits'
@@ -918,6 +941,11 @@ def _check_across(path: Path, config: Config) -> None:
             raise PipelineError(
                 f"{path}: epoch.name: got {name!r} {names.count(name)} times; allowed: each name once"
             )
+    if config.cube.radar != Radar() and config.sources.radar is None:
+        raise PipelineError(
+            f"{path}: cube.radar: sets how Sentinel-1 is read, and none is; name a source of it as radar in [sources], "
+            "such as 'planetary-computer/sentinel-1-rtc', or leave [cube.radar] out"
+        )
     _check_layers(path, config)
     if area.crs is not None:
         try:

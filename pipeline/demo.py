@@ -84,8 +84,20 @@ def demo(out: Path, *, seed: int = 0, size: str = "default", say: TextIO | None 
     return Demo(report=index, picture=picture, table=scores[EPOCH].table(), seconds=seconds)
 
 
+def write_toml(archive: SimulatedArchive) -> Path:
+    """Write the TOML of a run over a simulated archive beside it, and leave one that is there as it is."""
+    toml = archive.root / "simulated.toml"
+    if not toml.exists():
+        toml.write_text(archive_toml(archive), encoding="utf-8")
+    return toml
+
+
 def archive_toml(archive: SimulatedArchive) -> str:
     """Write the TOML of a run over a simulated archive, for a file in the archive's folder, which is its workspace."""
+    radar = archive.radar.exists()
+    optical = archive.optical if radar else archive.catalog  # the root would hold radar items as well
+    sources = {"optical": optical, "dem": archive.dem, **({"radar": archive.radar} if radar else {})}
+    lines = "\n".join(f'{role} = "{path.relative_to(archive.root)}"' for role, path in sources.items())
     return f"""\
 [area]
 aoi = "truth/area.geojson"
@@ -97,8 +109,7 @@ post = ["{archive.post[0]}", "{archive.post[1]}"]
 event = "{archive.event}"
 
 [sources]
-optical = "archive/catalog.json"
-dem = "archive/dem/collection.json"
+{lines}
 
 [cube]
 composite = "greenest"

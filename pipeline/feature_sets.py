@@ -3,71 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from slidecube.models.card import FeatureSpec
 from slidecube.pipeline.config import BANDS
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.features import FEATURES, L4S_BANDS, MNF_BANDS, Feature, feature, is_built_in
+from slidecube.pipeline.features import FEATURES, MNF_BANDS, Feature, feature, is_built_in
+from slidecube.pipeline.published import FEATURE_SETS, FeatureSet
 from slidecube.pipeline.refusals import did_you_mean
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeatureSet:
-    """The inputs of a published model.
-
-    names : its features in the published order; source : the paper
-    note : what a user must know; instead : the set to take where the source is of Level 2A and lacks a band
-    """
-
-    names: tuple[str, ...]
-    source: str
-    note: str = ""
-    instead: str = ""
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Features that the TOML must bring."""
-        return tuple(name for name in self.names if not is_built_in(name))
-
-
-_ENS = "Ganerod et al. 2023, Automating global landslide detection, table 2"
-_L4S = "Ghorbanzadeh et al. 2022, doi:10.1109/TGRS.2022.3215209; divisors: Landslide4Sense-2022, issue 4"
-_RADAR = ("vv_pre", "vv_post", "dvv", "vh_pre", "vh_post", "dvh", "layover", "shadow", "lia_deg")
-_OPTICAL = ("land_cover", "dndvi")
-_L4S_TERRAIN = ("l4s_slope", "l4s_elevation")
-
-FEATURE_SETS: Mapping[str, FeatureSet] = {
-    "cae": FeatureSet(
-        names=("mnf1_post", "mnf2_post", "mnf3_post", "ndvi_post", "slope_deg"),
-        source="Shahabi et al. 2021, doi:10.3390/rs13224698",
-        note=f"MNF of {len(MNF_BANDS)} bands: Level 2A has no B10, which the paper counts as well",
-    ),
-    "l4s": FeatureSet(
-        names=(*(f"l4s_{band}" for band in L4S_BANDS), *_L4S_TERRAIN),
-        source=_L4S,
-        note="Level 1C; the published heights are above the ellipsoid, up to 110 m from those above the geoid",
-        instead="l4s-l2a",
-    ),
-    "l4s-l2a": FeatureSet(
-        names=(*(f"l4s_{band}" for band in L4S_BANDS if band != "B10"), *_L4S_TERRAIN),
-        source=_L4S,
-        note="without B10; the divisors are of Level 1C, so published weights do not fit",
-    ),
-    "ens-s1": FeatureSet(names=_RADAR, source=_ENS, note="descending orbits, dB"),
-    "ens-s2": FeatureSet(names=_OPTICAL, source=_ENS),
-    "ens-s1s2": FeatureSet(names=(*_RADAR, *_OPTICAL), source=_ENS),
-    "ens-all": FeatureSet(
-        names=(*_RADAR, *_OPTICAL, "elevation", "slope_deg", "climate", "canopy_height"), source=_ENS
-    ),
-    "fstf": FeatureSet(
-        names=("B04_post", "B03_post", "B02_post", "slope_deg", "aspect_deg", "ndvi_post"),
-        source="Xia et al. 2021, doi:10.3390/rs13245116",
-        note="published at .3 to .8 m: on pixels of 10 m the architecture only",
-    ),
-}
-"""Sets by name."""
 
 
 def feature_set(name: str) -> FeatureSpec:
@@ -77,8 +20,13 @@ def feature_set(name: str) -> FeatureSpec:
     return FeatureSpec(names=FEATURE_SETS[name].names)
 
 
+def layers_of(found: FeatureSet) -> tuple[str, ...]:
+    """Return the features of a set that the TOML must bring."""
+    return tuple(name for name in found.names if not is_built_in(name))
+
+
 def require_known(spec: FeatureSpec, layers: Collection[str]) -> None:
-    """Refuse features that neither this build nor a TOML's layers make, and layers that hide a feature.
+    """Refuse features that neither this build nor a TOML's layers make, and layers that hide a feature or a set.
 
     layers : names of a TOML's layers
     Raises PipelineError.
@@ -88,13 +36,15 @@ def require_known(spec: FeatureSpec, layers: Collection[str]) -> None:
             raise PipelineError(
                 f"Layer {name!r} has the name of a feature ({feature(name).formula}); give it another one"
             )
+        if name in FEATURE_SETS:
+            raise PipelineError(f"Layer {name!r} has the name of a feature set; give it another one")
     held = f"the layers {', '.join(layers)}" if layers else "no [[layer]]"
     for name in spec.names:
         if not is_built_in(name) and name not in layers:
+            points = ", or [land_cover]" if name == "land_cover" else ""
             raise PipelineError(
-                f"No feature {name!r}{did_you_mean(name, FEATURES)}: `slidecube features` lists those of this build, "
-                f"and the TOML has {held}; add a [[layer]] "
-                "of this name"
+                f"No feature {name!r}{did_you_mean(name, (*FEATURES, *FEATURE_SETS))}: `slidecube features` lists "
+                f"those of this build, and the TOML has {held}; add a [[layer]] of this name{points}"
             )
 
 
@@ -130,7 +80,7 @@ def listing() -> dict[str, Any]:
             {
                 "name": name,
                 "features": list(found.names),
-                "layers": list(found.layers),
+                "layers": list(layers_of(found)),
                 "note": found.note,
                 "instead": found.instead,
                 "source": found.source,
@@ -154,10 +104,17 @@ def listing_text() -> str:
     for found in said["sets"]:
         lines.append(f"{found['name']:<{wide['name']}}  {', '.join(found['features'])}  [{found['source']}]")
         if found["layers"]:
-            lines.append(f"{'':<{wide['name']}}  wants [[layer]] {', '.join(found['layers'])}")
+            lines.append(f"{'':<{wide['name']}}  wants {_wanted(found['layers'])}")
         if found["note"]:
             lines.append(f"{'':<{wide['name']}}  {found['note']}")
     return "\n".join(lines)
+
+
+def _wanted(layers: Collection[str]) -> str:
+    """Say by which tables a TOML brings layers: land cover may be classified as well."""
+    own = [name for name in layers if name != "land_cover"]
+    classified = ["[land_cover] or [[layer]] land_cover"] if len(own) < len(layers) else []
+    return ", and ".join([*classified, *([f"[[layer]] {', '.join(own)}"] if own else [])])
 
 
 def _entry(name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from slidecube.pipeline.coregistration import BlockShifts
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.indices import INDICES, Index, difference, relative_difference
 from slidecube.pipeline.mnf_strata import StratifiedMnf
+from slidecube.pipeline.published import L4S_BANDS
 from slidecube.pipeline.radar import backscatter_db, cross_ratio_db, db_change
 from slidecube.pipeline.radar_layer import ANGLE_NODATA, MASK_NODATA
 from slidecube.pipeline.series import SERIES_VARIABLES, loss_probability, series_values
@@ -204,7 +205,6 @@ def _radar_features() -> dict[str, Feature]:
     }
 
 
-L4S_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12")
 _L4S_DIVISORS = (
     1111.81,
     824.63,

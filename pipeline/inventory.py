@@ -58,16 +58,16 @@ REASONS: dict[int, str] = {
     0: "none",
     1: "no clear observation before the event",
     2: "no clear observation after the event",
-    3: "no clear observation before nor after the event",
+    3: "no clear observation, neither before nor after the event",
     4: "no terrain",
     5: "vegetation index undefined (water, rock, snow)",
     6: "no radar observation on one side of the event",
     7: "radar layover",
     8: "radar shadow",
     9: "images before and after the event do not lie on each other",
-    10: "snow on one side of the event, and no date without",
-    11: "sun too low on one side of the event, and no date of a higher one",
-    12: "shadow of the ground on one side of the event, and no date without",
+    10: "no clear date on one side of the event: snow",
+    11: "no clear date on one side of the event: sun too low",
+    12: "no clear date on one side of the event: terrain shadow",
 }
 """Why a pixel is not observable, by the value of the `reason` byte."""
 

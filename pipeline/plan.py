@@ -6,7 +6,8 @@ work. Workers read it and never search. An unchanged TOML finds its plan again; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from slidecube.catalog.aoi import Aoi, read_aoi
 from slidecube.catalog.failover import Sought, seek
 from slidecube.catalog.grid import TileGrid, Tiles, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
+from slidecube.models.errors import ModelError
 from slidecube.models.predict import Detector
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.coregistration import margin_px
@@ -82,6 +84,15 @@ def _require_statistics(workspace: Workspace, config: Config, model: Detector) -
         )
 
 
+@contextmanager
+def _of_the_toml(config: Config) -> Iterator[None]:
+    """Name the TOML in a refusal of what it says, as those do that need nothing but it."""
+    try:
+        yield
+    except (ModelError, PipelineError) as error:
+        raise PipelineError(f"{config.path}: {error}") from None
+
+
 def _require_halo(config: Config, model: Detector, grid: TileGrid) -> None:
     held = coregistration_of(config, model.card)
     halo = halo_px(model.card, grid) + (margin_px(held.exclude_px) if held and held.correct else 0)
@@ -105,12 +116,14 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
         found = read_plan(workspace, known, config=config)
         index.remember(workspace, found)
         return replace(found, reused_scenes=True)
-    model = model_of(config)
-    _require_statistics(workspace, config, model)
+    with _of_the_toml(config):
+        model = model_of(config)
+        _require_statistics(workspace, config, model)
     aoi = read_aoi(config.aoi)
     crs = config.area.crs or choose_crs(aoi)
     grid = TileGrid(crs=crs, resolution_m=config.area.resolution_m, tile_px=config.cube.tile_px)
-    _require_halo(config, model, grid)
+    with _of_the_toml(config):
+        _require_halo(config, model, grid)
     tiles = grid.tiles(aoi)
     if not tiles:
         raise PipelineError(
@@ -148,7 +161,8 @@ def _points(config: Config, grid: TileGrid, tiles: Tiles) -> Points | None:
     if settings is None:
         return None
     path = config.resolve(settings.points)
-    return read_points(path, column=settings.column, grid=grid, tiles=tiles, fewest=settings.min_points)
+    with _of_the_toml(config):
+        return read_points(path, column=settings.column, grid=grid, tiles=tiles, fewest=settings.min_points)
 
 
 def named_plan(config: Config, run: str) -> RunPlan:
@@ -208,7 +222,8 @@ def _search(config: Config, aoi: Aoi, tiled: Aoi, reach_m: float) -> SceneTable:
             "in [sources]"
         )
     sourcing = (found.sourcing, heights.sourcing)
-    rasters = search_layers(config, tiled)
+    with _of_the_toml(config):
+        rasters = search_layers(config, tiled)
     radar = search_radar(config, aoi, tiled) if sources.radar else None
     if radar is not None:
         return SceneTable(
@@ -373,7 +388,8 @@ def _strata(config: Config, grid: TileGrid, tiles: Tiles) -> Strata | None:
     left, bottom = lows.min(axis=0) - around_m
     right, top = highs.max(axis=0) + around_m
     bounds = (float(left), float(bottom), float(right), float(top))
-    return read_strata(config.resolve(fit.strata), field=fit.strata_field, bounds=bounds, crs=grid.crs)
+    with _of_the_toml(config):
+        return read_strata(config.resolve(fit.strata), field=fit.strata_field, bounds=bounds, crs=grid.crs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

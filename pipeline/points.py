@@ -94,8 +94,11 @@ def _read(path: Path, column: str) -> gpd.GeoDataFrame:
     try:
         table = gpd.read_file(path)
     except (OSError, ValueError, pyogrio.errors.DataSourceError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise PipelineError(f"Points {str(path)!r} cannot be read: {said}") from None
+        # after a semicolon come hints about the library's own arguments
+        said = " ".join(str(error).split()).removeprefix(f"'{path}' ").partition(";")[0].rstrip(".")[:160]
+        raise PipelineError(
+            f"Points {str(path)!r} cannot be read ({said}); name a GeoJSON or GeoPackage of points"
+        ) from None
     if not isinstance(table, gpd.GeoDataFrame) or not len(table):
         raise PipelineError(f"{str(path)!r} holds no points")
     if column not in table.columns:

@@ -45,6 +45,9 @@ def _problem(problem: Any, tables: dict[str, Any], root: type[BaseModel]) -> str
     if problem["type"] == "extra_forbidden":
         known = list(_keys(section))
         kind = "section" if section is root else "key"
+        nested = _nested(names[-1], root) if section is root else ""
+        if nested:
+            return f"{where}: unknown section (did you mean [{nested}]?); allowed: {', '.join(known)}"
         return f"{where}: unknown {kind}{did_you_mean(names[-1], known)}; allowed: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{where}: missing; allowed: {allowed}"
@@ -76,6 +79,15 @@ def _locate(loc: Location, root: type[BaseModel]) -> tuple[tuple[str, ...], type
 def _keys(section: type[BaseModel]) -> dict[str, Any]:
     """Return a section's fields by the names that a TOML uses."""
     return {str(field.validation_alias or name): field for name, field in section.model_fields.items()}
+
+
+def _nested(name: str, root: type[BaseModel]) -> str:
+    """Return the dotted name of a table within a section that is called so, or nothing."""
+    for outer, field in _keys(root).items():
+        if _is_section(field.annotation) and name in _keys(field.annotation):
+            inner = _keys(field.annotation)[name]
+            return f"{outer}.{name}" if _is_section(inner.annotation) else ""
+    return ""
 
 
 def _is_section(annotation: object) -> bool:

@@ -389,8 +389,14 @@ def _within_budget(plan: RunPlan, task: TileTask, log: ReadLog, scenes: Sequence
         message = f"the DEM under or around this tile cannot be read; {what}"
         raise PassingError(message, log.passing_fault) if log.passing else PipelineError(message)
     if len(scenes_lost) > budget or scenes_lost == own:
-        n = f"{len(scenes_lost)} of {len(scenes)}"
-        message = f"{n} scenes cannot be read, more than max_lost_scenes={budget}; {what}"
+        thing = "scene" if scenes[0].role in ("optical", "radar") else "raster"
+        message = (
+            f"{len(scenes_lost)} of {len(own)} {thing}s cannot be read, more than max_lost_scenes={budget}"
+        )
+        if scenes_lost == own:
+            message = f"none of the {len(own)} {thing}s of this tile can be read"
+            message = f"the only {thing} of this tile cannot be read" if len(own) == 1 else message
+        message = f"{message}; {what}"
         raise PassingError(message, log.passing_fault) if log.passing else PipelineError(message)
 
 

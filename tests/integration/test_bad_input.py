@@ -166,6 +166,32 @@ def test_without_the_dem_an_image_that_needs_it_is_not_made(desk_in, own_archive
     assert command("run", desk.toml, "--quiet").code == 0
 
 
+@pytest.mark.parametrize(
+    ("scenes", "says"),
+    [
+        (2, "the only scene of this tile cannot be read; first: asset 'B08'"),
+        (4, "none of the 2 scenes of this tile can be read; first: asset 'B08'"),
+    ],
+)
+def test_a_tile_of_which_nothing_can_be_read_says_so_and_speaks_of_no_budget(
+    desk_in, own_archive, tmp_path, command, scenes, says
+):
+    after = scene_folders(own_archive, "20180907")[:scenes]
+    for folder in after:
+        (folder / "B08.tif").write_bytes(b"no TIFF")
+    day = after[-1].name.split("_")[3]
+    desk = desk_in(
+        tmp_path / "desk",
+        archive=own_archive,
+        cube={"max_lost_scenes": 9},
+        epoch={"post": ["2018-09-07", f"{day[:4]}-{day[4:6]}-{day[6:8]}"]},
+    )
+    failed = command("cube", desk.toml, "--quiet")
+    assert failed.code == 2
+    assert says in failed.refusal
+    assert "max_lost_scenes" not in failed.refusal
+
+
 def test_a_deleted_asset_is_named(desk_in, own_archive, tmp_path, command):
     folders = scene_folders(own_archive, "20180907")
     (folders[0] / "B04.tif").unlink()

@@ -155,6 +155,11 @@ ENDINGS = {
     "model": (ModelError("no model"), 1, "no model"),
     "cluster": (ClusterError("no profile"), 1, "no profile"),
     "pipeline": (PipelineError("over\n  two lines."), 1, "over two lines"),
+    "an ellipsis": (
+        PipelineError("write gdal_edit.py -a_srs EPSG:..."),
+        1,
+        "write gdal_edit.py -a_srs EPSG:...",
+    ),
     "incomplete": (IncompleteError("3 tiles failed"), 2, "3 tiles failed"),
     "full disk": (FULL, 2, f"/data/x: No space left on device; {MAKE_ROOM}"),
     "full disk, wrapped": (wrapped(FULL), 2, f"/data/x: No space left on device; {MAKE_ROOM}"),
@@ -234,6 +239,25 @@ def test_signals_stop_without_a_traceback(number):
 
     assert process.returncode == 130
     assert err.strip() == "slidecube: stopped; run the same command to resume"
+
+
+def test_simulate_ends_with_a_toml_that_maps_its_archive(slidecube, tmp_path):
+    out = tmp_path / "small"
+    code, said, _ = slidecube("simulate", "--out", out, "--size", "small")
+
+    assert code == 0
+    toml = re.findall(r"map it: slidecube run (\S+);", said)[0]
+    assert load_config(toml).workspace == out
+    assert slidecube("plan", toml)[0] == 0
+
+
+def test_help_lists_every_exit_code_of_the_readme(slidecube, repo_root):
+    _, out, _ = slidecube("--help")
+    listed = re.findall(r"Exit codes: (.*)", (repo_root / "README.md").read_text())[0].partition(". ")[0]
+    said = " ".join(out.split()).partition("Exit codes: ")[2]
+
+    assert [int(n) for n in re.findall(r"(?:^|, )(\d+) ", listed)] == [0, 1, 2, 70, 75, 130]
+    assert [int(n) for n in re.findall(r"(?:^|, )(\d+) ", said.partition(". ")[0])] == [0, 1, 2, 70, 75, 130]
 
 
 def test_init_writes_a_toml_that_loads_and_never_overwrites(slidecube, tmp_path):

@@ -159,7 +159,11 @@ def test_statistics_that_were_fitted_earlier_are_used_as_they_are(cae, command):
     other = command("run", cae.toml, "--quiet")
     assert other.code == 1
     assert "were fitted for cae-kmeans@1" in other.refusal
-    for changes in ({"sun": {"correction": "scs+c"}}, {"sun": {"min_elevation_deg": 0}}, {"composite": "median"}):
+    for changes in (
+        {"sun": {"correction": "scs+c"}},
+        {"sun": {"min_elevation_deg": 0}},
+        {"composite": "median"},
+    ):
         cae.write(fit={"statistics": key}, detect={"model": "cae-kmeans"}, cube=changes)
         elsewhere = command("run", cae.toml, "--quiet")
         assert elsewhere.code == 1

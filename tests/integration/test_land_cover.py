@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import geopandas as gpd
 import numpy as np
@@ -326,6 +327,10 @@ def test_bad_points_are_refused_in_one_line(configured, folder, points, case):
 CONFIG = {
     "missing": ({"cover": 'points = "gone.gpkg"'}, r"land_cover\.points: .*gone\.gpkg' cannot be read"),
     "text": ({"cover": 'points = "bad.toml"'}, "cannot be read"),
+    "raster": (
+        {"cover": 'points = "r.tif"'},
+        r"bad\.toml: Points .*r\.tif' cannot be read \(not recognized as being in a supported file format\); name a G",
+    ),
     "both": (
         {"more": '[[layer]]\nname = "land_cover"\nhref = "a.tif"\nkind = "categorical"\n'},
         r"got 'land_cover', which \[land_cover\] makes as well",
@@ -334,7 +339,8 @@ CONFIG = {
 
 
 @pytest.mark.parametrize("case", CONFIG)
-def test_what_cannot_be_a_land_cover_is_refused(configured, case):
+def test_what_cannot_be_a_land_cover_is_refused(configured, folder, archive, case):
     how, said = CONFIG[case]
+    shutil.copy(next(archive.dem.parent.rglob("*.tif")), folder / "r.tif")
     with pytest.raises(PipelineError, match=said):
         plan(configured("bad", **how))

@@ -207,10 +207,6 @@ def test_without_radar_the_keys_are_those_of_a_version_that_knew_none(configured
     assert "radar" not in json.dumps(without.config.science())
     text = (without.workspace.plan(without.run) / "plan.json").read_text()
     assert "radar" not in text.replace("radar/archive", "").replace('"tree_radar": null', "")
-    with_settings = configured(
-        "optical2", model="rdndvi", radar=None, more='[cube.radar]\norbit = "ascending"'
-    )
-    assert with_settings.science() == without.config.science()
 
 
 def test_the_plan_tells_of_its_radar_and_of_what_it_costs(finished):

@@ -95,9 +95,7 @@ def test_a_low_sun_is_its_own_reason_and_no_absence_of_landslides(mapped):
     assert low.sum() > 10_000
     assert not (seen == Observability.OBSERVED).any()  # every scene after the event has a lower one
     assert (landslide[low] == LANDSLIDE_NODATA).all()
-    assert status(mapped("low"))["not_observable"][
-        "sun too low on one side of the event, and no date of a higher one"
-    ]
+    assert status(mapped("low"))["not_observable"]["no clear date on one side of the event: sun too low"]
     assert not (_reasons(mapped("plain"))[0] == Reason.LOW_SUN).any()
 
 

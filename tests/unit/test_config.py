@@ -7,6 +7,7 @@ import datetime as dt
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pydantic
 import pytest
@@ -219,6 +220,25 @@ REFUSED = {
         MINIMAL + '[output]\nworkspace = "gs://b/w"\n',
         ["output.workspace", "neither a folder nor an s3://bucket/prefix"],
     ),
+    "moved without a look": (
+        MINIMAL + "[cube.coregistration]\ncheck = false\ncorrect = true\n",
+        ["cube.coregistration: correct = true moves nothing with check = false"],
+    ),
+    "settings of no radar": (
+        MINIMAL + '[cube.radar]\norbit = "ascending"\n',
+        ["cube.radar: sets how Sentinel-1 is read, and none is; name a source of it as radar in [sources]"],
+    ),
+    "a table of cube at the top": (
+        MINIMAL + "[mask]\ndilation_px = 3\n",
+        ["mask: unknown section (did you mean [cube.mask]?); allowed: area, epoch"],
+    ),
+    "the sun at the top": (MINIMAL + "[sun]\n", ["sun: unknown section (did you mean [cube.sun]?)"]),
+    "reversed heights": (
+        MINIMAL + "[cube.mask]\ncloud_heights_m = [3000, 200]\n",
+        [
+            "cube.mask.cloud_heights_m: got [3000.0, 200.0]; allowed: two heights in metres, ascending, or [] for"
+        ],
+    ),
     "format": (MINIMAL + '[output]\nformats = ["pdf"]\n', ["output.formats: got ['pdf']", "gpkg"]),
     "profile": (
         MINIMAL + '[cluster]\nprofile = "moon"\n',
@@ -367,6 +387,37 @@ def test_the_template_loads_and_its_comments_are_the_defaults(write, repo_root):
     template, uncommented = load_config(write(text)), load_config(write(shown, "shown.toml"))
 
     assert dataclasses.replace(uncommented, path=template.path, text=template.text) == template
+
+
+def fields_of(section: type[pydantic.BaseModel]) -> set[str]:
+    """Names of the keys of a section and of the tables within it, as a TOML writes them."""
+    names = set()
+    for name, field in section.model_fields.items():
+        names.add(str(field.validation_alias or name))
+        for kind in (field.annotation, *get_args(field.annotation)):
+            for inner in (kind, *get_args(kind)):
+                if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
+                    names |= {f"{field.validation_alias or name}.{key}" for key in fields_of(inner)}
+    return names
+
+
+def test_every_key_occurs_in_the_template(repo_root):
+    text = (repo_root / "pipeline" / "init_template.toml").read_text(encoding="utf-8")
+    parts = re.split(r"^(?:# )?\[+(\w+)\]+.*$", text, flags=re.MULTILINE)
+    written = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert set(written) == {key for key in fields_of(Sections) if "." not in key}
+    lacking = []
+    for key in sorted(key for key in fields_of(Sections) if "." in key):
+        section, _, inner = key.partition(".")
+        table, _, name = inner.rpartition(".")
+        lines = (
+            re.findall(rf"^# {table} = .*(?:\n#  .*)*", written[section], re.MULTILINE)
+            if table
+            else [written[section]]
+        )
+        if not any(re.search(rf"\b{name} = |\b{name}: |; {name} |or {name} = ", line) for line in lines):
+            lacking.append(key)
+    assert lacking == []
 
 
 def documented(title: str, section: type[pydantic.BaseModel]) -> str:

@@ -21,6 +21,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.feature_sets import (
     FEATURE_SETS,
     feature_set,
+    layers_of,
     listing,
     listing_text,
     require_known,
@@ -114,19 +115,19 @@ def test_what_a_set_wants_beside_this_build_s_features_are_layers_of_the_toml(na
     found, spec = FEATURE_SETS[name], feature_set(name)
 
     assert spec == FeatureSpec(names=found.names)
-    assert all(is_built_in(one) for one in found.names if one not in found.layers)
-    require_known(spec, found.layers)
-    for lacking in found.layers:
-        rest = [one for one in found.layers if one != lacking]
+    assert all(is_built_in(one) for one in found.names if one not in layers_of(found))
+    require_known(spec, layers_of(found))
+    for lacking in layers_of(found):
+        rest = [one for one in layers_of(found) if one != lacking]
         with pytest.raises(PipelineError, match=f"^No feature '{lacking}'.*add a .*layer") as caught:
             require_known(spec, rest)
         assert "\n" not in str(caught.value)
 
 
 def test_the_layers_of_ens_are_those_of_the_paper():
-    assert FEATURE_SETS["ens-s2"].layers == FEATURE_SETS["ens-s1s2"].layers == ("land_cover",)
-    assert FEATURE_SETS["ens-all"].layers == ("land_cover", "climate", "canopy_height")
-    assert not any(FEATURE_SETS[name].layers for name in ("cae", "l4s", "l4s-l2a", "ens-s1", "fstf"))
+    assert layers_of(FEATURE_SETS["ens-s2"]) == layers_of(FEATURE_SETS["ens-s1s2"]) == ("land_cover",)
+    assert layers_of(FEATURE_SETS["ens-all"]) == ("land_cover", "climate", "canopy_height")
+    assert not any(layers_of(FEATURE_SETS[name]) for name in ("cae", "l4s", "l4s-l2a", "ens-s1", "fstf"))
 
 
 def test_a_layer_may_not_have_the_name_of_a_feature():
@@ -138,6 +139,55 @@ def test_a_layer_may_not_have_the_name_of_a_feature():
 def test_an_unknown_set_is_refused_with_the_known_ones():
     with pytest.raises(PipelineError, match="No feature set 'l5s'; sets: cae, l4s, l4s-l2a, ens-s1, "):
         feature_set("l5s")
+
+
+MADE = (
+    '[area]\nbbox = [6, 0, 7, 1]\n[[epoch]]\nname = "a"\npre = ["2019-01-01", "2019-02-01"]\n'
+    'post = ["2020-01-01", "2020-02-01"]\n'
+)
+CLASSES = '[[layer]]\nname = "land_cover"\nhref = "c.tif"\nkind = "categorical"\n'
+
+
+def detecting(folder, features, more=""):
+    (folder / "c.tif").write_bytes(b"classes")
+    toml = folder / "run.toml"
+    toml.write_text(f'{MADE}{more}[detect]\nmodel = "kmeans-change"\nfeatures = {json.dumps(features)}\n')
+    return load_config(toml)
+
+
+def test_a_set_among_the_features_is_its_features_in_the_model_and_in_the_keys(tmp_path):
+    mixed = detecting(tmp_path, ["slope_deg", "ens-s2"], CLASSES)
+    written = detecting(tmp_path, ["slope_deg", "land_cover", "dndvi"], CLASSES)
+
+    assert model_of(mixed).card.inputs.names == ("slope_deg", "land_cover", "dndvi")
+    assert mixed.science() == written.science()
+    assert mixed.science() != detecting(tmp_path, ["ens-s2"], CLASSES).science()
+
+
+def test_a_feature_is_not_named_twice_by_a_set(tmp_path):
+    with pytest.raises(PipelineError, match=r"features: dndvi is named twice \(it is in the set 'ens-s2'\)$"):
+        detecting(tmp_path, ["dndvi", "ens-s2"])
+    with pytest.raises(PipelineError, match="in the sets 'ens-s1' and 'ens-all'"):
+        detecting(tmp_path, ["ens-s1", "ens-all"])
+    with pytest.raises(
+        PipelineError, match=r"detect.features: got \['dndvi', 3\]; allowed: a list of features"
+    ):
+        detecting(tmp_path, ["dndvi", 3])
+
+
+def test_a_misspelt_set_is_told_from_a_layer_that_is_lacking(tmp_path):
+    with pytest.raises(PipelineError, match=r"No feature 'ens-s3' \(did you mean 'ens-s"):
+        model_of(detecting(tmp_path, ["dndvi", "ens-s3"]))
+    with pytest.raises(PipelineError, match=r"add a \[\[layer\]\] of this name, or \[land_cover\]$"):
+        model_of(detecting(tmp_path, ["ens-s2"]))
+    with pytest.raises(PipelineError, match=r"^Layer 'cae' has the name of a feature set"):
+        require_known(FeatureSpec(names=()), ["cae"])
+
+
+def test_the_list_says_that_land_cover_may_be_classified():
+    text = listing_text()
+    assert "wants [land_cover] or [[layer]] land_cover\n" in text
+    assert "wants [land_cover] or [[layer]] land_cover, and [[layer]] climate, canopy_height\n" in text
 
 
 def test_level_1c_is_asked_for_by_the_name_of_the_set_to_take_instead():
@@ -178,7 +228,7 @@ def test_the_list_says_formula_unit_and_source_of_everything():
         assert (one["formula"], one["unit"], one["source"]) == (made.formula, made.unit, made.source)
         assert all((one["formula"], one["unit"], one["source"], one["reads"])), one["name"]
     assert {one["name"]: one["layers"] for one in said["sets"]} == {
-        n: list(s.layers) for n, s in FEATURE_SETS.items()
+        n: list(layers_of(s)) for n, s in FEATURE_SETS.items()
     }
     text = listing_text()
     for name, made in FEATURES.items():

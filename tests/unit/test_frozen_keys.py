@@ -60,7 +60,7 @@ def test_what_decides_the_results(config):
 
 def test_settings_of_radar_decide_nothing_without_it_and_everything_of_it_with_it(config):
     settings = '[cube.radar]\norbit = "ascending"\nspeckle_window_px = 7\n'
-    assert config(more=settings).science() == config().science()
+    assert config(more='[cube.radar]\norbit = "descending"\n').science() == config().science()
     sources = 'optical = "mine"\ndem = "mine"\nradar = "mine"'
     plain, other = config(sources), config(sources, more=settings)
     assert plain.science() != other.science()

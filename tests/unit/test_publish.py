@@ -314,7 +314,7 @@ def test_products_and_an_item_that_lists_them(tmp_path, objects, inventory_path,
     assert [c["name"] for c in item.assets["objects"].extra_fields["table:columns"]] == list(SCHEMA)
     (reason,) = item.assets["e1/reason"].extra_fields["bands"]
     told = {c["value"]: c["description"] for c in reason["classification:classes"]}
-    assert told[10] == "Snow on one side of the event, and no date without"
+    assert told[10] == "No clear date on one side of the event: snow"
     (ground,) = item.assets["e1/ground"].extra_fields["bands"]
     fields_of = {f["name"]: f for f in ground["classification:bitfields"]}
     for factor in SHIFTS:

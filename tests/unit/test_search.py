@@ -12,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import shapely
+from pystac_client.exceptions import APIError
 
 from slidecube.catalog.aoi import Aoi, read_aoi
-from slidecube.catalog.errors import CatalogError
+from slidecube.catalog.errors import CatalogDownError, CatalogError
 from slidecube.catalog.local import local_items
 from slidecube.catalog.scenes import Window
 from slidecube.catalog.search import (
@@ -307,6 +308,7 @@ def test_items_are_dropped_for_a_reason_that_is_counted(series, tmp_path, real):
         "cloudy": 1,
         "refused": 0,
         "superseded": 0,
+        "other_mission": 0,
     }
 
 
@@ -557,3 +559,42 @@ def test_a_bare_list_of_items(tmp_path, series):
     path = tmp_path / "list.json"
     path.write_text(json.dumps(series))
     assert len(search(str(path), PLACE, [YEAR])) == 9
+
+
+REFUSED = "HTTPSConnectionPool(host='h', port=443): Max retries exceeded with url: /v1"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            f"{REFUSED} (Caused by NameResolutionError(\"HTTPSConnection(host='h', port=443): Failed on 'h'\"))",
+            "NameResolutionError: Failed on 'h'",
+        ),
+        (
+            f"{REFUSED} (Caused by ConnectTimeoutError(<HTTPConnection(host='h') at 0x7f>, 'Timed out. (limit=5)'))",
+            "ConnectTimeoutError: Timed out. (limit=5)",
+        ),
+        ("the answer broke off", "the answer broke off"),
+    ],
+)
+def test_a_network_that_fails_is_told_by_its_innermost_error(text, said):
+    source = find_source("earth-search/sentinel-2-l2a")
+
+    class Failing:
+        @staticmethod
+        def open(*_, **__):
+            raise APIError(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slidecube.catalog.search.pystac_client.Client", Failing)
+        with pytest.raises(CatalogDownError) as caught:
+            find(
+                source,
+                Aoi(name="a", geometry=shapely.box(6, 0, 7, 1), crs="EPSG:4326"),
+                None,
+                retries=Retries(attempts=1),
+            )
+    assert str(caught.value).endswith(
+        f"cannot be reached after 1 attempt: {said}; check the network, or use another source"
+    )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import rasterio
 
 from slidecube.catalog.aoi import read_aoi
+from slidecube.catalog.errors import CatalogError
 from slidecube.catalog.radar import acquisition_of
 from slidecube.catalog.search import search
 from slidecube.catalog.sources import find_source
+from slidecube.pipeline.config import load_config
+from slidecube.pipeline.demo import write_toml
+from slidecube.pipeline.plan import plan
 from slidecube.pipeline.radar import decibels
 from slidecube.pipeline.radar_geometry import INCIDENCE_RANGE_DEG
 from slidecube.pipeline.simulate import load_parameters, simulate_archive
@@ -138,3 +143,41 @@ def test_zero_filled_parts_are_zero_and_the_rest_is_not(world):
 def test_the_root_catalogue_links_the_radar(archives):
     links = json.loads(archives[1].catalog.read_text())["links"]
     assert "./sentinel-1-rtc/collection.json" in [link["href"] for link in links]
+
+
+@pytest.mark.parametrize(
+    ("role", "given", "said", "instead"),
+    [
+        ("optical", "catalog", "are of Sentinel-1, and optical takes Sentinel-2", "optical"),
+        ("optical", "radar", "are of Sentinel-1, and optical takes Sentinel-2", "optical"),
+        ("radar", "optical", "are of Sentinel-2, and radar takes Sentinel-1", "radar"),
+    ],
+)
+def test_items_of_the_other_sentinel_are_told_with_the_collection_to_name_instead(
+    archives, role, given, said, instead
+):
+    archive = archives[1]
+    source = find_source(str(getattr(archive, given)), kind=role)
+
+    with pytest.raises(CatalogError) as caught:
+        search(source, read_aoi(archive.aoi), None, role=role)
+
+    assert said in str(caught.value)
+    assert str(caught.value).endswith(f"; name {str(getattr(archive, instead))!r} as {role}")
+
+
+def test_without_the_wanted_collection_beside_it_a_catalogue_of_it_is_asked_for(archives, tmp_path):
+    shutil.copytree(archives[1].radar.parent, tmp_path / "alone")
+
+    with pytest.raises(CatalogError, match=r"; name a catalogue of Sentinel-2 as optical$"):
+        search(str(tmp_path / "alone" / "collection.json"), read_aoi(archives[1].aoi), None)
+
+
+def test_the_toml_of_an_archive_plans_with_radar_and_without_and_is_never_overwritten(archives):
+    without, beside = (load_config(write_toml(archive)) for archive in archives)
+
+    assert without.sources.radar is None
+    assert {scene.role for scene in plan(without).scenes.scenes} == {"optical", "dem"}
+    assert {scene.role for scene in plan(beside).scenes.scenes} == {"optical", "dem", "radar"}
+    beside.path.write_text("mine")
+    assert write_toml(archives[1]).read_text() == "mine"
