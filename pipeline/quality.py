@@ -27,10 +27,10 @@ from slidecube.pipeline.coregistration import shifts_in
 from slidecube.pipeline.inventory import REASONS
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.omissions import not_looked_for
-from slidecube.pipeline.pixels import PixelWindow, aoi_mask, read_stored
+from slidecube.pipeline.pixels import PixelWindow, aoi_mask, read_layers, read_stored
 from slidecube.pipeline.radar import backscatter_db
 from slidecube.pipeline.radar_layer import MASK_NODATA
-from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan
+from slidecube.pipeline.run_plan import EpochPlan, LayerPlan, RunPlan, coregistration_of
 from slidecube.pipeline.seams import MARGIN_PX, EdgeStep, edge_steps
 from slidecube.pipeline.sensors import SensorGap, audited_band, gaps_in, sensor_of
 from slidecube.pipeline.tasks import layer_ledger, wanted_of
@@ -48,7 +48,7 @@ _EPOCH = dt.date(1970, 1, 1)
 class Edge:
     """One audited edge.
 
-    layer, variable : in which it was measured; kind : "tile", "overpass" or "sensor"
+    layer, variable : in which it was measured; kind : "tile", "overpass", "sensor" or "block"
     tile : in which it lies, or the first of the two; first, second : what meets there
     seam : beyond what texture explains, and of at least `LEAST_STEP`; line : ends of a tile's edge on the map, or None
     """
@@ -347,6 +347,7 @@ def _edges(plan: RunPlan) -> Iterator[Edge]:
         for tile in plan.tiles:
             yield from _tile_edges(plan, layer, variable, tile)
             yield from _scene_edges(plan, layer, variable, tile)
+            yield from _block_edges(plan, layer, variable, tile)
 
 
 def _values(plan: RunPlan, layer: LayerPlan, variable: str, window: PixelWindow) -> np.ndarray:
@@ -388,6 +389,50 @@ def _tile_edges(plan: RunPlan, layer: LayerPlan, variable: str, tile: Tile) -> I
                 seam=step.is_seam(LEAST_STEP[layer.kind]),
                 line=((x0, y0), (x1, y1)),
             )
+
+
+def _block_edges(plan: RunPlan, layer: LayerPlan, variable: str, tile: Tile) -> Iterator[Edge]:
+    """Audit the lattice's blocks within a tile, where something is fitted to each block, or cut at its edge."""
+    px, side = plan.grid.tile_px, plan.grid.block_px
+    if px == side or not (epochs := _block_wise(plan, layer)):
+        return
+    window = PixelWindow.of_tile(plan.grid, tile)
+    codes = np.add.outer(np.arange(px) // side * (px // side), np.arange(px) // side) + 1
+    for epoch in epochs:
+        values = (
+            _decoded(layer, read_layers(plan, epoch, window, also={"pre": (variable,)}).pre[variable])
+            if epoch
+            else _values(plan, layer, variable, window)
+        )
+        for step in edge_steps(values, codes):
+            first, second = (
+                f"block {tile.row * (px // side) + row} {tile.col * (px // side) + col}"
+                for row, col in (divmod(code - 1, px // side) for code in (step.first, step.second))
+            )
+            yield Edge(
+                layer=layer.name,
+                variable=variable,
+                kind="block",
+                tile=tile.key,
+                first=first,
+                second=second,
+                measured=step,
+                seam=step.is_seam(LEAST_STEP[layer.kind]),
+            )
+
+
+def _block_wise(plan: RunPlan, layer: LayerPlan) -> list[str]:
+    """Epochs whose reading of a layer is to be audited at blocks, "" for the layer as it is stored.
+
+    The speckle's window is cut at a block's edge, a line of the sun's light is fitted to each block, and of an image
+    before the event each block is moved by itself, when it is read.
+    """
+    cube = plan.config.cube
+    if layer.kind == "radar":
+        return [""] if cube.radar.speckle_window_px else []
+    held = coregistration_of(plan.config, plan.model.card)
+    moved = [e.name for e in plan.epochs if e.pre == layer.name] if held is not None and held.correct else []
+    return moved or ([""] if cube.sun.correction != "none" else [])
 
 
 def _scene_edges(plan: RunPlan, layer: LayerPlan, variable: str, tile: Tile) -> Iterator[Edge]:
