@@ -19,16 +19,20 @@ from slidecube.catalog.scenes import Scene, SceneTable
 
 
 def by_block(lazy: Mapping[str, da.Array], threads: int) -> dict[str, np.ndarray]:
-    """Compute arrays of equal last two dimensions, one block of these after another, `threads` at a time.
+    """Compute arrays of the same blocks, one block after another, `threads` at a time.
 
-    lazy : name -> array of the same chunks in its last two dimensions, and of one chunk in those before
+    lazy : name -> array of as many chunks in its last two dimensions as the others, and of one chunk in those before;
+        a block may hold pixels in one and a few numbers in another
 
     One graph over all blocks lets Dask read far ahead of what it reduces; memory would then grow with the tile, and
     with the order in which threads happen to run.
     """
-    first = next(iter(lazy.values()))
     out = {name: np.empty(array.shape, array.dtype) for name, array in lazy.items()}
-    row_ends, col_ends = (np.cumsum(sizes).tolist() for sizes in first.chunks[-2:])
+    edges = {
+        name: [[0, *np.cumsum(sizes).tolist()] for sizes in array.chunks[-2:]] for name, array in lazy.items()
+    }
+    (rows, cols), *others = {array.numblocks[-2:] for array in lazy.values()}
+    assert not others, "arrays of different blocks"
     # optimised once for all blocks, of which each then takes its own branch: to optimise it for each of them took as
     # long as the work itself where that is light
     # all together: optimised one by one, each array would get a copy of the work that they share
@@ -38,16 +42,12 @@ def by_block(lazy: Mapping[str, da.Array], threads: int) -> dict[str, np.ndarray
 
     def one(row: int, col: int) -> None:
         keys = [(array.name, *(0,) * (array.ndim - 2), row, col) for array in lazy.values()]
-        at = np.s_[
-            ...,
-            row_ends[row] - first.chunks[-2][row] : row_ends[row],
-            col_ends[col] - first.chunks[-1][col] : col_ends[col],
-        ]
         branch, _ = cull(graph, keys)
         for name, part in zip(lazy, dask.get(branch, keys), strict=True):
-            out[name][at] = part
+            down, right = edges[name]
+            out[name][..., down[row] : down[row + 1], right[col] : right[col + 1]] = part
 
-    places = [(row, col) for row in range(len(row_ends)) for col in range(len(col_ends))]
+    places = [(row, col) for row in range(rows) for col in range(cols)]
     if threads == 1:
         for place in places:
             one(*place)

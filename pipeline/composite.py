@@ -103,7 +103,7 @@ def composite(
     names = list(bands_tyx)
     if how.method == "greenest" and not {"B04", "B08"} <= set(names):
         raise PipelineError(f"Composite 'greenest' needs bands B04 and B08; got {', '.join(names)}")
-    shifts = np.array([SHIFT + round(SCALE * _offset(s)) for s in scenes], np.int32)
+    shifts = shifts_of(scenes)
     days = np.array([(s.datetime.date() - _EPOCH).days for s in scenes], np.uint16)
     order = observations(scenes)
 
@@ -198,6 +198,21 @@ def _reduced(
 def reflectance(stored: xr.DataArray) -> xr.DataArray:
     """Turn stored values back into reflectance: float32, NaN = nodata."""
     return ((stored.astype(np.float32) - SHIFT) / SCALE).where(stored != 0)
+
+
+def shifts_of(scenes: Sequence[Scene]) -> np.ndarray:
+    """Return what is added to the digital numbers of each scene to bring them onto the stored scale: (t,) int32."""
+    return np.array([SHIFT + round(SCALE * _offset(s)) for s in scenes], np.int32)
+
+
+def stored_overpasses(
+    dn_tn: np.ndarray, valid_tn: np.ndarray, *, shifts: np.ndarray, groups: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Bring one band onto the stored scale and merge the scenes of each overpass: (o, n) uint16, 0 = not valid."""
+    stored_btn = np.empty((1, *dn_tn.shape), np.uint16)
+    _harmonise(dn_tn, valid_tn, shifts, out=stored_btn[0])
+    valid_on, _ = _merge_overpasses(stored_btn, valid_tn, np.zeros(len(dn_tn), np.uint16), groups)
+    return stored_btn[0, : len(valid_on)]
 
 
 def _offset(scene: Scene) -> float:

@@ -156,7 +156,7 @@ def radar_block(
     days_o = days[[group[0] for group in groups]]
     out = np.zeros((len(bands_btyx) + len(COUNT_VARIABLES), *usable_tyx.shape[1:]), np.uint16)
     for i, band_tyx in enumerate(bands_btyx):
-        power_oyx = _of_overpasses(band_tyx, known_tyx, groups)
+        power_oyx = of_overpasses(band_tyx, known_tyx, groups)
         out[i] = median_of_positive(stored_of_power(quegan_yu(power_oyx, speckle)))
     n = len(bands_btyx)
     out[n] = known_oyx.sum(axis=0, dtype=np.uint16)
@@ -181,9 +181,7 @@ def known_everywhere(bands_btyx: Sequence[np.ndarray], usable_tyx: np.ndarray) -
     return known_tyx
 
 
-def _of_overpasses(
-    band_tyx: np.ndarray, known_tyx: np.ndarray, groups: Sequence[Sequence[int]]
-) -> np.ndarray:
+def of_overpasses(band_tyx: np.ndarray, known_tyx: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
     """Observation of each overpass: each pixel's first known scene; (o, y, x) float32, NaN = nodata."""
     out = np.full((len(groups), *band_tyx.shape[1:]), np.nan, np.float32)
     for one, group in zip(out, groups, strict=True):

@@ -21,7 +21,15 @@ from slidecube.catalog.scenes import Scene
 from slidecube.pipeline.blocks import touching
 from slidecube.pipeline.composite import observations
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.radar import COUNT_VARIABLES, SpeckleFilter, days_of, known_everywhere, radar_block
+from slidecube.pipeline.radar import (
+    COUNT_VARIABLES,
+    SpeckleFilter,
+    days_of,
+    known_everywhere,
+    of_overpasses,
+    radar_block,
+    stored_of_power,
+)
 from slidecube.pipeline.radar_geometry import (
     INCIDENCE_RANGE_DEG,
     Track,
@@ -30,6 +38,7 @@ from slidecube.pipeline.radar_geometry import (
     slope_factor,
     view,
 )
+from slidecube.pipeline.sensors import by_blocks_of, differences, sensor_of, sensor_pairs, thinned
 from slidecube.pipeline.terrain import terrain_block
 
 BANDS = ("VV", "VH")
@@ -89,11 +98,13 @@ def radar_layer(
     block_px: int,
     log: ReadLog | None = None,
     loader: Loader = "odc-stac",
+    gaps: bool = False,
 ) -> dict[str, da.Array]:
     """Composite of radar scenes over a window, lazily, block by block on the lattice.
 
     scenes : of one window of time and one orbit direction; dem : DEM items under the window and `HALO_M` around it
-    geobox : on the lattice's blocks
+    geobox : on the lattice's blocks; gaps : add `gaps` where two satellites took the scenes: VV's and VH's mismatch by
+        block, see `sensors.differences`, of what goes into the medians, in hundredths of a decibel, track by track
     Returns (y, x): "VV", "VH" uint16 (see `radar_composite`), `count`, `date_first`, `date_last` uint16; `lia_deg`
     uint16, local incidence angle in hundredths of a degree, the mean of the observations' (of all tracks where there is
     none), 65535 = nodata; `layover`, `shadow` uint8: 1 where no track sees the ground and one of them for this reason,
@@ -107,17 +118,33 @@ def radar_layer(
     touches_tji = touching(scenes, geobox, vv, block_px)
     days, groups = days_of(scenes), observations(scenes)
 
-    def block(
-        parts: np.ndarray, *bands: np.ndarray, block_id: tuple[int, int, int] = (0, 0, 0)
-    ) -> np.ndarray:
-        there = touches_tji[:, block_id[1], block_id[2]]
+    def observed(
+        parts: np.ndarray, bands: Sequence[np.ndarray], there: np.ndarray
+    ) -> tuple[_Looked, Sequence[np.ndarray], np.ndarray]:
         looked = _Looked(
             parts=parts.reshape(len(tracks), len(_PARTS), *parts.shape[1:]), which=which, there=there
         )
-        usable = looked.usable()
         power = [band / looked.factor() for band in bands] if settings.slope_correction != "none" else bands
+        return looked, power, looked.usable()
+
+    def block(
+        parts: np.ndarray, *bands: np.ndarray, block_id: tuple[int, int, int] = (0, 0, 0)
+    ) -> np.ndarray:
+        looked, power, usable = observed(parts, bands, touches_tji[:, block_id[1], block_id[2]])
         made = radar_block(power, usable, days=days, groups=groups, speckle=settings.speckle)
         return np.concatenate([made, looked.summary(known_everywhere(power, usable))])
+
+    pairs = sensor_pairs(scenes) if gaps else []
+    sensors, views = [sensor_of(scenes[g[0]]) for g in groups], [int(which[g[0]]) for g in groups]
+
+    def compared(
+        parts: np.ndarray, *bands: np.ndarray, block_id: tuple[int, int, int] = (0, 0, 0)
+    ) -> np.ndarray:
+        few = [thinned(band) for band in bands]
+        _, power, usable = observed(thinned(parts), few, touches_tji[:, block_id[1], block_id[2]])
+        known = known_everywhere(power, usable)
+        stored = [stored_of_power(of_overpasses(band, known, groups)) for band in power]
+        return np.concatenate([differences(s, sensors, views, pairs) for s in stored])[:, None, None]
 
     out = da.map_blocks(
         block,
@@ -129,7 +156,10 @@ def radar_layer(
         meta=np.empty((0, 0, 0), np.uint16),
     )
     made = {name: out[i] for i, name in enumerate(VARIABLES)}
-    return {**made, **{name: made[name].astype(np.uint8) for name in ("layover", "shadow")}}
+    made |= {name: made[name].astype(np.uint8) for name in ("layover", "shadow")}
+    if pairs:
+        made["gaps"] = by_blocks_of(compared, [geometry, vv, vh], n=2 * len(pairs) * len(BANDS))
+    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

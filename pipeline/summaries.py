@@ -12,6 +12,7 @@ from slidecube.catalog.search import Newest, scenes_by_tile
 from slidecube.catalog.sources import SOURCES
 from slidecube.cluster.resources import Profile, ProfileFile
 from slidecube.pipeline.lineage import sourcing_lines
+from slidecube.pipeline.omissions import not_looked_for
 from slidecube.pipeline.plan_dem import dem_facts
 from slidecube.pipeline.radar_layer import track_of
 
@@ -47,6 +48,7 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         *_uncovered(made),
         *_radar_lines(made),
         *_layer_lines(made),
+        *(f"not sought  {line}" for line in not_looked_for(made.config)),
         *_charged(made),
         f"reads       {_count(cost.scene_reads, 'scene')} times tile, {cost.read_gb:.1f} GB of pixels",
         f"writes      {cost.stored_gb:.1f} GB in {_count(cost.files, 'file')}",

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypedDict, cast
 
@@ -30,7 +30,7 @@ from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.errors import ModelError
 from slidecube.pipeline.auxiliary import CLASS_NODATA, auxiliary
 from slidecube.pipeline.blocks import by_block, touching
-from slidecube.pipeline.composite import Compositing, composite, observations
+from slidecube.pipeline.composite import SCALE, Compositing, composite, observations
 from slidecube.pipeline.detect import detect_tile
 from slidecube.pipeline.errors import PassingError, PipelineError
 from slidecube.pipeline.fit import sample_tile
@@ -39,9 +39,10 @@ from slidecube.pipeline.land_cover import classify_tile
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.masks import MaskRule, admitted, judge, second_opinion, sun_of
 from slidecube.pipeline.plan_files import read_plan
-from slidecube.pipeline.radar import SpeckleFilter
-from slidecube.pipeline.radar_layer import RadarSettings, radar_layer
+from slidecube.pipeline.radar import DB_PER_STEP, SpeckleFilter
+from slidecube.pipeline.radar_layer import BANDS, RadarSettings, radar_layer
 from slidecube.pipeline.run_plan import LayerPlan, RunPlan, compositing
+from slidecube.pipeline.sensors import audited_band, gap_numbers, optical_gaps, sensor_pairs
 from slidecube.pipeline.series import ndvi_series
 from slidecube.pipeline.storage import Place
 from slidecube.pipeline.store import Workspace
@@ -119,6 +120,7 @@ def optical_layer(
     terrain_syx: da.Array | None = None,
     correction: Correction = "none",
     series: bool = False,
+    gap_band: str | None = None,
     log: ReadLog | None = None,
     loader: Loader = "odc-stac",
 ) -> xr.Dataset:
@@ -128,6 +130,8 @@ def optical_layer(
     judged : codes and share of snow, when they are known already, as by `judged_scenes`
     terrain_syx, correction : slope and aspect, and how their light is taken out; see `topography.corrected`
     series : add `ndvi_mean` and `ndvi_std`; see `ndvi_series`
+    gap_band : add `gaps`, (gap, block_row, block_col), by this band, where two satellites took the scenes; see
+        `sensors.optical_gaps`
     Returns (y, x) uint16 variables: the bands, and `composite.OBSERVED_VARIABLES`; and `snow_pct` uint8, the share of
     the overpasses that called the pixel snow, 255 where none saw it; and `illumination` where light is taken out.
     """
@@ -147,7 +151,9 @@ def optical_layer(
     if series:
         made |= ndvi_series(data, clear, scenes=scenes)
     coords = {name: cube.coords[name] for name in ("y", "x", "spatial_ref")}
-    return xr.Dataset({name: (("y", "x"), data) for name, data in made.items()}, coords=coords)
+    layer = xr.Dataset({name: (("y", "x"), data) for name, data in made.items()}, coords=coords)
+    gaps = optical_gaps(data[gap_band], clear, scenes=scenes) if gap_band else None
+    return layer if gaps is None else layer.assign(gaps=(("gap", "block_row", "block_col"), gaps))
 
 
 def judged_scenes(
@@ -195,9 +201,8 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
             tile=task.tile, key=task.key, state="empty", reason=f"no {what}{between} touches this tile"
         )
     log = ReadLog()
-    data = _MAKERS[layer.kind](
-        _Work(plan=plan, layer=layer, tile=tile, scenes=scenes, log=log, context=context)
-    )
+    work = _Work(plan=plan, layer=layer, tile=tile, scenes=scenes, log=log, context=context)
+    data = _MAKERS[layer.kind](work)
     _within_budget(plan, task, log, [scene for scene in scenes if scene.role == role])
     seen = _seen(layer, data)
     checksums, size = store_tile(plan, task, data, context)
@@ -208,7 +213,7 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         "passing": len(log.passing),
         "substituted": tuple(sorted(log.substituted)),
     }
-    numbers = {"px": int(seen.size), "seen_px": int(seen.sum())}
+    numbers = {"px": int(seen.size), "seen_px": int(seen.sum()), **work.gaps}
     if not seen.any():
         n = sum(scene.role == role for scene in scenes)
         reason = {
@@ -233,7 +238,7 @@ def _cube(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """One tile of one layer to be made, and where it is noted what was read."""
+    """One tile of one layer to be made, and where it is noted what was read, and how its sensors differ."""
 
     plan: RunPlan
     layer: LayerPlan
@@ -241,6 +246,24 @@ class _Work:
     scenes: list[Scene]
     log: ReadLog
     context: TileContext
+    gaps: dict[str, int] = field(default_factory=dict)
+
+    def note_gaps(
+        self, found: np.ndarray | None, scenes: Sequence[Scene], variables: Sequence[str], step: float
+    ) -> None:
+        """Note the mismatch of sensors by block, None where there is one sensor only."""
+        if found is None:
+            return
+        blocks = self.plan.grid.tile_px // self.plan.grid.block_px
+        self.gaps.update(
+            gap_numbers(
+                found,
+                sensor_pairs(scenes),
+                variables=variables,
+                first_block=(self.tile.row * blocks, self.tile.col * blocks),
+                step=step,
+            )
+        )
 
 
 def _terrain_data(work: _Work) -> dict[str, np.ndarray]:
@@ -282,10 +305,13 @@ def _optical_data(work: _Work) -> dict[str, np.ndarray]:
         ),
         terrain_syx=slopes,
         correction=cube.sun.correction,
+        gap_band=(band := audited_band(cube.bands)),
         **read,
     )
     wanted = [name for name in work.plan.optical_variables() if name != "hidden"]
+    wanted += ["gaps"] * ("gaps" in layer)
     made = by_block({name: layer[name].data for name in wanted}, threads)
+    work.note_gaps(made.pop("gaps", None), seen, [band], 1 / SCALE)
     return {**made, "hidden": hidden_by(judged["codes"])}
 
 
@@ -311,8 +337,9 @@ def _degrees(stored: da.Array, name: str) -> da.Array:
 
 def _radar_data(work: _Work) -> dict[str, np.ndarray]:
     radar = work.plan.config.cube.radar
+    seen = [scene for scene in work.scenes if scene.role == "radar"]
     lazy = radar_layer(
-        [scene for scene in work.scenes if scene.role == "radar"],
+        seen,
         [scene for scene in work.scenes if scene.role == "dem"],
         work.tile.geobox,
         settings=RadarSettings(
@@ -321,8 +348,11 @@ def _radar_data(work: _Work) -> dict[str, np.ndarray]:
         block_px=work.plan.grid.block_px,
         log=work.log,
         loader=work.context.loader,
+        gaps=True,
     )
-    return by_block(lazy, work.context.threads)
+    made = by_block(lazy, work.context.threads)
+    work.note_gaps(made.pop("gaps", None), seen, BANDS, DB_PER_STEP)
+    return made
 
 
 def _auxiliary_data(work: _Work) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from slidecube.pipeline.disk import naming_a_full_disk
 from slidecube.pipeline.evaluate import size_label
 from slidecube.pipeline.inventory import REASONS, geobox_of
 from slidecube.pipeline.lineage import Lineage, sourcing_lines
-from slidecube.pipeline.quality import Quality
+from slidecube.pipeline.quality import SIDES, Edge, Quality
 from slidecube.pipeline.report import maps
 from slidecube.pipeline.report.numbers import densest_box, largest, observed_parts, size_rows
 from slidecube.pipeline.report.pictures import (
@@ -176,7 +176,7 @@ def _quality(folder: Path, quality: Quality) -> dict[str, Any]:
         save_counts(folder / "img" / f"quality-{row['epoch']}.png", quality, row["epoch"])
     lined = [edge for edge in quality.edges if edge.line]
     if lined:
-        save_edges(folder / "img" / "quality-edges.png", lined)
+        save_edges(folder / "img" / "quality-edges.png", lined, quality.outline)
     worst = sorted(quality.edges, key=lambda edge: -edge.measured.score)[:N_TABLE]
     tiles = sorted(
         quality.tiles, key=lambda row: (row["observed_px"] / max(row["expected_px"], 1), row["tile"])
@@ -186,12 +186,38 @@ def _quality(folder: Path, quality: Quality) -> dict[str, Any]:
         "tiles": tiles[:N_TABLE],
         "n_tiles": len(tiles),
         "reasons": {f"reason_{i:d}_px": text for i, text in REASONS.items() if i},
-        "edges": [edge.row() for edge in worst],
+        "edges": [{**edge.row(), "between": between(edge), "unit": unit_of(edge)} for edge in worst],
         "n_edges": len(quality.edges),
         "n_seams": len(quality.seams()),
         "drawn": bool(lined),
         "sensors": quality.sensors(),
+        "gaps": quality.gaps,
+        "omissions": quality.omissions,
+        "sides": [(side, count, SIDE_TITLES[side]) for side, count in SIDES.items()],
     }
+
+
+SIDE_TITLES = {
+    "pre": "before",
+    "post": "after",
+    "radar_pre": "radar before",
+    "radar_post": "radar after",
+}
+
+
+def between(edge: Edge) -> str:
+    """Say what meets at an edge: of two sets of overpasses or sensors only those that are on one side alone."""
+    first, second = (side.split(" + ") for side in (edge.first, edge.second))
+    alone = [[name for name in one if name not in other] for one, other in ((first, second), (second, first))]
+    if all(alone):
+        return " and ".join(", ".join(names) for names in alone)
+    side, names = ("second", alone[1]) if alone[1] else ("first", alone[0])
+    return f"{', '.join(names)} on the {side} side only"
+
+
+def unit_of(edge: Edge) -> str:
+    """Unit of an edge's step."""
+    return "dB" if edge.variable in ("VV", "VH") else "reflectance"
 
 
 def _overlays(

@@ -19,16 +19,47 @@ from PIL import Image
 
 from slidecube.catalog.scenes import Window
 from slidecube.pipeline.evaluate import evaluate
+from slidecube.pipeline.inventory import REASONS
 from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene
 from slidecube.pipeline.mosaic import TileRasters, label_objects
+from slidecube.pipeline.quality import Edge, Quality
 from slidecube.pipeline.report.page import write_report
 from slidecube.pipeline.report.pictures import EpochView, Picture
+from slidecube.pipeline.seams import EdgeStep
 
 BAD = "<img src=x onerror=window.ran=1><script>window.ran=2</script>"
 FRAME = GeoBox((4096, 4096), Affine(10, 0, 300_000, 0, -10, 4_800_000), "EPSG:32633")
 GEOBOX = FRAME[512:768, 512:768]
 GREEN, BROWN, RED, BLUE = (30, 110, 40), (150, 110, 60), (190, 30, 60), (20, 60, 190)
 READY = "html[data-ready=true]"
+
+
+def quality() -> Quality:
+    """Edges whose overpasses are many, two to four layers, and a sensor's mismatch."""
+    takes = [f"GS2B_201806{n:02}T101029_006{n:03}_N02.08" for n in range(1, 25)]
+    step = EdgeStep(first=1, second=2, pairs=900, step=0.02, error=0.001, across=0.02, inside=0.004)
+    shared = {"layer": "optical-2018-05-01_2018-09-05-6cfea84c", "variable": "B08", "tile": "r001c001"}
+    overpass = Edge(kind="overpass", first=" + ".join(takes), second=" + ".join(takes[1:]), measured=step,
+                    seam=True, **shared)  # fmt: skip
+    tile = Edge(kind="tile", first="r001c001", second="r001c002", measured=step, seam=True,
+                line=((0.0, 0.0), (0.0, 5120.0)), **shared)  # fmt: skip
+    row: dict[str, object] = {
+        "epoch": "event", "tile": "r001c001", "expected_px": 100, "observed_px": 60, "not_observable_px": 30,
+        "missing_px": 10, "observed_share": 0.6, "tiles": 1, "shift_largest_px": None, "reason_1_px": 30,
+    }  # fmt: skip
+    row |= {f"reason_{i}_px": 0 for i in range(2, len(REASONS))}
+    for side in ("pre", "post"):
+        row |= {f"{side}_clear_{n}": 2 for n in ("min", "median", "max")} | {f"{side}_lost_scenes": 1}
+        days = ("first", "last", "chosen_first", "chosen_last")
+        row |= dict.fromkeys((f"{side}_{day}" for day in days), "2018-06-18")
+    gap = {
+        "layer": shared["layer"], "variable": "B08", "first": "sentinel-2a", "second": "sentinel-2b", "px": 9,
+        "unit": "reflectance", "difference": 0.0125, "lowest": 0.01, "highest": 0.02, "blocks": 3,
+    }  # fmt: skip
+    return Quality(
+        tiles=(row,), epochs=(row,), edges=(overpass, tile), gaps=(gap,), outline=shapely.box(-99, 9, 99, 999),
+        omissions=("cast shadow: [cube.sun] cast_shadow = false",),
+    )  # fmt: skip
 
 
 def flat(colour: tuple[int, int, int]) -> Picture:
@@ -86,7 +117,9 @@ def report(tmp_path_factory) -> Path:
         evaluation=evaluate(objects, truth, inventory=inventory, simulated=True),
     )
     out = tmp_path_factory.mktemp("report") / "report"
-    return write_report(out, inventory=inventory, objects=objects, views=[view], lineage=lineage)
+    return write_report(
+        out, inventory=inventory, objects=objects, views=[view], lineage=lineage, quality=quality()
+    )
 
 
 @pytest.fixture
@@ -210,6 +243,28 @@ def test_nothing_overflows_on_a_small_screen(browser, report, width):
     page.wait_for_selector(READY, timeout=60_000)
     page.wait_for_timeout(400)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def test_tables_of_quality_stay_on_the_page_whatever_an_edge_lies_between(browser, report):
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(report.as_uri())
+    page.wait_for_selector(READY, timeout=60_000)
+    beyond = page.evaluate(
+        "[...document.querySelectorAll('#quality .wide')].map(e => e.scrollWidth - e.clientWidth)"
+    )
+    assert beyond == [0, 0, 0]
+    overpass = page.locator("#quality tr:has(th:text-is('overpass'))")
+    assert "GS2B_20180601T101029_006001_N02.08 on the first side only" in overpass.inner_text()
+    assert "GS2B_20180602" not in overpass.inner_text(), "both sides have it"
+    head = page.locator("#quality table:has-text('standard errors') thead").inner_text().split("\t")
+    assert [cell.strip() for cell in head[:5]] == ["kind", "tile", "step", "standard errors", "seam"]
+    rows = page.locator("#quality table").first.locator("th").all_inner_texts()
+    assert rows.index("not observable") + 1 == rows.index("no clear observation before the event")
+    assert rows.index("missing: not processed") == rows.index("no clear observation before the event") + 1
+    said = page.locator("#quality").inner_text()
+    assert "Not looked for: cast shadow: [cube.sun] cast_shadow = false." in said
+    assert "+0.0125" in said
     page.close()
 
 

@@ -21,6 +21,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.inventory import open_stored
 from slidecube.pipeline.layers import RADAR
 from slidecube.pipeline.pixels import PixelWindow, features_of, read_layers
+from slidecube.pipeline.quality import quality_of
 from slidecube.pipeline.radar import stored_of_power
 from slidecube.pipeline.radar_layer import VARIABLES
 from slidecube.pipeline.simulate import simulate_archive
@@ -159,6 +160,40 @@ def test_a_radar_model_is_run_and_what_it_cannot_see_has_its_reason(finished):
     folded = inside & (stored["count"] == 0) & (stored["layover"] == 1)
     assert np.isin(reason[folded], [4, 7]).all()
     assert {6, 7, 8} <= set(inventory["reason"].attrs["flag_values"])
+
+
+def test_the_quality_report_counts_radar_as_the_layers_hold_it(finished):
+    found = quality_of(finished)
+    (whole,) = found.epochs
+    seen = open_stored(finished.workspace.inventory(finished.inventory))["observability"].isel(epoch=0).values
+    for side in ("pre", "post"):
+        stored, around = layer(finished, side)
+        sums = dict.fromkeys(("unseen_px", "layover_px", "shadow_px", "looked_px"), 0)
+        for tile, row in zip(finished.tiles, found.tiles, strict=True):
+            corner = tile.row * 512 - around[0].start, tile.col * 512 - around[1].start
+            at = np.s_[corner[0] : corner[0] + 512, corner[1] : corner[1] + 512]
+            of = {name: values[at][seen[at] != 1] for name, values in stored.items()}
+            said = {name.removeprefix(f"radar_{side}_"): value for name, value in row.items()}
+            assert said["state"] == "done"
+            assert said["scenes"] == {"pre": 2, "post": 1}[side]
+            numbers = [said[f"count_{name}"] for name in ("min", "median", "max")]
+            assert numbers == [of["count"].min(), np.median(of["count"]), of["count"].max()]
+            days = of["date_first"][of["date_first"] > 0]
+            assert said["first"] == str(np.datetime64(int(days.min()), "D"))
+            assert said["last"] == str(np.datetime64(int(of["date_last"].max()), "D"))
+            looked = of["layover"] != 255
+            assert said["layover_share"] == pytest.approx((of["layover"][looked] == 1).mean(), abs=1e-6)
+            assert said["shadow_share"] == pytest.approx((of["shadow"][looked] == 1).mean(), abs=1e-6)
+            for name in sums:
+                sums[name] += said[name]
+        assert sums["unseen_px"] == whole[f"radar_{side}_unseen_px"] > 0
+        assert whole[f"radar_{side}_layover_share"] == pytest.approx(
+            sums["layover_px"] / sums["looked_px"], abs=1e-6
+        )
+        assert whole[f"radar_{side}_layover_share"] > 0.01
+        assert whole[f"radar_{side}_first"] <= whole[f"radar_{side}_last"]
+    assert "radar_pre_count_median" in found.to_csv().splitlines()[0]
+    assert "pre_clear_median" in found.tiles[0], "optical layers are there, too"
 
 
 def test_features_of_the_run_are_made_of_its_layers(finished):

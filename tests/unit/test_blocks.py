@@ -32,3 +32,20 @@ def test_arrays_made_of_one_another_are_computed_once(threads):
     assert all(np.array_equal(found[str(i)], whole[i]) for i in range(3))
     assert set(seen.values()) == {1}
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_array_of_few_numbers_a_block_lies_beside_one_of_pixels(threads):
+    pixels = da.from_array(np.arange(35).reshape(5, 7), chunks=((2, 2, 1), (4, 3)))
+    sums = pixels.map_blocks(
+        lambda block: block.sum(keepdims=True)[None],
+        dtype=np.int64,
+        new_axis=0,
+        chunks=((1,), (1,) * 3, (1,) * 2),
+    )
+    found = by_block({"pixels": pixels, "sums": sums}, threads)
+    assert np.array_equal(found["pixels"], np.arange(35).reshape(5, 7))
+    assert found["sums"].shape == (1, 3, 2)
+    assert found["sums"][0, 2, 1] == 32 + 33 + 34
+    with pytest.raises(AssertionError, match="different blocks"):
+        by_block({"pixels": pixels, "fewer": sums[:, :2]}, threads)

@@ -24,11 +24,13 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.evaluate import evaluate
 from slidecube.pipeline.lineage import Lineage, LineageEpoch, LineageScene
 from slidecube.pipeline.mosaic import TileRasters, label_objects
+from slidecube.pipeline.quality import Edge
 from slidecube.pipeline.report import numbers, page, pictures
 from slidecube.pipeline.report.maps import layer_source
 from slidecube.pipeline.report.page import write_report
 from slidecube.pipeline.report.pictures import EpochView, Picture
 from slidecube.pipeline.report.static import render_picture
+from slidecube.pipeline.seams import EdgeStep
 
 FRAME = GeoBox((4096, 4096), Affine(10, 0, 300_000, 0, -10, 4_800_000), "EPSG:32633")
 SHAPE = (90, 110)
@@ -333,6 +335,19 @@ def test_a_picture_of_another_shape_is_refused():
 )  # fmt: skip
 def test_shares_in_words(share, text):
     assert page.percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [("r1", "r2", "r1 and r2"), ("a + b", "b", "a on the first side only"),
+     ("b", "a + b + c", "a, c on the second side only"), ("a + b + d", "b + c", "a, d and c")],
+)  # fmt: skip
+def test_of_an_edge_only_what_differs_is_named(first, second, text):
+    step = EdgeStep(first=1, second=2, pairs=64, step=0.0, error=1.0, across=0.0, inside=0.0)
+    edge = Edge(layer="l", variable="VV", kind="overpass", tile="t", first=first, second=second, measured=step,
+                seam=False)  # fmt: skip
+    assert page.between(edge) == text
+    assert page.unit_of(edge) == "dB"
 
 
 def test_the_ramp_ends_where_it_should_and_darkens():
