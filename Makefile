@@ -39,7 +39,7 @@ test-all: $(VENV)/.dev ## Run the slow tests, too
 	@"$(BIN)/pytest" $(XDIST) -m "" $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.dev ## Measure memory against the plan's prediction, and speed beside the peers
+bench: $(VENV)/.bench ## Measure memory against the plan's prediction, and speed beside the peers
 	@for script in tests/benchmarks/*.py; do echo "== $$script"; PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" "$$script"; done
 
 .PHONY: simulation-report
@@ -102,3 +102,5 @@ $(VENV)/.$(1): pyproject.toml constraints.txt $(VENV)/bin/uv
 endef
 $(eval $(call install,core,))
 $(eval $(call install,dev,[dev]))
+comma := ,
+$(eval $(call install,bench,[dev$(comma)bench]))

@@ -8,8 +8,8 @@ that are masked already, and give the reduction alone:
 - medoid: plain numpy, distances of all pairs of dates; odc-algo has none
 - geometric median: odc-algo's, which is geomad's `nangeomedian_pcm`, at odc-algo's tolerance for whole numbers
 
-odc-algo is asked where it is installed (`uv pip install odc-algo`). Ratios are a peer's time over ours: above 1, ours
-is the quicker one. Times are of the processor, since others may use the machine.
+odc-algo is asked where it is installed: the extra `bench` has it, and `make bench` installs that. Ratios are a
+peer's time over ours: above 1, ours is the quicker one. Times are of the processor, since others may use the machine.
 Usage: make bench, or python tests/benchmarks/composite_speed.py
 """
 
@@ -71,7 +71,7 @@ def main() -> None:
         table["median"]["odc-algo, quantile"] = lambda: _odc_quantile(floats)
         table["geomedian"]["odc-algo (geomad)"] = lambda: _geomad(floats)
     else:
-        print("odc-algo is not installed: uv pip install odc-algo")
+        print("odc-algo is not installed: make bench, or the extra [bench]")
     print(f"{'':>10} {'':>22} {'s/Mpx':>8} {'of composite':>13} {'of reduction':>13}")
     for method, ways in table.items():
         _compare(method, ways, clear.sum(axis=0) > 2)

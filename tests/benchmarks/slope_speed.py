@@ -2,8 +2,7 @@
 
 4096 x 4096 px of 30 m, in a projected CRS; the file's reading and writing belong to gdaldem, as its user pays them
 (`gdaldem` is Debian's gdal-bin), and are also added to ours in "file to file". xarray-spatial, where it is
-installed (`uv pip install xarray-spatial`; it brings numba and datashader, so it is not among the project's own), is
-timed after its compilation.
+installed (the extra `bench` has it, and `make bench` installs that), is timed after its compilation.
 Times are of the processor, since others may use the machine.
 Usage: make bench, or python tests/benchmarks/slope_speed.py
 """
@@ -47,7 +46,7 @@ def main() -> None:
             xrspatial.slope(plain[:64, :64])
             ways["xarray-spatial"] = lambda: xrspatial.slope(plain).values
         else:
-            print("xarray-spatial is not installed: uv pip install xarray-spatial")
+            print("xarray-spatial is not installed: make bench, or the extra [bench]")
         if shutil.which("gdaldem"):
             ways["gdaldem, file to file"] = lambda: _gdaldem(path)
         else:
