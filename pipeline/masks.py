@@ -305,7 +305,8 @@ def _admitted_strip(
         )
         codes = codes_tn[:, asked]
         candidates = (codes == CLEAR) | (codes == CLOUDED)
-        used[:, asked] |= (codes == CLOUDED) & returning_ground(blue, red, nir, candidates, overpass_t)
+        clouded = codes == CLOUDED
+        used[:, asked] |= returning_ground(blue, red, nir, candidates, overpass_t, asked_tn=clouded)
     return used
 
 
@@ -315,11 +316,14 @@ def returning_ground(
     nir_tn: np.ndarray,
     candidates_tn: np.ndarray,
     overpass_t: np.ndarray,
+    *,
+    asked_tn: np.ndarray | None = None,
 ) -> np.ndarray:
     """Tell bare bright ground that stays, on three dates or more, from clouds, which do not: (t, n) bool.
 
     blue_tn, red_tn, nir_tn : reflectance, NaN = nodata; candidates_tn : scenes that may be of the same ground
     overpass_t : (t,) number of each scene's overpass: scenes of one saw the same cloud, and are one date
+    asked_tn : (t, n) bool, of which an answer is wanted, None = of all; the others are False
     A date counts as bare ground where it has no haze (blue - .5 red - .08 < 0), NDVI below .35 and red of .08 or
     more; it returns where two other such dates agree with it in red and NIR, to .02 and 15 %.
     Source of the haze test: Zhu & Woodcock 2012, doi:10.1016/j.rse.2011.10.028, eq. 3.
@@ -330,16 +334,44 @@ def returning_ground(
     out = np.zeros(bare.shape, bool)
     some = np.flatnonzero(bare.sum(axis=0) > 2)
     bare, red, nir = bare[:, some], red_tn[:, some], nir_tn[:, some]
-    numbers = np.unique(overpass_t)
-    for t in range(len(bare)):
-        alike = np.zeros(some.size, np.int32)
-        for other in numbers[numbers != overpass_t[t]]:
-            agrees = np.zeros(some.size, bool)
-            for s in np.flatnonzero(overpass_t == other):
-                agrees |= bare[s] & _like(red[s], red[t]) & _like(nir[s], nir[t])
-            alike += agrees
-        out[t, some] = bare[t] & (alike >= 2)
+    wanted = bare if asked_tn is None else bare & asked_tn[:, some]
+    overpasses = [np.flatnonzero(overpass_t == number) for number in np.unique(overpass_t)]
+    for t, wanted_n in enumerate(wanted):
+        at = np.flatnonzero(wanted_n)
+        others = [scenes for scenes in overpasses if t not in scenes]
+        out[t, some[at[_agreed(t, at, others, bare_tn=bare, red_tn=red, nir_tn=nir)]]] = True
     return out
+
+
+def _agreed(
+    t: int,
+    at: np.ndarray,
+    others: Sequence[np.ndarray],
+    *,
+    bare_tn: np.ndarray,
+    red_tn: np.ndarray,
+    nir_tn: np.ndarray,
+) -> np.ndarray:
+    """Tell with which pixels `at` of scene t two other overpasses agree: positions in `at`.
+
+    A pixel is not asked again once two agreed: with many dates, all pairs of them took longer than all else.
+    """
+    left, alike = np.arange(at.size), np.zeros(at.size, np.int32)
+    found = []
+    for scenes in others:
+        if not left.size:
+            break
+        n = at[left]
+        red, nir = red_tn[t, n], nir_tn[t, n]
+        agrees = np.zeros(n.size, bool)
+        for s in scenes:
+            agrees |= bare_tn[s, n] & _like(red_tn[s, n], red) & _like(nir_tn[s, n], nir)
+        alike += agrees
+        enough = alike >= 2
+        if enough.any():
+            found.append(left[enough])
+            left, alike = left[~enough], alike[~enough]
+    return np.concatenate(found) if found else np.array([], np.intp)
 
 
 def _like(a: np.ndarray, b: np.ndarray) -> np.ndarray:
