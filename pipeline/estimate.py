@@ -177,10 +177,8 @@ def _radar_cost(grid: TileGrid, tiles: int, dates: Mapping[str, Mapping[str, int
         read_gb=reads * mpx * 8 / 1e3,
         stored_gb=layers * tiles * mpx * _RADAR_STORED_BYTES / _COMPRESSION / 1e3,
         files=layers * tiles * (_RADAR_VARIABLES + 1),
-        tile_gb=bool(layers) * grid.tile_px**2 * _RADAR_STORED_BYTES * 1.5 / 1e9,
-        # both bands as read, one as power of its overpasses, in float64 on its way to the stored scale, and masks
-        block_gb=bool(layers)
-        * (grid.block_px**2 * most * (2 * 4 + 4 + 2 * 8 + 2) / 1e9 + _RADAR_GEOMETRY_GB),
+        tile_gb=bool(layers) * radar_tile_mem_gb(grid.tile_px),
+        block_gb=bool(layers) * radar_block_mem_gb(block_px=grid.block_px, dates=most),
         seconds=mpx * (reads * _SECONDS_PER_MPX_RADAR_DATE + layers * tiles * _SECONDS_PER_MPX_GEOMETRY),
     )
 
@@ -216,6 +214,17 @@ def _composite_seconds(cube: Cube, dates: Iterable[int], *, bands: int) -> float
 def tile_mem_gb(tile_px: int, *, bands: int, dates: int) -> float:
     """Working set of one tile's composite: its finished variables and the mask of each date."""
     return tile_px**2 * ((bands + _EXTRA) * 2 * 1.5 + dates) / 1e9
+
+
+def radar_tile_mem_gb(tile_px: int) -> float:
+    """Working set of one tile's radar composite: its finished variables."""
+    return tile_px**2 * _RADAR_STORED_BYTES * 1.5 / 1e9
+
+
+def radar_block_mem_gb(*, block_px: int, dates: int) -> float:
+    """Working set of one lattice block of radar: its dates, masks, and the geometry of its tracks."""
+    # both bands as read, one as power of its overpasses, in float64 on its way to the stored scale, and masks
+    return block_px**2 * dates * (2 * 4 + 4 + 2 * 8 + 2) / 1e9 + _RADAR_GEOMETRY_GB
 
 
 def detect_mem_gb(tile_px: int, card: ModelCard) -> float:

@@ -8,7 +8,6 @@ Usage: make bench, or python tests/benchmarks/tile_overhead.py [OUT]
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import dask.array as da
 import numpy as np
+import tile_memory
 from rasterio.warp import transform_bounds
 
 from slidecube.catalog.load import load
@@ -43,14 +43,13 @@ ALLOWED = 1.15
 
 def main() -> None:
     """Time whole and parts in turns; print the fastest of each and the ratio of their sums."""
-    archive = _archive()
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="slidecube-bench-"))
-    made = _plan(archive, out)
+    made = planned(out)
     whole: dict[str, list[float]] = {}
     parts: dict[str, list[float]] = {}
     with Lock(made.workspace.locks, run=made.run) as lock:
         create_stores(made)
-        context = TileContext(workspace=made.workspace.root, run=made.run, token=lock.token, threads=1)
+        context = tile_memory.context_of(made, lock)
         for _ in range(ROUNDS):
             _whole(made, context, whole)
             _parts(made, parts)
@@ -67,18 +66,11 @@ def _total(taken: dict[str, list[float]]) -> float:
     return sum(map(min, taken.values()))  # of each the fastest round: what others did to the machine left out
 
 
-def _archive():
-    here = Path(__file__).resolve()
-    spec = importlib.util.spec_from_file_location("tile_memory", here.with_name("tile_memory.py"))
-    archive = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(archive)
-    return archive
-
-
-def _plan(archive, out: Path) -> RunPlan:
-    items = archive.archive(out)
+def planned(out: Path, *, more: str = "") -> RunPlan:
+    """Plan one tile of twelve dates; more : lines of the TOML."""
+    items = tile_memory.archive(out)
     workspace = Path(tempfile.mkdtemp(prefix="overhead-", dir=out))
-    left, top, side = archive.LEFT, archive.TOP, TILE_PX * 10
+    left, top, side = tile_memory.LEFT, tile_memory.TOP, TILE_PX * 10
     box = transform_bounds(
         "EPSG:32633", "EPSG:4326", left + 200, top - side + 200, left + side - 200, top - 200
     )
@@ -90,15 +82,15 @@ bbox = [{", ".join(map(str, box))}]
 crs = "EPSG:32633"
 [[epoch]]
 name = "bench"
-pre = ["{archive.day(0)}", "{archive.day(DATES - 1)}"]
-post = ["{archive.day(archive.DATES)}", "{archive.day(archive.DATES)}"]
+pre = ["{tile_memory.day(0)}", "{tile_memory.day(DATES - 1)}"]
+post = ["{tile_memory.day(tile_memory.DATES)}", "{tile_memory.day(tile_memory.DATES)}"]
 [sources]
 optical = "{items}"
 dem = "{items}"
 [cube]
 tile_px = {TILE_PX}
 composite = "median"
-[detect]
+{more}[detect]
 model = "rdndvi"
 [output]
 workspace = "."
