@@ -140,11 +140,11 @@ def estimate(
             BASE_GB
             + (config.cube.composite in COMPILED) * _COMPILER_GB
             + max(
-                tile_mem_gb(grid.tile_px, bands=kept - _EXTRA, dates=most),
-                detect_mem_gb(grid.tile_px, card) + strata_mem_gb(config),
-                radar.tile_gb,
-            )
-            + block,
+                tile_mem_gb(grid.tile_px, bands=kept - _EXTRA, dates=most) + block,
+                detect_mem_gb(grid.tile_px, card) + strata_mem_gb(config) + block,
+                radar.tile_gb + block,
+                judge_mem_gb(grid.tile_px, block_px=grid.block_px, dates=most),
+            ),
             2,
         ),
         thread_mem_gb=round(block, 2),
@@ -209,6 +209,11 @@ def _composite_seconds(cube: Cube, dates: Iterable[int], *, bands: int) -> float
     if cube.composite == "medoid":
         return _SECONDS_PER_MPX_MEDOID * bands * sum(n * (n - 1) // 2 for n in dates)
     return 0.0
+
+
+def judge_mem_gb(tile_px: int, *, block_px: int, dates: int) -> float:
+    """Working set of one tile's masks: the classification of its blocks and those around, a block's, and the codes."""
+    return dates * (tile_px**2 + (tile_px + 2 * block_px) ** 2 + 2 * (3 * block_px) ** 2) / 1e9
 
 
 def tile_mem_gb(tile_px: int, *, bands: int, dates: int) -> float:

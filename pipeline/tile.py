@@ -156,10 +156,12 @@ def judged_scenes(
     block_px: int,
     log: ReadLog | None = None,
     loader: Loader = "odc-stac",
+    threads: int = 0,
 ) -> tuple[da.Array, da.Array]:
     """Say which pixels of which scene may be used, lazily, and how often each lay under snow: see `masks.judge`.
 
     The classification is read one block wider on each side: clouds are widened, and throw shadows, across blocks.
+    threads : read all of it now, on so many threads; 0 = lazily, nine blocks for each that is judged
     """
     halo = block_px if mask.dilation_px or mask.cloud_heights_m else 0
     around = geobox.pad(halo) if halo else geobox
@@ -172,6 +174,8 @@ def judged_scenes(
     scl = scl.map_blocks(
         lambda part, block_id: part * touches_tji[:, block_id[1], block_id[2], None, None], dtype=np.uint8
     )
+    if threads and halo:
+        scl = da.from_array(by_block({"SCL": scl}, threads)["SCL"], chunks=scl.chunks, name=False)
     suns, groups = [sun_of(scene) for scene in scenes], observations(scenes)
     return judge(scl, mask, geobox=geobox, suns=suns, groups=groups, halo_px=halo)
 
@@ -258,11 +262,8 @@ def _optical_data(work: _Work) -> dict[str, np.ndarray]:
     cube, block_px = work.plan.config.cube, work.plan.grid.block_px
     seen, dem = ([scene for scene in work.scenes if scene.role == role] for role in ("optical", "dem"))
     geobox, threads, mask = work.tile.geobox, work.context.threads, cube.mask.rule()
-    sun = SunRule(min_elevation_deg=cube.sun.min_elevation_deg, cast_shadow=cube.sun.cast_shadow)
     read: _Reading = {"block_px": block_px, "log": work.log, "loader": work.context.loader}
-    codes, snow_pct = judged_scenes(seen, geobox, mask=mask, **read)
-    codes = lit(codes, seen, dem, geobox, rule=sun, log=work.log, loader=work.context.loader)
-    judged = by_block({"codes": codes, "snow_pct": snow_pct}, threads)
+    judged = _judged(work, seen, dem)
     slopes = None
     if cube.sun.correction != "none":
         found = terrain(dem, geobox, variables=_SLOPES, **read)
@@ -285,6 +286,16 @@ def _optical_data(work: _Work) -> dict[str, np.ndarray]:
     wanted = [name for name in work.plan.optical_variables() if name != "hidden"]
     made = by_block({name: layer[name].data for name in wanted}, threads)
     return {**made, "hidden": hidden_by(judged["codes"])}
+
+
+def _judged(work: _Work, seen: list[Scene], dem: list[Scene]) -> dict[str, np.ndarray]:
+    """Codes and share of snow of one tile; the classifications are forgotten before any band is read."""
+    cube, geobox, threads = work.plan.config.cube, work.tile.geobox, work.context.threads
+    read: _Reading = {"block_px": work.plan.grid.block_px, "log": work.log, "loader": work.context.loader}
+    sun = SunRule(min_elevation_deg=cube.sun.min_elevation_deg, cast_shadow=cube.sun.cast_shadow)
+    codes, snow_pct = judged_scenes(seen, geobox, mask=cube.mask.rule(), threads=threads, **read)
+    codes = lit(codes, seen, dem, geobox, rule=sun, log=work.log, loader=work.context.loader)
+    return by_block({"codes": codes, "snow_pct": snow_pct}, threads)
 
 
 _SLOPES = ("slope_deg", "aspect_deg")
