@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -35,6 +35,7 @@ from rasterio.windows import Window, from_bounds
 from slidecube.catalog.errors import PASSING, AssetReadError, CatalogError, Fault
 from slidecube.catalog.faults import fault_of, one_line, pause_asked_s, pieces_came, status_of
 from slidecube.catalog.hosts import Gate, gate_of, host_of
+from slidecube.catalog.open_files import OpenFiles
 from slidecube.catalog.sources import https_options, s3_options, sign_href
 from slidecube.catalog.zoom import magnification, on_binary_grid, read_magnified
 
@@ -43,6 +44,8 @@ for _name in ("rasterio._env", "rasterio._err"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 GDAL_OPTIONS = {
+    # of decoded pixels, for all files of a process; GDAL's own choice is a twentieth of the machine's memory
+    "GDAL_CACHEMAX": 64,
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_HTTP_CONNECTTIMEOUT": "10",
     "GDAL_HTTP_LOW_SPEED_LIMIT": "1000",
@@ -254,7 +257,7 @@ def with_opened(place: Place, use: Callable[[rasterio.DatasetReader], _T]) -> _T
         href = place.href
         try:
             href = sign_href(place.href, place.source, refused=refused) if refused else _signed(place)
-            with gate.passed(), _environment(place), _opened(href) as asset:
+            with gate.passed(), _environment(place), _lent(href, remote=remote) as asset:
                 found = use(asset)
         except _UNREADABLE as error:
             failure = _failure(error, remote=remote, signed=href != place.href)
@@ -302,6 +305,14 @@ def _environment(place: Place) -> rasterio.Env:
         **https_options(place.href, place.source, os.environ),
     }
     return rasterio.Env(DummySession(), **GDAL_OPTIONS, **access, **forget)
+
+
+def _lent(href: str, *, remote: bool) -> AbstractContextManager[rasterio.DatasetReader]:
+    """Open an asset for one use; a file of this machine stays open for the next."""
+    return _opened(href) if remote else _OPEN.opened(href, _opened)
+
+
+_OPEN = OpenFiles()
 
 
 def _opened(href: str) -> rasterio.DatasetReader:
