@@ -153,7 +153,7 @@ def references(archive, tmp_path_factory):
 @pytest.mark.parametrize(
     ("composite", "model", "other"),
     [
-        pytest.param("greenest", "rdndvi", {"tile_px": 1024, "threads": 2}, id="1024px-2threads"),
+        pytest.param("greenest", "rdndvi", {"tile_px": 1024, "threads": 2}, id="1024px-2threads", marks=SLOW),
         pytest.param("greenest", "rdndvi", {"tile_px": 2048}, id="2048px"),
         pytest.param("greenest", "rdndvi", DASK, id="512px-2processes"),
         pytest.param("greenest", "everything", {"tile_px": 1024, "threads": 2}, id="everything", marks=SLOW),
