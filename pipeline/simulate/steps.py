@@ -219,7 +219,7 @@ def _of_models(table: pd.DataFrame, level: str) -> list[str]:
 
 
 def _score_table(part: pd.DataFrame) -> str:
-    shown = {name: head for name, head in _NUMBERS.items() if name in part and part[name].notna().any()}
+    shown = _shown(part, _NUMBERS)
     lines = ["| variant | " + " | ".join(shown.values()) + " |", "|---" * (len(shown) + 1) + "|"]
     for label in dict.fromkeys(part["variant"]):
         rows = part[part["variant"] == label]
@@ -227,8 +227,14 @@ def _score_table(part: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def _shown(part: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
+    """Columns of a model: the best cluster of those alone that cluster."""
+    clusters = "best_f1" in part and part["best_f1"].notna().any()
+    return {name: head for name, head in columns.items() if name != "best_f1" or clusters}
+
+
 def _difference_table(part: pd.DataFrame) -> str:
-    shown = {name: head for name, head in _OF_DIFFERENCE.items() if name in part and part[name].notna().any()}
+    shown = _shown(part, _OF_DIFFERENCE)
     lines = ["| variant | " + " | ".join(shown.values()) + " |", "|---" * (len(shown) + 1) + "|"]
     whole = part[part["variant"] == DEFAULTS].set_index("seed")
     for label in dict.fromkeys(part["variant"]):
