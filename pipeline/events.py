@@ -10,11 +10,15 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from slidecube.pipeline.storage import ObjectPath, Place, below, matching, read_many, write_atomic
+
+GIVEN_UP = frozenset({"worker", "deadline"})
+"""Faults of a task that its driver gave up while a worker may go on with it."""
 
 _LINES, _EVERY_S = 500, 2.0
 """Lines of an object of events in a bucket, and how often it is written."""
@@ -107,18 +111,34 @@ def event_files(folder: Place, run: str) -> list[Place]:
     return [folder / name for name in sorted(found) if name.startswith(f"{run}.")]
 
 
-def unfinished(path: Place) -> tuple[set[tuple[str, str]], set[str]]:
-    """Tell which drivers began since a run last came to its end, and what was told of their work.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """Drivers of a run whose work may not have been told.
 
-    Returns pairs of a driver and the key of its task, and the drivers.
+    begun : drivers since the run last came to its end; suspects : those, and all that gave up a task before that end
+    told : of the suspects, (driver, key of a task, whether it was finished)
     """
-    told, drivers = set[tuple[str, str]](), set[str]()
+
+    begun: frozenset[str]
+    suspects: frozenset[str]
+    told: frozenset[tuple[str, str, bool]]
+
+
+def unfinished(path: Place) -> Unfinished:
+    """Tell which drivers may have left work of which nothing was told.
+
+    A task that is given up with its worker may be finished by it all the same, until the driver's end.
+    """
+    told, begun, gave_up = set[tuple[str, str, bool]](), set[str](), set[str]()
     for event in read_events(path):
         if event["event"] == "run_started":
-            drivers.add(event["driver"])
+            begun.add(event["driver"])
         elif event["event"] == "task":
-            told.add((event["driver"], event["key"]))
+            finished = event["status"] != "failed"
+            told.add((event["driver"], event["key"], finished))
+            if event["fault"] in GIVEN_UP:
+                gave_up.add(event["driver"])
         elif event["event"] == "run_ended":  # which told first what those before it could not
-            told.clear()
-            drivers.clear()
-    return told, drivers
+            told = {entry for entry in told if entry[0] in gave_up}
+            begun.clear()
+    return Unfinished(begun=frozenset(begun), suspects=frozenset(begun | gave_up), told=frozenset(told))

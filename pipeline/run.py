@@ -23,7 +23,7 @@ from slidecube.cluster.resources import Profile, load_profile
 from slidecube.cluster.runner import HOPELESS, Retried, Runner, TaskResult, TileTask
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.errors import IncompleteError, PipelineError
-from slidecube.pipeline.events import event_files, unfinished, write_event
+from slidecube.pipeline.events import GIVEN_UP, event_files, unfinished, write_event
 from slidecube.pipeline.fit import fit_epoch
 from slidecube.pipeline.fit_state import contributing, fit_state, thaw, tried, unfitted
 from slidecube.pipeline.land_cover import grow_tree, tree_lines
@@ -178,6 +178,7 @@ class _Driver:
     failed: Counter[str] = field(default_factory=Counter)
     reasons: list[tuple[str, str]] = field(default_factory=list)
     lost_tiles: set[str] = field(default_factory=set)
+    gave_up: bool = False
     scene_reads: int = 0
 
     def drive(self, stages: Sequence[str]) -> RunReport:
@@ -212,7 +213,8 @@ class _Driver:
             or not {"fit", "mosaic"}.isdisjoint(stages)
         )
         self._fold()
-        if inherited:  # a record may have been on its way to a slow disk when we looked first
+        # a record may have been on its way to a slow disk when we looked first, or a worker that was given up went on
+        if inherited or self.gave_up:
             self._recover_events()
         self._event("run_ended", complete=complete, done=dict(self.done), failed=dict(self.failed))
         return RunReport(
@@ -409,8 +411,9 @@ class _Driver:
     def _quarantine(self, result: TaskResult) -> None:
         """Record a tile that its workers could not: it ended them, or was never done."""
         task, ledger = result.task, ledger_of(self.plan, result.task)
-        if result.fault not in {"worker", "deadline"}:
+        if result.fault not in GIVEN_UP:
             return
+        self.gave_up = True
         earlier = ledger.read(task.tile)
         if earlier is not None and earlier.key == task.key and earlier.complete:
             return  # it was done when its worker died
@@ -461,21 +464,26 @@ class _Driver:
 
     def _recover(self, path: Place) -> bool:
         """Tell what is missing in a file of events; one of a shard ends with that."""
-        told, drivers = unfinished(path)
-        if not drivers:
+        open_ = unfinished(path)
+        if not open_.suspects:
             return False
         mine = None if self.shard is None else set(_dealt(self.plan, self.shard))
-        untold = {wanted.ledger.folder: _by(wanted.ledger, drivers) for wanted in wanted_of(self.plan)}
+        untold = {wanted.ledger.folder: _by(wanted.ledger, open_.suspects) for wanted in wanted_of(self.plan)}
         for task, ledger in tasks_of(self.plan):
             driver = untold[ledger.folder].get((task.tile, task.key), "")
-            if not driver or (driver, task.key) in told or (mine is not None and task not in mine):
+            if (
+                not driver
+                or (driver, task.key, True) in open_.told
+                or (mine is not None and task not in mine)
+            ):
                 continue
             record = ledger.read(task.tile)
-            if record is not None and record.key == task.key:
-                self._task_event(task, record, path)
-        if path != self._events:
+            if record is None or record.key != task.key or (driver, task.key, record.complete) in open_.told:
+                continue
+            self._task_event(task, record, path)
+        if path != self._events and open_.begun:
             self._event("run_ended", path, complete=False, done={}, failed={})
-        return True
+        return bool(open_.begun)
 
     def _task_event(self, task: TileTask, result: TaskResult | Record, path: Place | None = None) -> None:
         self._event(
@@ -537,7 +545,7 @@ def due(made: RunPlan, stage: str, *, shard: Shard | None = None, mend: bool = F
     return found + suspects
 
 
-def _by(ledger: Ledger, drivers: set[str]) -> dict[tuple[str, str], str]:
+def _by(ledger: Ledger, drivers: frozenset[str]) -> dict[tuple[str, str], str]:
     """Records that some drivers wrote: (tile, key) -> driver."""
     table = ledger.table("key", "driver")
     rows = zip(*(table[name].to_pylist() for name in ("tile", "key", "driver")), strict=True)

@@ -285,3 +285,35 @@ def test_a_record_that_was_on_its_way_when_its_driver_died_is_told(desk, monkeyp
     said = ("layer", "tile", "key", "scene_reads", "driver")
     assert [tuple(e[name] for name in said) for e in told].count(tuple(late[name] for name in said)) == 1
     assert len(told) == sum(line["event"] == "task" for line in lines)
+
+
+@pytest.mark.parametrize("when", ["before the end", "after the end"])
+def test_a_tile_that_was_given_up_with_its_worker_and_finished_by_it_is_told(desk, monkeypatch, when):
+    """A scheduler that dies makes workers look dead which go on: what they read counts, and counts once."""
+    config = load_config(desk.toml)
+
+    def loses(self, result):
+        if result.scene_reads and not lost:
+            lost.append(result)
+            result = dataclasses.replace(
+                result, status="failed", fault="worker", reason="its worker died", scene_reads=0
+            )
+        taken(self, result)
+
+    lost = []
+    module = sys.modules[run.__module__]
+    taken = module._Driver._take
+    monkeypatch.setattr(module._Driver, "_take", loses)
+    if when == "after the end":
+        monkeypatch.setattr(module, "GIVEN_UP", frozenset())  # nobody looks again
+    assert not run(config, progress=False).complete
+    monkeypatch.undo()
+
+    events = next((desk.workspace / "events").glob("*.jsonl"))
+    again = [run(config, progress=False) for _ in range(2)]
+
+    (task,) = (result.task for result in lost)
+    told = [e for e in read_events(events) if e["event"] == "task" and e["key"] == task.key]
+    assert [(e["status"], e["scene_reads"]) for e in told] == [("failed", 0), ("done", lost[0].scene_reads)]
+    assert [report.complete for report in again] == [True, True]
+    assert [report.done.get("cube", 0) for report in again] == [0, 0]

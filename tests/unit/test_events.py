@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from slidecube.pipeline import events as events_module
-from slidecube.pipeline.events import read_events, unfinished, write_event
+from slidecube.pipeline.events import Unfinished, read_events, unfinished, write_event
 from slidecube.pipeline.storage import place_of
 
 
@@ -36,18 +36,44 @@ def test_half_a_line_spoils_no_other(tmp_path, half):
     assert [e["event"] for e in read_events(path)] == ["run_started", "run_ended"]
 
 
+def _left(begun=(), suspects=(), told=()):
+    return Unfinished(begun=frozenset(begun), suspects=frozenset(suspects), told=frozenset(told))
+
+
 def test_what_was_told_and_whose_runs_are_unfinished(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert unfinished(path) == (set(), set())
+    assert unfinished(path) == _left()
     write_event(path, "run_started", driver="first")
-    write_event(path, "task", key="k1", driver="first")
-    assert unfinished(path) == ({("first", "k1")}, {"first"})
+    write_event(path, "task", key="k1", driver="first", status="done", fault="")
+    assert unfinished(path) == _left({"first"}, {"first"}, {("first", "k1", True)})
     write_event(path, "run_started", driver="second")  # the first one was killed, and the second, too
-    assert unfinished(path) == ({("first", "k1")}, {"first", "second"})
-    write_event(path, "task", key="k1", driver="second")
-    assert unfinished(path) == ({("first", "k1"), ("second", "k1")}, {"first", "second"})
+    assert unfinished(path) == _left({"first", "second"}, {"first", "second"}, {("first", "k1", True)})
+    write_event(path, "task", key="k1", driver="second", status="failed", fault="scene")
+    told = {("first", "k1", True), ("second", "k1", False)}
+    assert unfinished(path) == _left({"first", "second"}, {"first", "second"}, told)
     write_event(path, "run_ended")
-    assert unfinished(path) == (set(), set())
+    assert unfinished(path) == _left()
+
+
+@pytest.mark.parametrize("fault", ["worker", "deadline"])
+def test_a_driver_that_gave_up_a_task_is_suspected_beyond_its_end(tmp_path, fault):
+    path = tmp_path / "a.jsonl"
+    for driver in ("first", "second"):
+        write_event(path, "run_started", driver=driver)
+        write_event(path, "task", key="k1", driver=driver, status="done", fault="")
+        write_event(
+            path,
+            "task",
+            key="k2",
+            driver=driver,
+            status="failed",
+            fault=fault if driver == "first" else "scene",
+        )
+        write_event(path, "run_ended")
+    told = {("first", "k1", True), ("first", "k2", False)}
+    assert unfinished(path) == _left((), {"first"}, told)
+    write_event(path, "task", key="k2", driver="first", status="done", fault="")
+    assert unfinished(path) == _left((), {"first"}, told | {("first", "k2", True)})
 
 
 def test_a_full_disk_takes_no_events_and_other_errors_are_told(tmp_path, monkeypatch):
