@@ -66,22 +66,16 @@ class OpenFiles:
             dataset.close()
 
     def _keep(self, key: _Key, kept: _Kept) -> bool:
-        """Put a dataset back; False where there is no room, and nothing that was forgotten."""
+        """Put a dataset back, the last of all; False where there is no room for it."""
         with self._lock:
-            if len(self._kept) >= self._most:
-                self._forget(key[0], before=kept.used - _STALE_S)
+            while self._kept and next(iter(self._kept.values())).used < kept.used - _STALE_S:
+                self._kept.popitem(last=False)[1].dataset.close()  # whoever's: what lies here, nobody reads
             if len(self._kept) >= self._most:
                 return False
+            if (twin := self._kept.pop(key, None)) is not None:  # a block opened it within another's use
+                twin.dataset.close()
             self._kept[key] = kept
             return True
-
-    def _forget(self, thread: int, *, before: float) -> None:
-        """Close what this thread has not used since, and what threads left that are no more."""
-        alive = {each.ident for each in threading.enumerate()}
-        for key, kept in list(self._kept.items()):
-            if key[0] not in alive or (key[0] == thread and kept.used < before):
-                del self._kept[key]
-                kept.dataset.close()
 
 
 def _file(path: str) -> tuple[int, int, int] | None:

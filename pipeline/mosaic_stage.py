@@ -188,7 +188,7 @@ def lineage(plan: RunPlan) -> Lineage:
             if layer is None:
                 continue
             own = f"{use} {epoch.name}" if several and use not in {"dem", *_of_any_epoch(epoch)} else use
-            for i in {i for positions in plan.reads[layer].values() for i in positions}:
+            for i in sorted({i for positions in plan.reads[layer].values() for i in positions}):
                 scene = plan.scenes.scenes[i]
                 # layers of images read the DEM as well, for light, shadow and layover
                 label = "dem" if scene.role == "dem" else own

@@ -10,6 +10,7 @@ import pytest
 import rasterio
 from affine import Affine
 
+from slidecube.catalog import open_files
 from slidecube.catalog.open_files import OpenFiles
 
 
@@ -74,7 +75,8 @@ def test_what_failed_is_not_used_again(tmp_path, opened):
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-def test_each_thread_has_its_own_and_leaves_room_when_it_ends(tmp_path, opened):
+def test_each_thread_has_its_own_and_leaves_room_when_it_is_not_used(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(open_files, "_STALE_S", 0.0)
     files, path = OpenFiles(1), write(tmp_path / "a.tif", 1)
     thread = threading.Thread(target=value, args=(files, path, opened))
     thread.start()
@@ -82,7 +84,7 @@ def test_each_thread_has_its_own_and_leaves_room_when_it_ends(tmp_path, opened):
     assert value(files, path, opened) == 1
     first, second = opened.made
     assert first is not second
-    assert first.closed, "its thread is no more"
+    assert first.closed, "nobody used it any more"
     assert not second.closed
     assert len(files) == 1
 
@@ -97,3 +99,24 @@ def test_one_more_than_are_kept_is_closed_after_its_use(tmp_path, opened):
     assert [dataset.closed for dataset in opened.made] == [False, False, True, True]
     assert value(OpenFiles(0), paths[0], opened) == 0, "none may be kept"
     assert opened.made[-1].closed
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_what_nobody_uses_is_closed_though_there_is_room(tmp_path, opened, monkeypatch):
+    files = OpenFiles(9)
+    paths = [write(tmp_path / f"{i}.tif", i) for i in range(3)]
+    for path in paths[:2]:
+        value(files, path, opened)
+    monkeypatch.setattr(open_files, "_STALE_S", 0.0)
+    value(files, paths[2], opened)
+    assert [dataset.closed for dataset in opened.made] == [True, True, False]
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_file_within_its_own_use_is_another_dataset_and_one_is_kept(tmp_path, opened):
+    files, path = OpenFiles(4), write(tmp_path / "a.tif", 1)
+    with files.opened(path, opened) as outer:
+        assert value(files, path, opened) == 1
+        assert int(outer.read(1)[0, 0]) == 1
+    assert [dataset.closed for dataset in opened.made] == [False, True]
+    assert len(files) == 1
