@@ -180,7 +180,7 @@ def soak(desk_in, tmp_path, witness, servers):
 def test_everything_is_killed_once(soak):
     rng, killed = random.Random(20181106), Counter[str]()
     everything = {"shard", "worker", "nanny", "scheduler"}
-    for _ in range(4):  # a run may come to its end before all have had their turn
+    for _ in range(12):  # a run may come to its end before all have had their turn
         soak("site", rng, 6, killed)
         if set(killed) >= everything:
             break
