@@ -116,14 +116,10 @@ class DaskPool:
     def _look(self) -> None:
         """Ask the scheduler who is there, and the cluster for who is missing."""
         assert self._opened is not None
-        try:
-            info = self._client.scheduler_info(n_workers=-1)["workers"]
-        except (OSError, TimeoutError) as error:
-            raise ClusterError(
-                f"The Dask scheduler does not answer any more ({' '.join(str(error).split())}); run the same command: "
-                "what is done stays done"
-            ) from None
+        info = _known_to_scheduler(self._client)
         self._looked = time.monotonic()
+        if info is None:
+            return
         self._folders = {address: about["local_directory"] for address, about in info.items()}
         # another process at an address, where a site fixes the port, is another worker
         self._shunned = {
@@ -154,6 +150,33 @@ class DaskPool:
             self._client.cancel([future], force=True)
         future.release()
         return Outcome(worker=worker, result=result)
+
+
+def _known_to_scheduler(client: Any) -> Mapping[str, Any] | None:
+    """Ask a scheduler for its workers; None when it was not heard this once.
+
+    A client's own `scheduler_info` is no answer: every other second it is overwritten, in another thread, by one that
+    lists no workers, and all of them would be taken for dead with the tiles they hold.
+    """
+
+    async def ask() -> dict[str, Any]:
+        if client.scheduler is None:
+            raise OSError("the connection is closed")
+        identity: dict[str, Any] = await client.scheduler.identity(n_workers=-1)
+        return identity
+
+    try:
+        workers: dict[str, Any] = client.sync(ask)["workers"]
+    except (OSError, TimeoutError) as error:
+        if client.status == "running":
+            return None
+        if client.status == "connecting":  # it has let go of all that was in work, and waits for a scheduler
+            return {}
+        raise ClusterError(
+            f"The Dask scheduler does not answer any more ({' '.join(str(error).split())}); run the same command: "
+            "what is done stays done"
+        ) from None
+    return workers
 
 
 def _result(future: Any, task: TileTask) -> TaskResult | None:

@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 import cloudpickle
+import dask
 import distributed
 import numpy as np
 import psutil
@@ -513,6 +514,41 @@ def test_a_scheduler_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setattr(clusters, "_CONNECT_S", 1.0)
     with pytest.raises(ClusterError, match=r"No Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         open_runner(profile).__enter__()
+
+
+def test_workers_that_are_there_are_never_missed(request):
+    """What Dask's client keeps of its scheduler lists no workers, and comes between whenever it likes."""
+    with (
+        dask.config.set({"distributed.client.scheduler-info-interval": "1ms"}),
+        opened(profile_of("two processes", request)) as runner,
+    ):
+        pool = runner._pool
+        until = time.monotonic() + 60
+        while len(pool.workers()) < 2:
+            assert time.monotonic() < until
+        for _ in range(1000):
+            pool._look()
+            assert len(pool._there) == 2
+
+
+def test_a_scheduler_that_dies_and_does_not_come_back_is_one_line(monkeypatch, servers, tmp_path):
+    monkeypatch.setattr(clusters, "_CONNECT_S", 2.0)
+    with servers("dask_site").DaskSite(tmp_path / "site") as site:
+        site.until_there()
+        profile = Profile(
+            name="a",
+            runner="dask-address",
+            workers=2,
+            worker=Resources(cpus=1, mem_gb=1),
+            options={"address": site.address},
+        )
+
+        with opened(profile) as runner:
+            results = run(runner, Noted(tmp_path, seconds=0.2), tasks(500))
+            next(results)
+            site.scheduler.kill()
+            with pytest.raises(ClusterError, match=r"does not answer any more .* what is done stays done"):
+                list(results)
 
 
 @pytest.mark.parametrize("name", ["one thread", "two threads", "two processes"])
