@@ -105,6 +105,7 @@ def assert_whole(desk, witness) -> None:
     assert len({e["time"][:13] for e in desk.events()}) >= 3, "the clock was not set"
 
 
+@pytest.mark.slow
 def test_set_below_a_driver_and_again_before_its_successor(desk_in, tmp_path, witness, clock):
     desk = desk_in(tmp_path / "desk", **witness.settings)
     driver, _ = witness.started(desk)

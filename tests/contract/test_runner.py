@@ -384,8 +384,8 @@ def test_a_worker_whose_nanny_gave_up_comes_again(monkeypatch, tmp_path, request
 def test_an_overdue_tile_loses_its_worker(name, request, tmp_path):
     """A process is killed, a thread can only be left behind; the others go on either way."""
     noted = Noted(tmp_path, script={"k1": ["hang"], "k2": ["hang", ""]})
-    # a new process imports for many seconds where much else is at work, and its first tile waits for that
-    deadline_s = 1.0 if "thread" in name else 20.0
+    # a new process imports for some seconds where much else is at work, and its first tile waits for that
+    deadline_s = 1.0 if "thread" in name else 10.0
     with opened(profile_of(name, request), deadline_s=deadline_s) as runner:
         found = {r.task.key: r for r in run(runner, noted, tasks(6))}
 
@@ -419,7 +419,7 @@ def test_a_worker_that_comes_back_to_its_address_is_at_work_again(tmp_path):
             worker=Resources(cpus=1, mem_gb=1),
             options={"address": cluster.scheduler_address, "wait_min": 0.5},
         )
-        with opened(one, deadline_s=20.0) as runner:
+        with opened(one, deadline_s=10.0) as runner:
             found = list(run(runner, noted, tasks(3)))
 
     assert [result.status for result in found] == ["done"] * 3

@@ -22,6 +22,7 @@ def archive(tmp_path_factory):
     return simulate_archive(tmp_path_factory.mktemp("ablation"), seed=91, size="small", overpasses=2)
 
 
+@pytest.mark.slow
 def test_the_map_of_clusters_is_what_the_pipeline_detects_with(archive):
     toml = archive.root / "named.toml"
     model = 'model = "kmeans-change"\nparameters = { sample = 3000 }'

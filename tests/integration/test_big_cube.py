@@ -73,6 +73,7 @@ def test_one_big_cube_on_a_cluster_is_what_the_batch_run_wrote(workspaces, clien
     assert np.unique(stored).size > 100
 
 
+@pytest.mark.slow
 def test_the_moments_of_one_big_cube_are_those_of_the_tiles(workspaces, client):
     """Summed by a tree of tasks on the cluster, or tile by tile and merged: the same fit, to the bit."""
     plan = open_plan(workspaces("cae-kmeans-change"))

@@ -511,7 +511,7 @@ def test_what_cannot_be_read_is_read_elsewhere(providers, undisturbed, desk_of, 
         assert f"code: {status}" in found[path]
 
 
-@pytest.mark.parametrize("how", [SILENT, MUTE])
+@pytest.mark.parametrize("how", [SILENT, pytest.param(MUTE, marks=pytest.mark.slow)])
 def test_a_server_that_stalls_is_given_up(providers, undisturbed, desk_of, command, monkeypatch, how):
     """Without a limit the first read would never end, and nobody would be asked instead."""
     monkeypatch.setitem(read_module.GDAL_OPTIONS, "GDAL_HTTP_LOW_SPEED_TIME", "1")

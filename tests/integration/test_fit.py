@@ -252,6 +252,7 @@ def test_what_was_learnt_is_what_the_cube_holds(cae, command):
     assert read_manifest(plan.workspace.statistics(epoch.stat_key))["pixels"] == known.sum()
 
 
+@pytest.mark.slow
 def test_tiles_that_were_mended_after_the_freeze_are_told_and_fitted_again(cae, command):
     cae.write(cluster={"failure_budget": 1})
     plan = open_plan(cae.workspace)

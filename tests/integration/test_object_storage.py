@@ -100,6 +100,7 @@ def test_shards_that_start_together_make_the_stores_once(folder_run, in_bucket, 
     assert status(s3)["scene_reads"] == status(folder_run(RULE))["scene_reads"]
 
 
+@pytest.mark.slow
 def test_a_changed_plan_leaves_what_clean_removes(in_bucket, s3):
     desk = in_bucket({})
     run(load_config(desk.toml), progress=False)

@@ -109,6 +109,7 @@ def wanted_ids(items, max_cloud_pct):
     }
 
 
+@pytest.mark.slow
 def test_five_thousand_items_are_planned(
     api, items, archive_items, desk_in, small_archive, tmp_path, command
 ):
