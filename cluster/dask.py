@@ -17,6 +17,7 @@ from distributed.scheduler import KilledWorker
 
 from slidecube.cluster.clusters import Opened, open_cluster
 from slidecube.cluster.errors import ClusterError
+from slidecube.cluster.malloc import keep_freed_memory
 from slidecube.cluster.resources import Profile
 from slidecube.cluster.runner import Outcome, TaskFunction, TaskResult, TileTask, failed
 
@@ -59,7 +60,7 @@ class DaskPool:
     def start(self, worker: str, function: TaskFunction, task: TileTask) -> None:
         """Give a worker a task."""
         key = f"{task.stage}-{task.layer}-{task.epoch}-{task.tile}-{task.key}-{os.urandom(4).hex()}"
-        future = self._client.submit(function, task, key=key, pure=False, retries=0, workers=[worker])
+        future = self._client.submit(_run, function, task, key=key, pure=False, retries=0, workers=[worker])
         self._in_work[worker] = (future, task)
         future.add_done_callback(lambda ended: self._ended.put((worker, ended)))
 
@@ -177,6 +178,12 @@ def _known_to_scheduler(client: Any) -> Mapping[str, Any] | None:
             "what is done stays done"
         ) from None
     return workers
+
+
+def _run(function: TaskFunction, task: TileTask) -> TaskResult:
+    """Run a task in a worker process."""
+    keep_freed_memory()
+    return function(task)
 
 
 def _result(future: Any, task: TileTask) -> TaskResult | None:
