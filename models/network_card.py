@@ -17,10 +17,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from slidecube.models.card import FeatureSpec, ModelCard
 from slidecube.models.errors import ModelError
-from slidecube.models.weights import write_whole
+from slidecube.models.weights import read_file, write_whole
 
 CARD_FILE = "card.toml"
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 """Version of the card's own layout."""
 
 _SHOWN_CHARACTERS = 80
@@ -349,3 +349,35 @@ def _value_at(tables: Any, loc: Sequence[int | str]) -> object:
             break
         tables = tables[part]
     return tables
+
+
+def read_weights(folder: Path, card: NetworkCard) -> bytes:
+    """Read a network's weights, of which the card tells the digest. Raises ModelError for any other bytes."""
+    assert card.weights is not None
+    path = folder / card.weights.file
+    content = read_file(path, f"Weights of model {card.address}")
+    found = hashlib.sha256(content).hexdigest()
+    if found != card.weights.sha256:
+        raise ModelError(
+            f"Weights of model {card.address} are damaged or were changed: {path} has the SHA-256 {found[:12]}..., and "
+            f"its card says {card.weights.sha256[:12]}...; take both again from where they came"
+        )
+    return content
+
+
+def read_members(folder: Path, card: NetworkCard) -> tuple[NetworkCard, ...]:
+    """Read the cards of an ensemble's members, in its order. Raises ModelError for any that it was not made of."""
+    found = []
+    for member in card.members:
+        one = read_card(folder / member.folder)
+        if one.identity != member.identity:
+            raise ModelError(
+                f"Model {card.address} was not made of the member that lies in {folder / member.folder}: its card was "
+                "changed; take the ensemble again from where it came"
+            )
+        if one.members:
+            raise ModelError(
+                f"Member {one.address} of model {card.address} is an ensemble itself; name its members"
+            )
+        found.append(one)
+    return tuple(found)
