@@ -52,7 +52,9 @@ class Inputs(_Table):
             raise ValueError("names a feature twice")
         for key in ("units", "mean", "std"):
             if len(getattr(self, key)) != n:
-                raise ValueError(f"has {n} names and {len(getattr(self, key))} of {key}; one for each is needed")
+                raise ValueError(
+                    f"has {n} names and {len(getattr(self, key))} of {key}; one for each is needed"
+                )
         if min(self.std) <= 0:
             raise ValueError("has a std that is not above 0")
         return self
@@ -74,7 +76,9 @@ class Architecture(_Table):
     @pydantic.model_validator(mode="after")
     def _a_core(self) -> Architecture:
         if 2 * self.margin_px >= self.window_px:
-            raise ValueError(f"has margins of {self.margin_px} px, which leave nothing of {self.window_px} px")
+            raise ValueError(
+                f"has margins of {self.margin_px} px, which leave nothing of {self.window_px} px"
+            )
         return self
 
 
