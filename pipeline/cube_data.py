@@ -342,7 +342,7 @@ def _polygon_pixels(plan: RunPlan, path: Path, layer: str | None = None) -> Refe
 def _bounds(plan: RunPlan, px: int) -> tuple[int, int, int, int]:
     """Rows and columns of the frame from the first to past the last of the area, in whole patches."""
     affine = plan.grid.frame.affine
-    xmin, ymin, xmax, ymax = plan.aoi_shape.bounds
+    xmin, ymin, xmax, ymax = shapely.bounds(plan.aoi_shape)
     (left, top), (right, bottom) = ~affine @ (xmin, ymax), ~affine @ (xmax, ymin)
     low, high = (np.floor(np.array([top, left]) / px), np.ceil(np.array([bottom, right]) / px))
     return int(low[0]) * px, int(high[0]) * px, int(low[1]) * px, int(high[1]) * px
@@ -359,7 +359,8 @@ def _inside(opened: OpenCube, places: NDArray[np.int64], blocks: Blocks | None) 
     if blocks is None:
         return room
     own = [block in blocks for block in _blocks_of(rows, cols, opened.settings.side_px)]
-    return room & np.array(own, bool)
+    both: NDArray[np.bool_] = room & np.array(own, bool)
+    return both
 
 
 def _within(opened: OpenCube, known: ReferencePixels, blocks: Blocks | None) -> ReferencePixels:

@@ -244,10 +244,9 @@ class Rooms:
             top, bottom, left, right = self.bounds
             return (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)
         places = np.stack([rows, cols]) % self.side_px
-        inner: NDArray[np.bool_] = ((places >= self.gap_px) & (places < self.side_px - self.gap_px)).all(
-            axis=0
-        )
-        return inner
+        inner = (places >= self.gap_px) & (places < self.side_px - self.gap_px)
+        both: NDArray[np.bool_] = inner[0] & inner[1]
+        return both
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from slidecube.models.splits import PARTS, Joined, Part, join, share_out
 from slidecube.pipeline.cube_data import Blocks, OpenCube, crops, open_cube, side_by_side
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.sample import pixel_hash
-from slidecube.pipeline.training_tables import DataTable, PatchTable
+from slidecube.pipeline.training_tables import DataTable, PatchTable, Use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ def leave_one_out(tables: Sequence[DataTable]) -> Iterator[tuple[str, list[DataT
         following = regions[(at + 1) % len(regions)]
         turned = []
         for table, name in zip(tables, names, strict=True):
-            use = "train" if table.used == "test" else table.used
+            use: Use = "train" if table.used == "test" else table.used
             if name == held:
                 use = "test"
             elif name == following and not validated:
