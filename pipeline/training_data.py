@@ -17,8 +17,10 @@ import shapely
 
 from slidecube.models.card import FeatureSpec
 from slidecube.models.patches import Patches
-from slidecube.models.splits import PARTS, Joined, Part, join, share_out
+from slidecube.models.splits import PARTS, Joined, Part, Subset, join, share_out
+from slidecube.pipeline.benchmark_patches import DerivedPatches, open_benchmark
 from slidecube.pipeline.cube_data import Blocks, OpenCube, crops, open_cube, side_by_side
+from slidecube.pipeline.cube_patches import CubePatches
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.sample import pixel_hash
 from slidecube.pipeline.training_tables import DataTable, PatchTable, Use
@@ -66,6 +68,9 @@ def open_all_data(
     for part in PARTS[1:]:
         judging = [cube for cube in cubes if cube.used in (part, "blocks")]
         found[part] += [side_by_side(cube, blocks=_own(cube, shared, part)) for cube in judging]
+    for table in (table for table in tables if table.kind != "cube"):
+        for part, one in open_benchmark(table, patches, features, base=base).items():
+            found[part].append(one)
     every = [patches for of in found.values() for patches in of]
     if not every:
         raise PipelineError("[[data]]: none is given; name a cube or a benchmark's folder")
@@ -119,8 +124,21 @@ def explain(data: Data) -> list[dict[str, Any]]:
                 "regions": dict(sorted(Counter(member.regions).items())),
                 "patches": len(member),
             }
-            rows.append(row | getattr(member, "facts", {}))
+            rows.append(row | _facts(member))
     return rows
+
+
+def _facts(patches: Patches) -> dict[str, int]:
+    """Counts of a set of patches for people."""
+    if isinstance(patches, CubePatches):
+        return patches.facts
+    if isinstance(patches, DerivedPatches):
+        return _facts(patches.of)
+    if isinstance(patches, Subset):
+        landslide_px = getattr(patches.of, "landslide_px", ())
+        own = [landslide_px[i] for i in patches.indices if landslide_px]
+        return {"landslide pixels": sum(own), "with landslides": sum(px > 0 for px in own)}
+    return {}
 
 
 def explain_text(data: Data) -> str:

@@ -53,6 +53,10 @@ class DataTable(_Table):
     modality: Literal["s2", "s1asc", "s1dsc"] = Field(
         "s2", description='of sen12landslides: "s2", "s1asc" or "s1dsc"'
     )
+    pairing: Literal["nearest", "clearest", "greenest"] = Field(
+        "greenest",
+        description='of sen12landslides, how its series become a pair: "nearest", "clearest" or "greenest"',
+    )
     region: Slug | None = Field(
         None, description="the name of the region or event, by which data are left out and samples balanced"
     )
