@@ -6,8 +6,7 @@ and the others go on. A single training is a sweep of one.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,10 +17,7 @@ from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.pools import open_runner
 from slidecube.cluster.resources import Profile, load_profile
 from slidecube.cluster.runner import HOPELESS, Runner, TaskResult, TileTask
-from slidecube.models.ensemble_choice import Choice, best_choice, greedy, k_best, unpack
-from slidecube.models.errors import ModelError
-from slidecube.models.evaluation import Tally, judge
-from slidecube.models.patches import LANDSLIDE, STABLE
+from slidecube.pipeline.ensembles_chosen import ensembles_of
 from slidecube.pipeline.errors import IncompleteError, PipelineError
 from slidecube.pipeline.events import GIVEN_UP
 from slidecube.pipeline.leaderboard import EnsembleRow, Standing, standings, write_leaderboard
@@ -36,6 +32,7 @@ from slidecube.pipeline.train_config import (
     require_runnable,
 )
 from slidecube.pipeline.trained_models import (
+    Saving,
     require_free,
     save_chosen_ensemble,
     save_single,
@@ -43,22 +40,15 @@ from slidecube.pipeline.trained_models import (
     sweep_key,
 )
 from slidecube.pipeline.training import (
-    TEST,
-    VALIDATION,
     Open,
     TrainContext,
     Work,
-    labels_of,
     ledger_of,
-    min_area_px,
     open_candidate_data,
-    probabilities_of,
     train_task,
     work_of,
 )
 from slidecube.pipeline.training_data import Data
-
-import numpy as np
 
 STAGE = "train"
 
@@ -67,13 +57,13 @@ STAGE = "train"
 class TrainReport:
     """What a `slidecube train` did.
 
-    trained : candidates that were trained now; there : that were done before; failed : label and reason of the others
+    trained : candidates that were trained now; there : that were done before; failed : the others, with reasons
     models : folders of what was saved; tables : Markdown; files : that were written beside them
     """
 
     trained: int
     there: int
-    failed: tuple[tuple[str, str], ...] = ()
+    failed: tuple[tuple[Work, str], ...] = ()
     models: tuple[Path, ...] = ()
     tables: str = ""
     files: tuple[Path, ...] = ()
@@ -103,30 +93,50 @@ class Driver:
         report = self.train(works)
         if report.failed:
             raise PipelineError(f"Not trained: {report.failed[0][1]}")
-        saving = saving_of(config, self.out, self.data(works[0].candidate), threads=self.threads)
-        folder = save_single(saving, works[0], name=config.tables.name, key=works[0].judged_key)
+        folder = save_single(self._saving(works[0]), works[0], name=config.tables.name, key=works[0].judged_key)
         return replace(report, models=(folder,))
 
     def sweep(self) -> TrainReport:
-        """Train everything that [sweep] combines; rank, choose, and save the best and the ensemble."""
-        config, table = self.config, self.config.tables.sweep
+        """Train everything that [sweep] combines; rank, choose, and save the best network and the best ensemble."""
+        config = self.config
         check_losses(config.path, config.tables, sweep=True)
         works = self.works(candidates(config, sweep=True))
+        key = sweep_key(works, config)
+        names = {kind: f"{config.tables.name}{end}" for kind, end in (("single", ""), ("ensemble", "-ensemble"))}
+        for name in names.values():
+            require_free(config, self.out, name, key)
         report = self.train(works)
-        report = replace(
-            report, complete=len(report.failed) <= config.tables.cluster.failure_budget
-        )
-        found = standings(self.out, works, dict(report.failed))
+        found = standings(self.out, works, {work.key: reason for work, reason in report.failed})
         done = [one for one in found if one.score is not None]
-        if not report.complete or not done:
-            files = write_leaderboard(self.out, found, [], title=config.tables.name)
-            return replace(report, files=files, complete=False)
-        key = sweep_key(works, sorted(table.best), table.choose)
-        chosen = [row for setting in _settings(works) for row in self._ensembles(_of(done, setting))]
-        models = self._save(done, chosen, key)
-        files = write_leaderboard(self.out, found, chosen, title=config.tables.name)
-        text = (self.out / "leaderboard.md").read_text(encoding="utf-8")
-        return replace(report, models=models, files=files, tables=text)
+        complete = bool(done) and len(report.failed) <= config.tables.cluster.failure_budget
+        rows: list[EnsembleRow] = []
+        models: tuple[Path, ...] = ()
+        if complete:
+            rows = [row for own in _by_setting(done) for row in self._ensembles(own)]
+            models = self._save(done, rows, key, names)
+        files = write_leaderboard(self.out, found, rows, title=config.tables.name)
+        text = files[0].read_text(encoding="utf-8")
+        return replace(report, complete=complete, models=models, files=files, tables=text)
+
+    def _ensembles(self, done: Sequence[Standing]) -> list[EnsembleRow]:
+        data = self.data(done[0].work.candidate)
+        return ensembles_of(done, data, out=self.out, tables=self.config.tables)
+
+    def _save(
+        self, done: Sequence[Standing], rows: Sequence[EnsembleRow], key: str, names: Mapping[str, str]
+    ) -> tuple[Path, ...]:
+        """Save the single network and the ensemble that are best on validation, whatever their setting."""
+        best = min(done, key=lambda one: -(one.score or 0.0))
+        saving = self._saving(best.work)
+        models = [save_single(saving, best.work, name=names["single"], key=key)]
+        if rows:
+            chosen = min(rows, key=lambda row: (-row.score, len(row.members)))
+            saving = self._saving(chosen.members[0])
+            models.append(save_chosen_ensemble(saving, chosen, name=names["ensemble"], key=key))
+        return tuple(models)
+
+    def _saving(self, work: Work) -> Saving:
+        return saving_of(self.config, self.out, self.data(work.candidate), threads=self.threads)
 
     @property
     def threads(self) -> int:
@@ -166,7 +176,7 @@ class Driver:
         return TrainReport(
             trained=len(due) - len(failed),
             there=len(works) - len(due),
-            failed=tuple((by_key[key].candidate.label, reason) for key, reason in failed.items()),
+            failed=tuple((by_key[key], reason) for key, reason in failed.items()),
         )
 
     def _due(self, works: Sequence[Work]) -> list[TileTask]:
@@ -205,6 +215,7 @@ class Driver:
             works={work.key: work for work in works},
             threads=profile.worker.cpus,
             lock=self.out / "locks" / lock.path.name,
+            lenient=len(works) > 1,
             token=lock.token,
             open=self.open,
             tell=self._line if len(works) == 1 and profile.runner == "threads" else None,
@@ -244,47 +255,31 @@ class Driver:
         if self.say is not None:
             print(text, file=self.say, flush=True)
 
-    # --- what is chosen
 
-    def _ensembles(self, done: Sequence[Standing]) -> list[EnsembleRow]:
-        """Ensembles of one setting, chosen on validation and judged on the test, after its best single network."""
-        table, data = self.config.tables.sweep, self.data(done[0].work.candidate)
-        labels_nyx = labels_of(data.validation)
-        judged = (labels_nyx == STABLE) | (labels_nyx == LANDSLIDE)
+def _recorded_failure(context: TrainContext, result: TaskResult) -> None:
+    """Record a training that ended its workers: they could not."""
+    if result.fault not in GIVEN_UP:
+        return
+    context.require()
+    record = Record(
+        tile=result.task.tile,
+        key=result.task.key,
+        state="failed",
+        reason=result.reason,
+        fault=result.fault or "",
+    )
+    ledger_of(context.out).write(record)
 
-        def read(place: int) -> np.ndarray:
-            return probabilities_of(self.out, done[place].work.key, VALIDATION)[judged]
 
-        choose = greedy if table.choose == "greedy" else k_best
-        scores = [one.score or 0.0 for one in done]
-        choices = choose(read, labels_nyx[judged], scores, table.best)
-        return [self._judged(done, choice, data) for choice in choices]
+def _require_parts(config: TrainConfig, data: Data) -> None:
+    """Refuse data without anything to learn from or to choose by, before workers are started."""
+    for part, patches in (("learn from", data.training), ("choose by", data.validation)):
+        if not len(patches):
+            raise PipelineError(
+                f"{config.path}: data: none of the tables gives patches to {part}; look at their use and region"
+            )
 
-    def _judged(self, done: Sequence[Standing], choice: Choice, data: Data) -> EnsembleRow:
-        """Judge an ensemble on validation, and on the test where there is one."""
-        members = [done[place].work for place in choice.members]
-        scores = {
-            part: self._tally(members, patches, part, choice.threshold).metrics() if len(patches) else None
-            for part, patches in ((VALIDATION, data.validation), (TEST, data.test))
-        }
-        return EnsembleRow(
-            setting=members[0].candidate.setting,
-            members=tuple(members),
-            score=choice.f1,
-            threshold=choice.threshold,
-            validation=scores[VALIDATION] or {},
-            test=scores[TEST],
-        )
 
-    def _tally(self, members: Sequence[Work], patches, part: str, threshold: float) -> Tally:
-        total = np.zeros(1, np.float32)
-        for work in members:
-            total = total + unpack(probabilities_of(self.out, work.key, part))
-        min_area_m2 = self.config.tables.threshold.min_area_m2
-        return judge(
-            total / np.float32(len(members)),
-            labels_of(patches),
-            threshold=threshold,
-            regions=patches.regions,
-            min_area_px=min_area_px(min_area_m2, patches.resolution_m),
-        )
+def _by_setting(done: Sequence[Standing]) -> list[list[Standing]]:
+    settings = dict.fromkeys(one.work.candidate.setting for one in done)
+    return [[one for one in done if one.work.candidate.setting == setting] for setting in settings]

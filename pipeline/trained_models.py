@@ -16,6 +16,7 @@ from slidecube.pipeline.config import load_config
 from slidecube.pipeline.cube_patches import CubePatches
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.keys import content_key
+from slidecube.pipeline.leaderboard import EnsembleRow
 from slidecube.pipeline.lineage import is_simulated
 from slidecube.pipeline.null_run import null_run
 from slidecube.pipeline.plan import plan
@@ -153,24 +154,18 @@ def _windows(saving: Saving, work: Work, patch_px: int) -> dict[str, int]:
     return {"window_px": window_px, "margin_px": margin_px, "receptive_px": receptive}
 
 
-def save_chosen_ensemble(
-    saving: Saving,
-    members: Sequence[tuple[str, Work]],
-    *,
-    name: str,
-    key: str,
-    judged: Mapping[str, Any],
-) -> Path:
-    """Save an ensemble, its members within it.
-
-    members : name and candidate of each, best first; judged : its threshold, how it was chosen, and its scores
-    """
+def save_chosen_ensemble(saving: Saving, row: EnsembleRow, *, name: str, key: str) -> Path:
+    """Save an ensemble, its members within it; returns its folder, as `save_single`."""
     folder = saving.folder(name)
     if (folder / CARD_FILE).is_file() and read_card(folder).training.get("key") == key:
         return folder
-    with tempfile.TemporaryDirectory(prefix="slidecube-", dir=saving.out) as scratch:
-        own = [_member(saving, work, member, Path(scratch)) for member, work in members]
-        fields = _ensemble_fields(saving, read_card(own[0]), (name, key), judged)
+    saving.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".members-", dir=saving.out) as scratch:
+        own = [
+            _member(saving, work, f"member-{place:02d}", Path(scratch))
+            for place, work in enumerate(row.members, start=1)
+        ]
+        fields = _ensemble_fields(saving, read_card(own[0]), row, (name, key))
         if saving.config.tables.null_run is not None:
             trial = Path(scratch) / folder.name
             save_ensemble(trial, own, fields)
@@ -187,19 +182,20 @@ def _member(saving: Saving, work: Work, name: str, scratch: Path) -> Path:
 
 
 def _ensemble_fields(
-    saving: Saving, first: NetworkCard, named: tuple[str, str], judged: Mapping[str, Any]
+    saving: Saving, first: NetworkCard, row: EnsembleRow, named: tuple[str, str]
 ) -> dict[str, Any]:
-    """Fields of an ensemble's card; of its inputs the normalisation is each member's own."""
-    name, key = named
+    """Fields of an ensemble's card; the normalisation of its inputs is that of its first member."""
+    labels = [work.candidate.label for work in row.members]
+    training = {"setting": row.setting, "members": labels, "score": row.score}
     return {
-        **_about(saving, name, key, dict(judged["training"])),
+        **_about(saving, *named, training),
         "inputs": first.inputs.model_dump(),
         "output": {
-            "threshold": judged["threshold"],
-            "chosen": judged["chosen"],
+            "threshold": row.threshold,
+            "chosen": row.chosen,
             "min_area_m2": saving.config.tables.threshold.min_area_m2,
         },
-        "metrics": _metrics(judged),
+        "metrics": _metrics({"test": row.test, "validation": row.validation}),
     }
 
 
@@ -214,6 +210,7 @@ def _null_run(saving: Saving, folder: Path) -> dict[str, Any]:
     return found.to_dict()
 
 
-def sweep_key(works: Sequence[Work], *parts: Any) -> str:
-    """Key of what was chosen from candidates."""
-    return content_key("chosen", [work.judged_key for work in works], *parts)
+def sweep_key(works: Sequence[Work], config: TrainConfig) -> str:
+    """Key of what is chosen from the candidates of a sweep."""
+    table = config.tables.sweep
+    return content_key("chosen", [work.judged_key for work in works], sorted(table.best), table.choose)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from slidecube.cluster.faults import Fault, fault_of
 from slidecube.cluster.runner import TaskResult, TileTask
 from slidecube.models.architectures import complete_arguments
 from slidecube.models.calibration import (
+    Chosen,
     ScoreHistogram,
     calibrated,
     choose_threshold,
@@ -44,7 +45,7 @@ from slidecube.pipeline.errors import FencedError, PipelineError
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
-from slidecube.pipeline.train_config import Candidate, TrainConfig, loss_numbers
+from slidecube.pipeline.train_config import Candidate, Threshold, TrainConfig, loss_numbers
 from slidecube.pipeline.training_data import Data, leave_one_out, open_all_data
 
 JUDGE_VERSION = 1
@@ -154,6 +155,7 @@ class TrainContext:
     """What a worker needs for any candidate of a sweep; sent to other processes.
 
     out : folder of the trainings; threads : of one; lock, token : of the driver that may write
+    lenient : a candidate of whom no threshold is what [threshold] asks for is judged at its highest F1, and says so
     tell : told of each epoch, in this process only
     """
 
@@ -163,6 +165,7 @@ class TrainContext:
     threads: int
     lock: Path
     token: str
+    lenient: bool = False
     open: Open = open_candidate_data
     tell: Say | None = None
 
@@ -307,12 +310,7 @@ def _judge(context: TrainContext, work: Work, data: Data) -> None:
     )
     probability_nyx = calibrated(calibration, logits_nyx, strata)
     histogram = ScoreHistogram.of(probability_nyx, labels_nyx)
-    chosen = choose_threshold(
-        histogram,
-        rule=tables.threshold.rule,
-        precision=tables.threshold.precision,
-        prevalence=tables.threshold.prevalence,
-    )
+    chosen = chosen_threshold(histogram, tables.threshold, lenient=context.lenient)
     min_px = min_area_px(tables.threshold.min_area_m2, data.validation.resolution_m)
     validation = judge(
         probability_nyx,
@@ -339,6 +337,19 @@ def _judge(context: TrainContext, work: Work, data: Data) -> None:
     }
     context.require()
     _write_json(folder / JUDGED, said)
+
+
+def chosen_threshold(histogram: ScoreHistogram, table: Threshold, *, lenient: bool) -> Chosen:
+    """Choose the threshold that [threshold] asks for; lenient : or that of the highest F1, where there is none."""
+    try:
+        return choose_threshold(
+            histogram, rule=table.rule, precision=table.precision, prevalence=table.prevalence
+        )
+    except ModelError as error:
+        if not lenient or table.rule == "max-f1":
+            raise
+        found = choose_threshold(histogram)
+        return replace(found, chosen=f"{found.chosen}, because: {error}")
 
 
 def _judge_test(
