@@ -53,18 +53,22 @@ class DataTable(_Table):
     modality: Literal["s2", "s1asc", "s1dsc"] = Field(
         "s2", description='of sen12landslides: "s2", "s1asc" or "s1dsc"'
     )
+    pairing: Literal["nearest", "clearest", "greenest"] = Field(
+        "greenest",
+        description='of sen12landslides, how its series become a pair: "nearest", "clearest" or "greenest"',
+    )
     region: Slug | None = Field(
         None, description="the name of the region or event, by which data are left out and samples balanced"
     )
     use: Use | None = Field(
         None,
-        description='"train", "validation", "test", "blocks" (spatial blocks share it) or "split" (a benchmark\'s own); '
-        'left out, "blocks" of a cube and "split" of a benchmark',
+        description='"train", "validation", "test", "blocks" (spatial blocks share it) or "split" (a benchmark\'s own)'
+        '; left out, "blocks" of a cube and "split" of a benchmark',
     )
     world: Slug | None = Field(
         None,
-        description="of a cube of simulated scenes, the name of its world: cubes of different worlds may lie at the same "
-        "coordinates",
+        description="of a cube of simulated scenes, the name of its world: cubes of different worlds may lie at "
+        "the same coordinates",
     )
 
     @pydantic.model_validator(mode="after")
