@@ -13,6 +13,7 @@ import scipy.special
 
 from slidecube.models.augment import can_turn, mirrored, turned
 
+
 def entropy_bits(probability: np.ndarray) -> np.ndarray:
     """Entropy of a probability in bits, 0 (sure) to 1 (a coin); float32, NaN stays NaN.
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--sweep", is_flag=True, help="Train all that [sweep] combines, and choose.")
 @click.option("--leave-one-out", is_flag=True, help="Train once without each region, and judge there.")
-@click.option("--dry-run", is_flag=True, help="Open the data, print what would be trained, and train nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Open the data, print what would be trained, and train nothing."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -72,7 +74,9 @@ def train(
 
 def _folder(config: TrainConfig, out: Path | None) -> Path:
     if out is not None and (str(out) == "." or "://" in str(out) or ":/" in str(out)):
-        raise click.UsageError(f"--out: got '{out}'; allowed: a folder of this file system, such as 'training'")
+        raise click.UsageError(
+            f"--out: got '{out}'; allowed: a folder of this file system, such as 'training'"
+        )
     return (config.base / "training" if out is None else out).resolve()
 
 
@@ -113,5 +117,5 @@ def report_text(report: TrainReport) -> str:
     lines.append(f"{counts}, {len(report.failed)} failed" if report.failed else counts)
     lines += [f"failed: {work.candidate.label}: {reason}" for work, reason in report.failed]
     lines += [f"wrote {path}" for path in report.files]
-    lines += [f"model {folder}; map with it: [detect] model = \"{folder}\"" for folder in report.models]
+    lines += [f'model {folder}; map with it: [detect] model = "{folder}"' for folder in report.models]
     return "\n".join(lines)

@@ -49,9 +49,7 @@ def _row(
 ) -> EnsembleRow:
     members = tuple(done[place].work for place in choice.members)
     probability_nyx, labels_nyx = mean_of(out, members, VALIDATION), labels_of(data.validation)
-    chosen = chosen_threshold(
-        ScoreHistogram.of(probability_nyx, labels_nyx), tables.threshold, lenient=True
-    )
+    chosen = chosen_threshold(ScoreHistogram.of(probability_nyx, labels_nyx), tables.threshold, lenient=True)
 
     def scores(patches: Patches, found_nyx: np.ndarray, labels_nyx: np.ndarray) -> dict[str, object]:
         tally = judge(

@@ -150,7 +150,10 @@ def markdown(found: Sequence[Standing], ensembles: Sequence[EnsembleRow], *, tit
     """Tables for people: the best candidates of each setting, ensembles against singles, and what failed."""
     parts = [f"# {title}", "## Single networks, best on validation first", _singles(found)]
     if ensembles:
-        parts += ["## Ensembles against the single network that is best on validation", _versus(found, ensembles)]
+        parts += [
+            "## Ensembles against the single network that is best on validation",
+            _versus(found, ensembles),
+        ]
     failed = [one for one in found if one.score is None]
     if failed:
         parts += [
@@ -224,12 +227,11 @@ def points(found: Sequence[Standing], ensembles: Sequence[EnsembleRow]) -> list[
             marked.append((scores, setting, "single", setting not in seen))
             seen.add(setting)
     marked += [
-        (one.test or one.validation, one.setting, f"ensemble of {len(one.members)}", True) for one in ensembles
+        (one.test or one.validation, one.setting, f"ensemble of {len(one.members)}", True)
+        for one in ensembles
     ]
     return [
-        Point(
-            label=label, group=setting, precision=scores["precision"], recall=scores["recall"], main=main
-        )
+        Point(label=label, group=setting, precision=scores["precision"], recall=scores["recall"], main=main)
         for scores, setting, label, main in marked
         if "precision" in scores and "recall" in scores
     ]

@@ -93,7 +93,9 @@ class Driver:
         report = self.train(works)
         if report.failed:
             raise PipelineError(f"Not trained: {report.failed[0][1]}")
-        folder = save_single(self._saving(works[0]), works[0], name=config.tables.name, key=works[0].judged_key)
+        folder = save_single(
+            self._saving(works[0]), works[0], name=config.tables.name, key=works[0].judged_key
+        )
         return replace(report, models=(folder,))
 
     def sweep(self) -> TrainReport:
@@ -102,7 +104,9 @@ class Driver:
         check_losses(config.path, config.tables, sweep=True)
         works = self.works(candidates(config, sweep=True))
         key = sweep_key(works, config)
-        names = {kind: f"{config.tables.name}{end}" for kind, end in (("single", ""), ("ensemble", "-ensemble"))}
+        names = {
+            kind: f"{config.tables.name}{end}" for kind, end in (("single", ""), ("ensemble", "-ensemble"))
+        }
         for name in names.values():
             require_free(config, self.out, name, key)
         report = self.train(works)
@@ -230,14 +234,14 @@ class Driver:
                     _recorded_failure(context, result)
         return failed
 
-    def _results(
-        self, runner: Runner, context: TrainContext, due: list[TileTask]
-    ) -> Iterable[TaskResult]:
+    def _results(self, runner: Runner, context: TrainContext, due: list[TileTask]) -> Iterable[TaskResult]:
         """Results as they come. Raises IncompleteError when nothing works, or nobody is left to work."""
         budget = self.config.tables.cluster.failure_budget
         work = runner.run(partial(train_task, context), due, hopeless=max(HOPELESS, budget + 1))
-        bar = None if self.say is None or context.tell else progress(
-            self.say, desc=STAGE, unit="training", total=len(due)
+        bar = (
+            None
+            if self.say is None or context.tell
+            else progress(self.say, desc=STAGE, unit="training", total=len(due))
         )
         try:
             with closing(work) as results:

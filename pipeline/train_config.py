@@ -181,7 +181,9 @@ class Threshold(_Table):
     """From which probability a pixel is landslide."""
 
     rule: Rule = Field("max-f1", description='"max-f1" or "precision"')
-    precision: float = Field(0.9, gt=0, lt=1, description="of precision, what it is at least; above 0, below 1")
+    precision: float = Field(
+        0.9, gt=0, lt=1, description="of precision, what it is at least; above 0, below 1"
+    )
     prevalence: float = Field(
         0.001, gt=0, lt=1, description="of precision, the share of land under landslides; above 0, below 1"
     )
@@ -197,18 +199,21 @@ class Sweep(_Table):
     losses: Annotated[tuple[str, ...], Distinct, Field(min_length=1)] = Field(
         ENS_LOSSES, description="a list of losses, none twice, such as 'bce' or 'bce+dice'"
     )
-    learning_rates: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...], Distinct, Field(min_length=1)
-    ] = Field(ENS_LEARNING_RATES, description="a list of numbers above 0, none twice")
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Distinct, Field(min_length=1)] = (
+        Field(ENS_LEARNING_RATES, description="a list of numbers above 0, none twice")
+    )
     settings: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_+-]{0,30}$")], FeatureNames] = Field(
         default_factory=dict,
         description="a table from a name in lower case to a list of features; left out, [features] names alone",
     )
     best: Annotated[
         tuple[Annotated[int, Field(ge=SIZES[0], le=SIZES[1])], ...], Distinct, Field(min_length=1)
-    ] = Field((2, 5, 10, 20, 40), description=f"a list of sizes of ensembles, {SIZES[0]} to {SIZES[1]}, none twice")
+    ] = Field(
+        (2, 5, 10, 20, 40), description=f"a list of sizes of ensembles, {SIZES[0]} to {SIZES[1]}, none twice"
+    )
     choose: Literal["best", "greedy"] = Field(
-        "best", description='"best" (the K best on validation) or "greedy" (what raises the F1 of the mean most)'
+        "best",
+        description='"best" (the K best on validation) or "greedy" (what raises the F1 of the mean most)',
     )
 
 
@@ -433,7 +438,9 @@ def check_losses(path: Path, tables: TrainSections, *, sweep: bool) -> None:
         for loss in losses:
             try:
                 # a sweep's losses share what only some of them need
-                needs = {} if sweep else {"positive_weight": training.positive_weight, "prior": training.prior}
+                needs = (
+                    {} if sweep else {"positive_weight": training.positive_weight, "prior": training.prior}
+                )
                 check_loss(loss, **(needs or loss_numbers(loss, training)))
             except ModelError as error:
                 raise PipelineError(f"{path}: {key}: {error}") from None

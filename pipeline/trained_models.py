@@ -126,7 +126,8 @@ def _about(saving: Saving, name: str, key: str, training: Mapping[str, Any]) -> 
     return {
         "name": name,
         "version": tables.version,
-        "description": where + (tables.description or f"Trained by slidecube from {saving.config.path.name}."),
+        "description": where
+        + (tables.description or f"Trained by slidecube from {saving.config.path.name}."),
         "licence": tables.licence,
         "simulated": saving.simulated,
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),

@@ -172,7 +172,9 @@ class TrainContext:
     def require(self) -> None:
         """Raise FencedError when another driver has taken over."""
         if not holds(self.lock, self.token):
-            raise FencedError(f"Another `slidecube train` works in {self.out} now; this one may write no more")
+            raise FencedError(
+                f"Another `slidecube train` works in {self.out} now; this one may write no more"
+            )
 
 
 def ledger_of(out: Path) -> Ledger:
@@ -352,9 +354,7 @@ def chosen_threshold(histogram: ScoreHistogram, table: Threshold, *, lenient: bo
         return replace(found, chosen=f"{found.chosen}, because: {error}")
 
 
-def _judge_test(
-    context: TrainContext, work: Work, patches: Patches, how: tuple[Calibration, Tally]
-) -> Tally:
+def _judge_test(context: TrainContext, work: Work, patches: Patches, how: tuple[Calibration, Tally]) -> Tally:
     """Judge the test part by part, and keep its probabilities; how : calibration, and the tally that takes them."""
     calibration, tally = how
     regions, kept = patches.regions, []
@@ -394,7 +394,9 @@ def network_of(out: Path, key: str) -> Any:
     folder = folder_of(out, key)
     said, weights = trained_of(out, key), read_file(folder / WEIGHTS, "Weights of a training")
     if hashlib.sha256(weights).hexdigest() != said["weights_sha256"]:
-        raise ModelError(f"{folder / WEIGHTS} is not what its training wrote; remove {folder}, and train again")
+        raise ModelError(
+            f"{folder / WEIGHTS} is not what its training wrote; remove {folder}, and train again"
+        )
     return TrainedNetwork(
         architecture=said["architecture"],
         arguments=said["arguments"],
