@@ -138,7 +138,7 @@ def stratum_name(value: float) -> str:
     return str(int(value))
 
 
-def apply(
+def calibrated(
     calibration: Calibration, logits: np.ndarray, strata: np.ndarray | None = None
 ) -> np.ndarray:
     """Probabilities of logits: float32 of the same shape, never falling in the logit of one stratum; NaN stays NaN.
