@@ -108,9 +108,9 @@ def read_layers(
     also : further variables by side, of `features.SIDES`
     """
     made = plan.by_epoch[epoch]
-    needed = required_variables(plan.model.card.inputs)
+    needed = required_variables(plan.card.inputs)
     read = {}
-    held = coregistration_of(plan.config, plan.model.card)
+    held = coregistration_of(plan.config, plan.card)
     margin = margin_px(held.exclude_px) if held is not None and held.correct else 0
     radar_alone = not needed["pre"] and not needed["post"] and bool(needed["radar_post"])
     for side in (side for side in SIDES if side != "auxiliary"):
