@@ -265,7 +265,9 @@ def test_the_item_is_an_mlm_item(command, mine, small, tmp_path, kind):
     (reads,) = mlm.input
     assert reads.bands == ["rdndvi", "slope_deg"]
     assert reads.input.shape == [-1, 2, 64, 64]
-    assert [(scaling.mean, scaling.stddev) for scaling in reads.value_scaling] == [(0.0, 10.0), (0.0, 10.0)]
+    # pystac takes one scaling for all; the published schema wants a list, one a band
+    scaling = body["properties"]["mlm:input"][0]["value_scaling"]
+    assert scaling == [{"type": "z-score", "mean": 0.0, "stddev": 10.0}] * 2
     (gives,) = mlm.output
     assert [c.name for c in gives.classes] == ["no_landslide", "landslide"]
     members = 2 if kind == "ensemble" else 1
