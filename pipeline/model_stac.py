@@ -205,6 +205,8 @@ def _weights_asset(path: Path, card: NetworkCard, at: Path) -> pystac.Asset:
     )
     asset.extra_fields["mlm:artifact_type"] = "onnx" if onnx else "safetensors.torch.save_file"
     asset.extra_fields["description"] = card.description
+    # MLM wants them in the properties, where the core allows them only if an asset names some
+    asset.extra_fields["bands"] = [{"name": name} for name in card.inputs.names]
     return asset
 
 
