@@ -97,16 +97,13 @@ class Landslide4Sense:
 
     @cached_property
     def digest(self) -> str:
-        """Of the labels and of the ends of the images: to read them whole would take minutes."""
+        """Of the files' content and of the features."""
         whole = hashlib.sha256(f"{self.features}{self.region}".encode())
         for number in self.numbers:
-            image = self.image(number)
-            whole.update(f"{number} {image.stat().st_size}".encode())
-            with image.open("rb") as file:
-                whole.update(file.read(65_536))
-                file.seek(-min(65_536, image.stat().st_size), 2)
-                whole.update(file.read())
-            whole.update(self.mask(number).read_bytes())
+            whole.update(f"{number}".encode())
+            for path in (self.image(number), self.mask(number)):
+                with path.open("rb") as file:
+                    whole.update(hashlib.file_digest(file, "sha256").digest())
         return whole.hexdigest()[:16]
 
     @cached_property
@@ -259,8 +256,10 @@ def _labels(path: Path) -> NDArray[np.uint8]:
 
 def _read(path: Path, key: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Read one array of a file; raises ModelError naming it."""
-    import h5py  # noqa: PLC0415  an extra that only benchmarks need
-
+    try:
+        import h5py  # noqa: PLC0415  an extra that only benchmarks need
+    except ImportError:
+        raise ModelError(f"{path}: to read HDF5 h5py is needed; pip install 'slidecube[nets]'") from None
     try:
         with h5py.File(path, "r") as file:
             if key not in file:
@@ -342,7 +341,8 @@ _ALIKE = 0.4
 def _heights(edges: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Mean heights of eighths of edges, (n, 8)."""
     heights = np.stack([edge[0, :, -1] for edge in edges])
-    return np.nan_to_num(heights.reshape(len(edges), 8, -1).mean(axis=2))
+    eighths: NDArray[np.float64] = np.nan_to_num(heights.reshape(len(edges), 8, -1).mean(axis=2))
+    return eighths
 
 
 def _go_on(end: NDArray[np.float64], start: NDArray[np.float64]) -> bool:
