@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from slidecube.pipeline.cli_models import models
+
 if TYPE_CHECKING:
     from slidecube.catalog.aoi import Aoi
     from slidecube.pipeline.doctor import Check
@@ -541,6 +543,9 @@ def features(*, as_text: bool, as_json: bool, name: str | None, source: str | No
     if source is not None:
         require_source(spec, source, find_source(source).bands)
     click.echo(json.dumps(list(spec.names)) if as_json else "\n".join(spec.names))
+
+
+cli.add_command(models)
 
 
 @cli.command()
