@@ -30,7 +30,7 @@ from slidecube.models.train_settings import (
     Schedule,
     TrainSettings,
 )
-from slidecube.pipeline.config import Distinct, FeatureNames, Sections, Slug
+from slidecube.pipeline.config import Distinct, FeatureNames, Slug
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.refusals import did_you_mean, refusal
 from slidecube.pipeline.training_tables import DataTable, PatchTable

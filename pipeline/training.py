@@ -212,7 +212,7 @@ def _recorded(context: TrainContext, task: TileTask) -> Record:
         context.require()
         make(context, work)
         record = Record(tile=task.tile, key=task.key, state="done", seconds=time.monotonic() - began)
-    except Exception as error:  # noqa: BLE001  the edge of a training: from here on a failure is a value
+    except Exception as error:
         if fault_of(error) == "fenced":
             raise
         expected = isinstance(error, ModelError | PipelineError | CatalogError)
