@@ -5,6 +5,7 @@ Peers: smp itself, and ONNX Runtime.
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -25,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from slidecube.models.architectures import (
     ARCHITECTURES,
     build_network,
-    check_arguments,
     complete_arguments,
     pre_post_pairs,
 )
@@ -121,17 +121,21 @@ def test_odd_sides_are_the_corner_of_a_map_filled_with_means(name):
     np.testing.assert_array_equal(logits(module, x_bcyx), logits(module, filled)[..., :113, :101])
 
 
-@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_weight_gets_a_finite_gradient(name, batch):
+def test_every_weight_gets_a_finite_gradient(name):
+    """In batches of one, too; what a network never computes is not for training."""
     module = build(name).train()
-    module(noise(batch, 3, 64, 64)).square().mean().backward()
-    learnt = [(key, weight) for key, weight in module.named_parameters() if weight.requires_grad]
-    for key, weight in learnt:
-        assert weight.grad is not None, key
-        assert torch.isfinite(weight.grad).all(), key
-    share = sum(bool(weight.grad.any()) for _, weight in learnt) / len(learnt)
-    assert share > 0.75  # behind a pooling to one pixel some are 0: ReLU, and attention over a single place
+    for batch in (1, 2):
+        module.zero_grad()
+        module(noise(batch, 3, 64, 64)).square().mean().backward()
+        learnt = [(key, weight) for key, weight in module.named_parameters() if weight.requires_grad]
+        for key, weight in learnt:
+            assert weight.grad is not None, key
+            assert torch.isfinite(weight.grad).all(), key
+        share = sum(bool(weight.grad.any()) for _, weight in learnt) / len(learnt)
+        assert (
+            share > 0.75
+        )  # behind a pooling to one pixel some are 0: ReLU, and attention over a single place
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,23 +149,17 @@ def test_every_channel_counts(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equal_seeds_build_equal_networks_and_other_seeds_others(name):
-    first, again, other = (build(name, seed=seed).eval() for seed in (0, 0, 1))
-    for key, tensor in first.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[key]), key
-    x_bcyx = noise(1, 3, 64, 64)
-    np.testing.assert_array_equal(logits(first, x_bcyx), logits(again, x_bcyx))
-    assert not np.array_equal(logits(first, x_bcyx), logits(other, x_bcyx))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_saved_and_loaded_is_equal_to_the_bit(name):
-    content = safetensors.torch.save(
-        {key: tensor.contiguous() for key, tensor in network(name).state_dict().items()}
-    )
+def test_equal_seeds_build_equal_networks_and_saved_is_loaded_to_the_bit(name):
+    weights, x_bcyx = network(name).state_dict(), noise(1, 3, 64, 64)
+    again = build(name).eval()
+    assert {key: tensor.numpy().tobytes() for key, tensor in again.state_dict().items()} == {
+        key: tensor.numpy().tobytes() for key, tensor in weights.items()
+    }
+    np.testing.assert_array_equal(logits(network(name), x_bcyx), logits(again, x_bcyx))
     other = build(name, seed=1).eval()
+    assert not np.array_equal(logits(network(name), x_bcyx), logits(other, x_bcyx))
+    content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in weights.items()})
     other.load_state_dict(safetensors.torch.load(content))
-    x_bcyx = noise(1, 3, 64, 64)
     np.testing.assert_array_equal(logits(network(name), x_bcyx), logits(other, x_bcyx))
 
 
@@ -175,13 +173,13 @@ def test_neighbours_in_a_batch_do_not_matter_in_evaluation(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_moves_between_devices(name):
-    module = build(name).eval().to("meta")
+    module = copy.deepcopy(network(name)).to("meta")
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
     assert module(torch.zeros(2, 3, 37, 51, device="meta")).shape == (2, 1, 37, 51)
     if torch.cuda.is_available():
         x_bcyx = noise(1, 3, 64, 64)
         with torch.inference_mode():
-            there = build(name).eval().to("cuda")(x_bcyx.to("cuda")).cpu().numpy()
+            there = copy.deepcopy(network(name)).to("cuda")(x_bcyx.to("cuda")).cpu().numpy()
         np.testing.assert_allclose(there, logits(network(name), x_bcyx), atol=1e-2)
 
 
@@ -220,9 +218,8 @@ def _onnx(module, x_bcyx):
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "name", [*NAMES[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_onnx_runtime_computes_the_same(name):
     x_bcyx = noise(2, 3, 128, 128)
@@ -233,11 +230,11 @@ def test_onnx_runtime_computes_the_same(name):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_equal_to_smp_with_the_same_names_of_weights(name):
-    arguments = check_arguments(name)
+    encoder = "mit_b0" if name == "segformer" else SMALL_ENCODER
     torch.manual_seed(0)
-    ours = build_network(name, 4).eval()
+    ours = build_network(name, 4, {"encoder": encoder}).eval()
     torch.manual_seed(0)
-    peer = getattr(smp, PEERS[name])(arguments["encoder"], encoder_weights=None, in_channels=4).eval()
+    peer = getattr(smp, PEERS[name])(encoder, encoder_weights=None, in_channels=4).eval()
     assert list(ours.state_dict()) == list(peer.state_dict())
     x_bcyx = noise(1, 4, 128, 128)
     np.testing.assert_array_equal(logits(ours, x_bcyx), logits(peer, x_bcyx))
@@ -264,7 +261,6 @@ def test_resunet_has_the_layers_of_the_paper():
 def test_siamese_networks_see_no_skip_where_nothing_changed(name):
     """Both sides equal: all that the decoder sees of the finer scales is 0; another after, and it is not."""
     module = network(name, 5)
-    assert module.pre.tolist() == [0, 2, 3, 4][: 1 + 3] or len(module.pre) == len(module.post)
     seen = []
     handle = module.decoder.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
     x_bcyx = noise(1, 5, 64, 64)
