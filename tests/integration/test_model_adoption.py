@@ -57,7 +57,7 @@ def test_a_network_is_adopted_and_its_own_folder_is_needed_no_more(desk, mine, s
     report = run(load_config(desk.toml), progress=False)
     assert report.complete, report.reasons
     found = open_inventory(str(desk.workspace))["probability"].isel(epoch=0)
-    assert 0 < int(found.notnull().sum())
+    assert int(found.notnull().sum()) > 0
     assert named_plan(load_config(desk.toml), made.run).card == made.card
 
 
@@ -138,7 +138,7 @@ REFUSED = {
     "resolution": (
         "small",
         {"area": {"resolution_m": 20}},
-        "trained on pixels of 10 m, and those of the run have 20 m",
+        "pixels of 10 m, and those of the run have 20 m",
     ),
     "bands": (
         "small",
@@ -227,7 +227,7 @@ SPOILT = {
     ),
     "card": (
         spoil_card,
-        "Model small@1 of the workspace is not the one that was planned with: {ws}/models/small@1/card",
+        "small@1 of the workspace is not the one that was planned with: {ws}/models/small@1/card",
     ),
     "gone": (shutil.rmtree, "Model small@1 is not in the workspace any more; put {ws}/models/small@1 back"),
     "card alone": (lambda f: (f / "card.toml").unlink(), "Model small@1 is not in the workspace any more"),
