@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from slidecube.models import curves
-from slidecube.models.architectures import build_network
+from slidecube.models.architectures import build_network, complete_arguments
 from slidecube.models.augment import augmented
 from slidecube.models.batches import (
     Batch,
@@ -145,7 +145,7 @@ def train(
     require_landslide(validation, "validation")
     job = Job(
         architecture=architecture,
-        arguments=arguments,
+        arguments=complete_arguments(architecture, training.features.names, arguments),
         training=training,
         validation=validation,
         settings=settings,
@@ -161,7 +161,7 @@ def run(job: Job, told: Told) -> Trained:
     settings = job.settings
     device = torch.device(settings.device)
     with _one_at_a_time(settings, device), _in_one_line(settings):
-        torch.manual_seed(settings.seed)
+        _seed_torch(device, settings.seed)
         state = new_state(_network(job, device), settings, iterations=job.iterations, device=device)
         unused = state.load(job.folder / STATE_FILE, job.origin)
         if unused:
@@ -218,7 +218,7 @@ class _Loop:
         total = torch.zeros((), device=self.device)
         for part in range(s.accumulate):
             x_bfyx, y_byx = next(batches)
-            torch.manual_seed(torch_seed(s.seed, step, part, 0))
+            _seed_torch(self.device, torch_seed(s.seed, step, part, 0))
             with _autocast(s, self.device):
                 logits = self.model(x_bfyx)
             loss = self.loss(logits.float(), y_byx) / s.accumulate
@@ -382,6 +382,13 @@ def _require_alike(training: Patches, validation: Patches) -> None:
             )
 
 
+def _seed_torch(device: torch.device, seed: int) -> None:
+    """Seed the generators that are used; torch.manual_seed keeps a traceback of every call where CUDA sleeps."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def _autocast(settings: TrainSettings, device: torch.device) -> torch.autocast | nullcontext[None]:
     if settings.dtype == "fp32":
         return nullcontext()
@@ -436,8 +443,9 @@ def _in_one_line(settings: TrainSettings) -> Iterator[None]:
 def _news(state: TrainingState, settings: TrainSettings) -> Progress:
     row, best = state.rows[-1], state.rows[state.best_row]
     text = (
-        f"epoch {len(state.rows)} of {settings.epochs}: loss {row['loss']:.4f}, validation "
-        f"{row['validation_loss']:.4f}, F1 {row['f1']:.4f} (best {best['f1']:.4f} in epoch {state.best_row + 1}), {row['seconds']:.0f} s"
+        f"epoch {len(state.rows)} of {settings.epochs}: loss {row['loss']:.4f}, on validation "
+        f"{row['validation_loss']:.4f}, F1 {row['f1']:.4f} (best {best['f1']:.4f} in epoch {state.best_row + 1}), "
+        f"{row['seconds']:.0f} s"
     )
     return Progress(text=text, epoch=len(state.rows), epochs=settings.epochs, row=row)
 
