@@ -59,23 +59,25 @@ def save_untrained() -> Callable[..., Path]:
     import safetensors.torch  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
-    from slidecube.models.architectures import build_network  # noqa: PLC0415
+    from slidecube.models.architectures import build_network, complete_arguments  # noqa: PLC0415
     from slidecube.models.registry import save_network  # noqa: PLC0415
 
     def save(
         folder: Path,
         names: tuple[str, ...] = ("rdndvi", "slope_deg"),
         *,
-        architecture: str = "unet",
+        architecture: str = "resunet",
         arguments: dict[str, Any] | None = None,
         window_px: int = 64,
         margin_px: int = 8,
         seed: int = 0,
         **fields: Any,
     ) -> Path:
+        small = {"width": 4, "depth": 2} if architecture == "resunet" else {}
+        complete = {**complete_arguments(architecture, names, arguments), **small, **(arguments or {})}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = build_network(architecture, len(names), arguments)
+            module = build_network(architecture, len(names), complete)
             for statistic in (b for n, b in module.named_buffers() if n.endswith("running_mean")):
                 statistic.normal_(0, 0.1)
         tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
@@ -93,7 +95,7 @@ def save_untrained() -> Callable[..., Path]:
             },
             "architecture": {
                 "name": architecture,
-                "arguments": arguments or {},
+                "arguments": complete,
                 "window_px": window_px,
                 "margin_px": margin_px,
             },
