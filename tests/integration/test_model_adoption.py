@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
+import pystac
 import pytest
 
 from slidecube.models.network_card import read_card, write_card
@@ -14,10 +16,12 @@ from slidecube.models.registry import verify_files
 from slidecube.pipeline import model_registry, storage
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.model_stac import write_model_item
 from slidecube.pipeline.open import open_inventory
 from slidecube.pipeline.plan import named_plan, plan
 from slidecube.pipeline.run import run
 from slidecube.pipeline.storage import place_of, sizes
+from slidecube.pipeline.summaries import plan_summary
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,7 @@ def held(workspace) -> dict[str, int]:
 
 def test_a_network_is_adopted_and_its_own_folder_is_needed_no_more(desk, mine, small):
     card = small.save(mine)
+    desk.write(output={"formats": ["parquet", "stac"]})
     made = plan(naming(desk, "small"))
 
     assert made.card.address == "small@1"
@@ -59,6 +64,17 @@ def test_a_network_is_adopted_and_its_own_folder_is_needed_no_more(desk, mine, s
     found = open_inventory(str(desk.workspace))["probability"].isel(epoch=0)
     assert int(found.notnull().sum()) > 0
     assert named_plan(load_config(desk.toml), made.run).card == made.card
+    item = pystac.Item.from_file(
+        desk.workspace / "products" / made.inventory / "stac" / f"{made.inventory}.json"
+    )
+    (network,) = [link for link in item.links if link.rel == "derived_from" and link.title == "small@1"]
+    of_network = pystac.Item.from_file(network.get_absolute_href())
+    assert of_network.properties["slidecube:identity"] == card.identity
+    for asset in of_network.assets.values():
+        assert Path(asset.get_absolute_href()).parent == desk.workspace / "models" / "small@1"
+        assert Path(asset.get_absolute_href()).is_file()
+    assert item.properties["slidecube:model"]["content_sha256"] == card.identity
+    assert "SIMULATED" in item.properties["slidecube:model"]["training"]
 
 
 def test_a_network_is_adopted_into_a_bucket(desk, mine, small, s3):
@@ -77,6 +93,23 @@ def test_a_network_is_adopted_into_a_bucket(desk, mine, small, s3):
     assert other.card.content_sha256 == made.card.content_sha256
     assert other.card.threshold == 0.6
     assert [e.detect_key for e in other.epochs] != [e.detect_key for e in made.epochs]
+
+
+def test_the_item_of_a_bucket_s_network_leads_to_the_bucket(desk, mine, small, s3, tmp_path):
+    small.save(mine)
+    desk.write(output={"workspace": s3})
+    made = plan(naming(desk, "small"))
+    out = tmp_path / "scratch" / "products" / made.inventory
+    at = write_model_item(made, out, made.workspace.products(made.inventory))
+
+    assets = json.loads(at.read_text())["assets"].values()
+    assert {asset["href"] for asset in assets} == {
+        "../../../models/small@1/card.toml",
+        "../../../models/small@1/weights.safetensors",
+    }
+    assert re.search(
+        rf"^network +small@1, {made.card.content_sha256[:12]}: resunet", plan_summary(made, newest=""), re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("form", ["path", "relative", "version", "name"])
