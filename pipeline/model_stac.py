@@ -15,7 +15,10 @@ import pystac
 
 from slidecube.models.network_card import CARD_FILE, NetworkCard, headline, model_card, read_members
 from slidecube.models.registry import verify_files
+from slidecube.pipeline.model_registry import require_adopted
+from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.stac import item_text, multihash
+from slidecube.pipeline.storage import Place, fetched, relative_href, write_atomic
 
 MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
 EXTENSIONS = (
@@ -27,8 +30,6 @@ EXTENSIONS = (
 ALWAYS = {"start_datetime": "1900-01-01T00:00:00Z", "end_datetime": "9999-12-31T23:59:59Z"}
 """A network may be tried on any day's images: MLM's way to say so."""
 
-ITEM_SUFFIX = ".stac.json"
-
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 _CLASSES = [
@@ -37,10 +38,10 @@ _CLASSES = [
 ]
 
 
-def model_item(folder: Path, *, at: Path) -> pystac.Item:
+def model_item(folder: Path, *, at: Path, lies: Path | None = None) -> pystac.Item:
     """Describe the network or the ensemble of a folder; nothing is written.
 
-    at : where the item will lie, to which hrefs are relative
+    at : where the item will lie, to which hrefs are relative; lies : where the folder does, if this is a copy of it
     Raises ModelError for a folder that does not hold what its card says.
     """
     card = verify_files(folder)
@@ -55,18 +56,36 @@ def model_item(folder: Path, *, at: Path) -> pystac.Item:
         stac_extensions=list(EXTENSIONS),
     )
     for key, path in files.items():
-        item.add_asset(key, _weights_asset(path, card, at))
+        item.add_asset(key, _weights_asset(path, card))
     item.add_asset(
         "card",
-        _asset(folder / CARD_FILE, at, title="Card", roles=["metadata"], media_type="application/toml"),
+        _asset(folder / CARD_FILE, title="Card", roles=["metadata"], media_type="application/toml"),
     )
+    for asset in item.assets.values():
+        path = (lies or folder).absolute() / Path(asset.href).relative_to(folder)
+        asset.href = Path(os.path.relpath(path, at.parent)).as_posix()
     item.set_self_href(str(at))
     return item
 
 
-def model_item_text(folder: Path, *, at: Path) -> str:
+def model_item_text(folder: Path, *, at: Path, lies: Path | None = None) -> str:
     """JSON of the item, the same for the same model."""
-    return item_text(model_item(folder, at=at))
+    return item_text(model_item(folder, at=at, lies=lies))
+
+
+def write_model_item(plan: RunPlan, out_dir: Path, folder: Place) -> Path | None:
+    """Write the item of a run's network among the products; None where a rule detects.
+
+    out_dir : folder of the products on this machine; folder : where they will lie
+    """
+    if plan.network is None:
+        return None
+    place = require_adopted(plan.workspace, plan.network)
+    at = out_dir / "stac" / f"{plan.network.address}.json"
+    at.parent.mkdir(parents=True, exist_ok=True)
+    with fetched(place) as local:
+        write_atomic(at, model_item_text(local, at=at, lies=out_dir / relative_href(place, folder)))
+    return at
 
 
 def model_properties(card: NetworkCard, members: tuple[NetworkCard, ...] = ()) -> dict[str, Any]:
@@ -192,11 +211,10 @@ def _parameters(path: Path) -> int | None:
     return count
 
 
-def _weights_asset(path: Path, card: NetworkCard, at: Path) -> pystac.Asset:
+def _weights_asset(path: Path, card: NetworkCard) -> pystac.Asset:
     onnx = path.suffix == ".onnx"
     asset = _asset(
         path,
-        at,
         title="Weights",
         roles=["mlm:model", "mlm:weights", "data"],
         media_type="application/octet-stream; application=onnx"
@@ -210,9 +228,9 @@ def _weights_asset(path: Path, card: NetworkCard, at: Path) -> pystac.Asset:
     return asset
 
 
-def _asset(path: Path, at: Path, *, title: str, roles: list[str], media_type: str) -> pystac.Asset:
+def _asset(path: Path, *, title: str, roles: list[str], media_type: str) -> pystac.Asset:
     return pystac.Asset(
-        href=Path(os.path.relpath(path, at.parent)).as_posix(),
+        href=str(path),
         title=title,
         media_type=media_type,
         roles=roles,

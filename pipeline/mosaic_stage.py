@@ -29,6 +29,7 @@ from slidecube.pipeline.lineage import (
     is_simulated,
     slidecube_version,
 )
+from slidecube.pipeline.model_stac import write_model_item
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.plan_dem import dem_facts
@@ -108,6 +109,7 @@ def mosaic_run(
     formats = [f for f in plan.config.output.formats if f != "report"]
     fence()
     with staged(folder, root=plan.workspace.root) as local:
+        network = write_model_item(plan, local, folder) if "stac" in formats else None
         paths = write_products(
             local,
             objects=objects,
@@ -117,7 +119,9 @@ def mosaic_run(
             formats=formats,
             footprint=plan.aoi.to_crs("EPSG:4326"),
             shifts=shift_table(plan),
+            network=network,
         )
+        paths |= {} if network is None else {"network": network}
         products = sorted(str(path.relative_to(local)) for path in paths.values())
         fence()  # before a bucket is given them
     if "report" in plan.config.output.formats:
@@ -239,6 +243,7 @@ def lineage(plan: RunPlan) -> Lineage:
             "metrics": card.metrics,
             "source": card.source,
             "licence": card.licence,
+            **({"content_sha256": card.content_sha256} if card.content_sha256 else {}),
         },
         keys={
             **{f"detect {e.name}": e.detect_key for e in plan.epochs},

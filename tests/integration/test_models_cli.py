@@ -42,7 +42,8 @@ def test_the_list_holds_rules_and_networks_and_says_simulated(command, mine, sma
     assert any(line.startswith("rdndvi@1 ") and line.endswith("slidecube") for line in lines)
     (one,) = [line for line in lines if line.startswith("small@1 ")]
     assert re.fullmatch(
-        r"small@1 +resunet \(depth=2, width=8\) +rdndvi, slope_deg +F1 0\.250 \(simulated\) +CC0-1\.0 +yours", one
+        r"small@1 +resunet \(depth=2, width=8\) +rdndvi, slope_deg +F1 0\.250 \(simulated\) +CC0-1\.0 +yours",
+        one,
     )
     (two,) = [line for line in lines if line.startswith("small@2 ")]
     assert "F1 0.250 " in two
@@ -74,7 +75,9 @@ def test_a_card_is_shown(command, mine, small):
     assert shown["inputs"]["names"] == ["rdndvi", "slope_deg"]
     assert json.loads(command("models", "show", "rdndvi", "--json").out)["version"] == 1
     assert command("models", "show", "smal").refusal.startswith("No model 'smal' (did you mean 'small'?)")
-    assert command("models", "show", mine / "none").refusal.startswith(f"{mine}/none/card.toml: cannot be read")
+    assert command("models", "show", mine / "none").refusal.startswith(
+        f"{mine}/none/card.toml: cannot be read"
+    )
 
 
 def test_verify_says_which_fail(command, mine, small):
@@ -168,8 +171,14 @@ def test_a_card_without_weights_serves_as_well(command, mine, small, weights, tm
 
 
 REFUSED = {
-    "unknown feature": ({"features": "rdndvi,slop_deg"}, r"No feature 'slop_deg' \(did you mean 'slope_deg'\?\)"),
-    "one channel more": ({"features": "rdndvi,slope_deg,ndvi_pre", "mean": "0"}, "reads 2 channels; name 2 features"),
+    "unknown feature": (
+        {"features": "rdndvi,slop_deg"},
+        r"No feature 'slop_deg' \(did you mean 'slope_deg'\?\)",
+    ),
+    "one channel more": (
+        {"features": "rdndvi,slope_deg,ndvi_pre", "mean": "0"},
+        "reads 2 channels; name 2 features",
+    ),
     "no mean": ({"mean": None}, r"inputs\.mean: missing"),
     "means of another number": ({"mean": "1,2,3"}, "has 2 names and 3 of mean"),
     "no number": ({"std": "a,b"}, "--std: got 'a,b'; numbers between commas are allowed"),
@@ -238,7 +247,10 @@ def test_export_copies_a_model_that_works_elsewhere(command, mine, small, tmp_pa
     assert command("models", "verify", out).code == 0
     assert not (out / "notes.txt").exists()
     assert "is there already, and is left as it is" in command("models", "export", out, "--out", out).refusal
-    assert "is an ensemble of one@1, two@1" in command("models", "export", out, "--onnx", tmp_path / "x.onnx").refusal
+    assert (
+        "is an ensemble of one@1, two@1"
+        in command("models", "export", out, "--onnx", tmp_path / "x.onnx").refusal
+    )
     assert "is a rule" in command("models", "export", "rdndvi", "--out", tmp_path / "y").refusal
     assert "say what to write" in command("models", "export", out).refusal
 
