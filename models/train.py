@@ -179,6 +179,8 @@ def run(job: Job, told: Told, peers: Peers = ALONE) -> Trained:
                 if not peers.rank:
                     told(_news(state, settings))
             loop.save()
+            if settings.panel and not peers.rank:
+                _picture(job, state, device)
     return _trained(job, state)
 
 
@@ -193,6 +195,9 @@ class _Loop:
         self.loss = loss_function(s.loss, positive_weight=s.positive_weight, prior=s.prior)
         self.sampler = Sampler(patches=len(job.training), seed=s.seed)
         self.saved = time.monotonic()
+        self.write: Callable[[Row], None] = lambda _: None
+        if s.tensorboard and not peers.rank:
+            self.write = curves.open_events(job.folder / "tensorboard", done=len(state.rows))
 
     def epoch(self) -> None:
         """Do the steps that are left of an epoch, and judge it."""
@@ -217,6 +222,7 @@ class _Loop:
         state.close_epoch(row)
         if not self.peers.rank:
             curves.write_history(self.job.folder / HISTORY_FILE, state.rows)
+            self.write(row)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> torch.Tensor:
         """One step of the optimiser; returns the mean loss of its parts."""
@@ -452,6 +458,31 @@ def _in_one_line(settings: TrainSettings) -> Iterator[None]:
             f"{settings.part} patch(es) at once are too few for this network's batch norm; raise batch, or lower "
             "accumulate or processes"
         ) from None
+
+
+def _picture(job: Job, state: TrainingState, device: torch.device) -> None:
+    """Draw the best and the worst validation patches of the best epoch, a part of them in memory at once."""
+    seen, patches, s = job.survey, job.validation, job.settings
+    module = state.judged
+    module.load_state_dict(state.best)
+    threshold = state.rows[state.best_row]["threshold"]
+
+    def logits(indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return logits_of(
+            module, seen.mean, seen.std, patches, indices, batch=s.part, device=str(device), threads=s.threads
+        )
+
+    parts = [range(i, min(i + 64, len(patches))) for i in range(0, len(patches), 64)]
+    f1 = np.concatenate([curves.f1_of_patches(*logits(part), threshold) for part in parts])
+    best, worst = curves.best_and_worst(f1, s.panel)
+    rows = []
+    for i in best + worst:
+        (logits_yx,), (labels_yx,) = logits([i])
+        title = f"{'best' if i in best else 'worst'}: patch {i} of {patches.regions[i]}, F1 {f1[i]:.2f}"
+        probability_yx = 1 / (1 + np.exp(-logits_yx.astype(np.float64)))
+        x_fyx, _ = read_patch(patches, i)
+        rows.append(curves.Pictured(title=title, x_fyx=x_fyx, y_yx=labels_yx, probability_yx=probability_yx))
+    curves.write_panel(job.folder / PANEL_FILE, rows, patches.features.names, threshold)
 
 
 def _news(state: TrainingState, settings: TrainSettings) -> Progress:
