@@ -50,9 +50,7 @@ def fit_calibration(
     if method == "none":
         return Calibration()
     if method == "isotonic" and by:
-        raise ModelError(
-            "Isotonic calibration has no strata; leave by out, or take method = 'temperature'"
-        )
+        raise ModelError("Isotonic calibration has no strata; leave by out, or take method = 'temperature'")
     judged = judged_pixels(logits, labels)
     x, y = logits[judged].astype(np.float64), labels[judged] == LANDSLIDE
     require_both(y)
@@ -138,9 +136,7 @@ def stratum_name(value: float) -> str:
     return str(int(value))
 
 
-def apply(
-    calibration: Calibration, logits: np.ndarray, strata: np.ndarray | None = None
-) -> np.ndarray:
+def calibrated(calibration: Calibration, logits: np.ndarray, strata: np.ndarray | None = None) -> np.ndarray:
     """Probabilities of logits: float32 of the same shape, never falling in the logit of one stratum; NaN stays NaN.
 
     strata : values of the feature `calibration.by` for each pixel; unknown ones take the general temperature

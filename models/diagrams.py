@@ -60,9 +60,7 @@ def write_performance_diagram(path: Path, points: Sequence[Point], *, title: str
             axes.annotate(
                 p.label, (p.precision, p.recall), xytext=(5, 5), textcoords="offset points", fontsize=7
             )
-    axes.set(
-        xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title, xlabel="precision (success ratio)"
-    )
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title, xlabel="precision (success ratio)")
     axes.set_ylabel("recall (probability of detection)")
     if points:
         axes.legend(loc="lower left", fontsize=7, framealpha=0.9)

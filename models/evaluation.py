@@ -49,9 +49,7 @@ class Tally:
     min_area_px: int = 1
     counts: list[np.ndarray] = field(default_factory=list)
     regions: list[str] = field(default_factory=list)
-    histogram: ScoreHistogram = field(
-        default_factory=lambda: ScoreHistogram(np.zeros((2, BINS), np.int64))
-    )
+    histogram: ScoreHistogram = field(default_factory=lambda: ScoreHistogram(np.zeros((2, BINS), np.int64)))
     squares: float = 0.0
     pixel_ece: np.ndarray = field(default_factory=lambda: np.zeros((3, ECE_BINS)))
     object_ece: np.ndarray = field(default_factory=lambda: np.zeros((3, ECE_BINS)))

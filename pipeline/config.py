@@ -119,6 +119,10 @@ def _features(value: object) -> object:
     return tuple(names)
 
 
+Distinct = BeforeValidator(_distinct)
+FeatureNames = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_features)
+]
 Days = Annotated[InstanceOf[Window], BeforeValidator(_window)]
 Season = Annotated[InstanceOf[Window], BeforeValidator(_season)]
 Day = Annotated[dt.date, BeforeValidator(_day)]
