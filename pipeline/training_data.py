@@ -85,7 +85,7 @@ def leave_one_out(tables: Sequence[DataTable]) -> Iterator[tuple[str, list[DataT
     learnt from, whole: blocks of theirs for a test would be mixed with the region that is left out.
     Raises PipelineError where fewer than three regions are named.
     """
-    names = [region_of(table) for table in tables]
+    names = [table.named for table in tables]
     regions = list(dict.fromkeys(names))
     if len(regions) < 3:
         raise PipelineError(
@@ -101,13 +101,6 @@ def leave_one_out(tables: Sequence[DataTable]) -> Iterator[tuple[str, list[DataT
             use: Use = "test" if name == held else "validation" if validates else "train"
             turned.append(table.model_copy(update={"use": use}))
         yield held, turned
-
-
-def region_of(table: DataTable) -> str:
-    """Name of a table's region: as it is named, or its epoch, its run's file, its benchmark."""
-    if table.region is not None:
-        return table.region
-    return table.kind if table.kind != "cube" else (table.epoch or Path(table.run or "").stem)
 
 
 def explain(data: Data) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
@@ -87,6 +88,13 @@ class DataTable(_Table):
         if not cube and not self.complete:
             raise ValueError(f"complete = false is nothing of kind {self.kind!r}; leave it out")
         return self
+
+    @property
+    def named(self) -> str:
+        """Name of its region: as it is given, or of its epoch, its run's file, its benchmark."""
+        if self.kind != "cube":
+            return self.region or self.kind
+        return self.region or self.epoch or Path(self.run or "").stem
 
     @property
     def used(self) -> Use:

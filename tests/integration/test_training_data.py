@@ -15,6 +15,7 @@ from slidecube.models.patches import IGNORE, LANDSLIDE, STABLE, UNLABELLED
 from slidecube.pipeline import load_config, plan, run
 from slidecube.pipeline.confusers import CONFUSERS, confuser
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.inventory import Observability
 from slidecube.pipeline.open import open_detected
 from slidecube.pipeline.pixels import PixelWindow, features_of, read_layers
 from slidecube.pipeline.simulate import simulate_archive
@@ -77,7 +78,7 @@ def test_labels_are_the_polygons_where_the_ground_was_seen(made, archive, truth)
     inventory = open_detected(made)
     corner = grid.offset_px(inventory.odc.geobox)
     seen = inventory["observability"].isel(epoch=0).to_numpy()
-    counted, loose = dict.fromkeys((STABLE, LANDSLIDE, IGNORE), 0), 0
+    counted, loose, compared = dict.fromkeys((STABLE, LANDSLIDE, IGNORE), 0), 0, 0
     for row, col, x_fyx, labels_yx in zip(rows, cols, x_nfyx, labels_nyx, strict=True):
         box = PixelWindow(row=row, col=col, height=64, width=64).geobox(grid)
         inside = (
@@ -91,10 +92,12 @@ def test_labels_are_the_polygons_where_the_ground_was_seen(made, archive, truth)
         at = np.ix_(np.arange(row, row + 64) - corner[0], np.arange(col, col + 64) - corner[1])
         if min(ix.min() for ix in at) >= 0 and at[0].max() < seen.shape[0] and at[1].max() < seen.shape[1]:
             # what a rule on the same features could judge is what may be learnt
-            np.testing.assert_array_equal(known, seen[at] == 1)
+            np.testing.assert_array_equal(known, seen[at] == Observability.OBSERVED)
+            compared += 1
         for value in counted:
             counted[value] += int((labels_yx == value).sum())
     assert all(counted.values()), counted
+    assert compared
     assert loose <= (shapes.area < 200).sum()
     assert explain(data)[0]["landslide pixels"] == counted[LANDSLIDE]
 
@@ -217,7 +220,7 @@ def test_one_ground_in_two_parts_is_refused(made, archive):
     both = open_all_data(
         [table(use="blocks"), table(use="blocks", region="again")], BLOCKS, FEATURES, base=archive.root
     )
-    assert set(both.training.regions) == {"event", "again"}
+    assert set(both.training.regions) == {"run", "again"}
     places = [{m.places.at(i, 0) for i in range(len(m))} for m in both.test.members]
     assert places[0] == places[1]  # the blocks are shared out once
     worlds = [table(use="train", world="one"), table(use="test", world="two")]
