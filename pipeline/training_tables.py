@@ -18,6 +18,13 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _three(value: object) -> object:
+    """Take a list of three; of another length pydantic would name a key that nobody wrote."""
+    if isinstance(value, list | tuple) and len(value) != 3:
+        raise ValueError("")
+    return _tuple(value)
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -126,7 +133,7 @@ class PatchTable(_Table):
         le=1_000_000,
         description="the most patches, of each cube, in validation and in test each",
     )
-    shares: Annotated[tuple[Share, Share, Share], BeforeValidator(_tuple)] = Field(
+    shares: Annotated[tuple[Share, Share, Share], BeforeValidator(_three)] = Field(
         (0.7, 0.15, 0.15),
         description='three shares of the spatial blocks, for training, validation and test, where use = "blocks"; they '
         "add up to 1",
