@@ -31,6 +31,7 @@ class ModelCard:
     inputs : features read; window_px : side of the context that one pixel needs, 1 for a rule on the pixel alone
     threshold : probability from which a pixel is landslide
     min_area_m2 : objects below are not reported; weights_sha256 : "" for a rule, and for what is not fitted yet
+    content_sha256 : of all that decides a network's probabilities, "" for what has no card of its own
     sample_patches : patches that it learns from, 0 when there is nothing to learn
     training, metrics, licence, source : in words, for people
     """
@@ -45,6 +46,7 @@ class ModelCard:
     sample_patches: int = 0
     parameters: Mapping[str, float] = field(default_factory=dict)
     weights_sha256: str = ""
+    content_sha256: str = ""
     training: str = ""
     metrics: str = ""
     licence: str = "Apache-2.0"

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+import tomli_w
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from slidecube.models.card import FeatureSpec, ModelCard
 from slidecube.models.errors import ModelError
+from slidecube.models.weights import read_file, write_whole
 
 CARD_FILE = "card.toml"
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 """Version of the card's own layout."""
+
+_SHOWN_CHARACTERS = 80
 
 Argument = bool | int | float | str
 
@@ -26,6 +34,29 @@ def _tuple(value: object) -> object:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
+
+
+def _plain(value: object, at: str = "") -> Any:
+    """Take JSON types only; in a table, what is None or not finite is not known and left out."""
+    if isinstance(value, dict):
+        known = {str(key): _plain(one, f"{at}.{key}".lstrip(".")) for key, one in value.items()}
+        return {key: one for key, one in known.items() if one is not None}
+    if isinstance(value, list | tuple):
+        items = [_plain(one, f"{at}.{k}".lstrip(".")) for k, one in enumerate(value)]
+        if None in items:
+            raise ValueError(f"{at} holds something unknown in a list; leave it out")
+        return items
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise ValueError(
+        f"{at} is a {type(value).__name__}; text, numbers, true and false, lists and tables are allowed"
+    )
+
+
+Facts = Annotated[dict[str, Any], AfterValidator(_plain)]
+"""Tables for people and machines: JSON types; what is not known is left out."""
 
 
 class _Table(BaseModel):
@@ -127,8 +158,8 @@ class NetworkCard(_Table):
     schema_: Literal[1] = Field(SCHEMA, alias="schema")
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     version: int = Field(ge=1)
-    description: str
-    licence: str
+    description: str = Field(min_length=1)
+    licence: str = Field(min_length=1)
     simulated: bool = False
     source: str = ""
     slidecube: str = ""
@@ -139,9 +170,9 @@ class NetworkCard(_Table):
     calibration: Calibration = Field(default_factory=Calibration)
     output: Output
     weights: Weights | None = None
-    training: dict[str, Any] = Field(default_factory=dict)
-    metrics: dict[str, Any] = Field(default_factory=dict)
-    null_run: dict[str, Any] = Field(default_factory=dict)
+    training: Facts = Field(default_factory=dict)
+    metrics: Facts = Field(default_factory=dict)
+    null_run: Facts = Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
     def _network_or_ensemble(self) -> NetworkCard:
@@ -168,19 +199,185 @@ class NetworkCard(_Table):
 
 def read_card(folder: Path) -> NetworkCard:
     """Read a folder's card. Raises ModelError, in one line, where it is missing or not allowed."""
-    raise NotImplementedError
+    path = folder / CARD_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror or error}); a folder of a model holds {CARD_FILE}"
+        ) from None
+    return parse_card(content, str(path))
+
+
+def parse_card(content: bytes, where: str) -> NetworkCard:
+    """Take a card from the content of its file; where : it lies, for the message. Raises ModelError."""
+    try:
+        tables = tomllib.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ModelError(f"{where}: not valid TOML: {' '.join(str(error).split())}") from None
+    try:
+        return NetworkCard.model_validate(tables)
+    except pydantic.ValidationError as error:
+        raise ModelError(f"{where}: {card_refusal(error, tables)}") from None
+
+
+def card_text(card: NetworkCard) -> str:
+    """TOML of a card; what is None or empty is left out, and means the same when it is read back."""
+    tables = card.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return tomli_w.dumps({key: value for key, value in tables.items() if value not in ("", {}, [])})
 
 
 def write_card(folder: Path, card: NetworkCard) -> None:
     """Write a card whole or not at all; the weights come before it."""
-    raise NotImplementedError
+    write_whole(folder / CARD_FILE, card_text(card).encode("utf-8"))
 
 
-def model_card(card: NetworkCard, *, threshold: float | None, min_area_m2: float | None) -> ModelCard:
-    """Return what the pipeline wants to know of a network; None = the card's own."""
-    raise NotImplementedError
+def model_card(
+    card: NetworkCard,
+    *,
+    threshold: float | None = None,
+    min_area_m2: float | None = None,
+    members: Sequence[NetworkCard] = (),
+) -> ModelCard:
+    """Return what the pipeline wants to know of a network; None = the card's own.
+
+    members : cards of an ensemble's members, in the order of the card
+    The context is that of the largest window: a pixel may lie in any window that holds it (`models/windows.py`).
+    """
+    parts = [one.architecture for one in (card, *members) if one.architecture is not None]
+    window_px = max((part.window_px for part in parts), default=1)
+    return ModelCard(
+        name=card.name,
+        version=card.version,
+        architecture=_in_words(card, [part.name for part in parts]),
+        inputs=spec_of(card),
+        window_px=2 * (window_px - 1) + 1,
+        threshold=card.output.threshold if threshold is None else threshold,
+        min_area_m2=card.output.min_area_m2 if min_area_m2 is None else min_area_m2,
+        weights_sha256=weights_digest(card),
+        content_sha256=card.identity,
+        training=card.description,
+        metrics=headline(card),
+        licence=card.licence,
+        source=card.source,
+    )
+
+
+def weights_digest(card: NetworkCard) -> str:
+    """SHA-256 of a network's weights; of an ensemble, of its members' identities in order."""
+    if card.weights is not None:
+        return card.weights.sha256
+    return hashlib.sha256("".join(member.identity for member in card.members).encode()).hexdigest()
+
+
+def headline(card: NetworkCard) -> str:
+    """F1 of a card in a few words, "" where it says none; scores on simulated scenes are called so."""
+    f1 = card.metrics.get("f1")
+    if not isinstance(f1, int | float) or isinstance(f1, bool):
+        return ""
+    return f"F1 {f1:.3f}{' (simulated)' if card.simulated else ''}"
 
 
 def spec_of(card: NetworkCard) -> FeatureSpec:
     """Features that it reads."""
     return FeatureSpec(names=card.inputs.names, version=card.inputs.version)
+
+
+def _in_words(card: NetworkCard, names: Sequence[str]) -> str:
+    if card.architecture is None:
+        counted = ", ".join(
+            f"{n} {name}" if (n := list(names).count(name)) > 1 else name for name in dict.fromkeys(names)
+        )
+        return f"mean of {len(card.members)} networks{f' ({counted})' if counted else ''}"
+    arguments = ", ".join(f"{key}={value}" for key, value in sorted(card.architecture.arguments.items()))
+    return f"{card.architecture.name}{f' ({arguments})' if arguments else ''}"
+
+
+def card_refusal(error: pydantic.ValidationError, tables: Mapping[str, Any]) -> str:
+    """Render the first problem of a card in one line: the key, what was got, what is allowed."""
+    problems = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+    line = _problem(problems[0], tables)
+    others = len(problems) - 1
+    return line if others == 0 else f"{line} (and {others} more problem{'s' * (others > 1)})"
+
+
+def _problem(problem: Any, tables: Mapping[str, Any]) -> str:
+    loc = problem["loc"]
+    where = ".".join(str(part) for part in loc) or "the card"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys([part for part in loc[:-1] if isinstance(part, str)])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"{where}: unknown key{hint}; allowed: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{where}: missing"
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['ctx']['error']}"
+    got, allowed = repr(_value_at(tables, loc)), problem["msg"].removeprefix("Input should be ")
+    got = got if len(got) <= _SHOWN_CHARACTERS else f"{got[: _SHOWN_CHARACTERS - 3]}..."
+    return f"{where}: got {got}; allowed: {allowed[:1].lower()}{allowed[1:]}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """Keys of the table of a card at a path."""
+    table: type[BaseModel] = NetworkCard
+    for part in path:
+        annotation = table.model_fields[part].annotation
+        inner = [
+            t
+            for t in (annotation, *_arguments(annotation))
+            if isinstance(t, type) and issubclass(t, BaseModel)
+        ]
+        table = inner[0]
+    return [str(field.alias or name) for name, field in table.model_fields.items()]
+
+
+def _arguments(annotation: object) -> list[object]:
+    """Types within a type, such as those of `tuple[Member, ...]` or `Weights | None`."""
+    return [found for part in get_args(annotation) for found in (part, *_arguments(part))]
+
+
+def _value_at(tables: Any, loc: Sequence[int | str]) -> object:
+    """Return what was written at a place; of pydantic's own words for a part, the whole of it."""
+    for part in loc:
+        inside = (
+            part in tables if isinstance(tables, dict) else isinstance(tables, list) and isinstance(part, int)
+        )
+        if not inside:
+            break
+        tables = tables[part]
+    return tables
+
+
+def read_weights(folder: Path, card: NetworkCard) -> bytes:
+    """Read a network's weights, of which the card tells the digest. Raises ModelError for any other bytes."""
+    assert card.weights is not None
+    path = folder / card.weights.file
+    content = read_file(path, f"Weights of model {card.address}")
+    found = hashlib.sha256(content).hexdigest()
+    if found != card.weights.sha256:
+        raise ModelError(
+            f"Weights of model {card.address} are damaged or were changed: {path} has the SHA-256 {found[:12]}..., and "
+            f"its card says {card.weights.sha256[:12]}...; take both again from where they came"
+        )
+    return content
+
+
+def read_members(folder: Path, card: NetworkCard) -> tuple[NetworkCard, ...]:
+    """Read the cards of an ensemble's members, in its order. Raises ModelError for any that it was not made of."""
+    found = []
+    for member in card.members:
+        one = read_card(folder / member.folder)
+        if one.identity != member.identity:
+            raise ModelError(
+                f"Model {card.address} was not made of the member that lies in {folder / member.folder}: its card was "
+                "changed; take the ensemble again from where it came"
+            )
+        if one.members:
+            raise ModelError(
+                f"Member {one.address} of model {card.address} is an ensemble itself; name its members"
+            )
+        found.append(one)
+    return tuple(found)

@@ -119,6 +119,10 @@ def _features(value: object) -> object:
     return tuple(names)
 
 
+Distinct = BeforeValidator(_distinct)
+FeatureNames = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_features)
+]
 Days = Annotated[InstanceOf[Window], BeforeValidator(_window)]
 Season = Annotated[InstanceOf[Window], BeforeValidator(_season)]
 Day = Annotated[dt.date, BeforeValidator(_day)]
@@ -559,10 +563,24 @@ class Cube(_Section):
     )
 
 
+def _models(value: object) -> object:
+    """Take one name, or a list of them as a tuple; a list of one is that one."""
+    named = [value] if isinstance(value, str) else value
+    if not isinstance(named, list) or not named or not all(isinstance(text, str) and text for text in named):
+        raise ValueError  # the description says what is allowed
+    found = _distinct(named)
+    assert isinstance(found, tuple)
+    return found[0] if len(found) == 1 else found
+
+
 class Detect(_Section):
     """Which model looks for landslides; what is left out is the model card's."""
 
-    model: str = Field("rdndvi", min_length=1, description="a model's name, such as 'rdndvi'")
+    model: Annotated[str | tuple[str, ...], BeforeValidator(_models)] = Field(
+        "rdndvi",
+        description="a model's name, such as 'rdndvi', 'sim-small' or 'sim-small@1', the path of a model's folder, "
+        "such as './sim-small@1', or a list of networks, none twice, which are averaged",
+    )
     threshold: float | None = Field(
         None,
         gt=0,
@@ -809,11 +827,25 @@ class Config:
             # whoever names no features and no layers has the keys of before they could be named
             "detect": self.detect.model_dump(
                 mode="json", exclude=set() if self.detect.features else {"features"}
-            ),
+            )
+            | {"model": self._model_terms()},
             **({"layers": self._layer_terms()} if self.layers else {}),
             **({"land_cover": self._land_cover_terms()} if self.land_cover else {}),
             **self.ground_terms(),
         }
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models that detect, as they are named; a path made absolute."""
+        named = self.detect.model
+        return tuple(
+            str(self.resolve(text)) if is_path(text) else text
+            for text in ((named,) if isinstance(named, str) else named)
+        )
+
+    def _model_terms(self) -> str | list[str]:
+        """Models as they are named: what a folder holds is pinned when the plan is made, and counts there."""
+        return self.models[0] if isinstance(self.detect.model, str) else list(self.models)
 
     def ground_terms(self) -> dict[str, Any]:
         """Strata of the ground that are not the default's."""
@@ -977,6 +1009,11 @@ def _check_layers(path: Path, config: Config) -> None:
             raise PipelineError(
                 f"{path}: land_cover: epoch {epoch.name!r} has no pre window, and land cover is that before the event"
             )
+
+
+def is_path(text: str) -> bool:
+    """Tell the path of a model's folder from its name."""
+    return "/" in text or text.startswith((".", "~"))
 
 
 def _is_geometry(text: str) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import scipy.ndimage
 import xarray as xr
 
+from slidecube.catalog.grid import Tile
 from slidecube.cluster.runner import TileTask
 from slidecube.models.predict import Detector, predict
 from slidecube.pipeline import visibility
@@ -26,7 +27,7 @@ from slidecube.pipeline.inventory import (
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.masks import SNOW_NODATA
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
-from slidecube.pipeline.run_plan import RunPlan, coregistration_of, halo_px, minimum_size_px
+from slidecube.pipeline.run_plan import EpochPlan, RunPlan, coregistration_of, halo_px, minimum_size_px
 from slidecube.pipeline.tasks import TileContext, fitted_statistics, layer_ledger, store_tile
 from slidecube.pipeline.terrain import SLOPE_NODATA
 
@@ -39,6 +40,30 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
             raise PipelineError(
                 f"Layer {name} is not done on tile {tile.key}; the tile is detected when it is"
             )
+    data, layers = map_tile(plan, epoch, tile, threads=context.threads)
+    checksums, size = store_tile(plan, task, data, context)
+    observability = data["observability"]
+    numbers = {value.name.lower(): int((observability == value).sum()) for value in Observability}
+    counts = np.bincount(data["reason"].ravel(), minlength=len(Reason))
+    numbers |= {f"reason {i:d}": int(counts[i]) for i in Reason if i and counts[i]}
+    numbers["landslide_px"] = int((data["landslide"] == 1).sum())
+    if layers.shifts is not None:
+        per_tile = plan.grid.tile_px // plan.grid.block_px
+        own = {
+            at: shift
+            for at, shift in layers.shifts.by_block.items()
+            if (at[0] // per_tile, at[1] // per_tile) == (tile.row, tile.col)
+        }
+        numbers |= shift_numbers(own)
+    return Record(
+        tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size
+    )
+
+
+def map_tile(
+    plan: RunPlan, epoch: EpochPlan, tile: Tile, *, threads: int
+) -> tuple[dict[str, np.ndarray], Layers]:
+    """Map one tile of one epoch: what the inventory stores of it, (y, x) by variable, and the layers that it is of."""
     fitted = fitted_statistics(plan, epoch)
     detector = fitted.detector.on(plan.config.detect.device)
     card = detector.card
@@ -47,9 +72,7 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     window = PixelWindow.of_tile(plan.grid, tile).padded(halo)
     layers = read_layers(plan, epoch.name, window, mnf=fitted.mnf)
     inside = aoi_mask(plan, window)
-    probability = _quantised(
-        _probability(plan, detector, layers, window, inside=inside, threads=context.threads)
-    )
+    probability = _quantised(_probability(plan, detector, layers, window, inside=inside, threads=threads))
     held = coregistration_of(plan.config, card)
     seen, reason = _observable(layers, probability, exclude_px=held.exclude_px if held else 0.0)
     probability[~(seen & inside)] = PROBABILITY_NODATA
@@ -71,22 +94,7 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
         "ground": ground_of(plan, epoch, PixelWindow.of_tile(plan.grid, tile)),
         "reason": np.where(observability == Observability.NOT_OBSERVABLE, reason, 0).astype(np.uint8),
     }
-    checksums, size = store_tile(plan, task, data, context)
-    numbers = {value.name.lower(): int((observability == value).sum()) for value in Observability}
-    counts = np.bincount(data["reason"].ravel(), minlength=len(Reason))
-    numbers |= {f"reason {i:d}": int(counts[i]) for i in Reason if i and counts[i]}
-    numbers["landslide_px"] = int((data["landslide"] == 1).sum())
-    if layers.shifts is not None:
-        per_tile = plan.grid.tile_px // plan.grid.block_px
-        own = {
-            at: shift
-            for at, shift in layers.shifts.by_block.items()
-            if (at[0] // per_tile, at[1] // per_tile) == (tile.row, tile.col)
-        }
-        numbers |= shift_numbers(own)
-    return Record(
-        tile=task.tile, key=task.key, state="done", checksums=checksums, numbers=numbers, bytes=size
-    )
+    return data, layers
 
 
 def without_small(hit_yx: np.ndarray, minimum_px: int) -> np.ndarray:

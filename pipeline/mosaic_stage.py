@@ -93,7 +93,7 @@ def mosaic_run(
                 _tiles(plan, epoch, index),
                 frame=plan.grid.frame,
                 epoch=epoch.name,
-                model=plan.model.card.address,
+                model=plan.card.address,
                 detect_key=epoch.detect_key,
             )
         )
@@ -200,7 +200,7 @@ def lineage(plan: RunPlan) -> Lineage:
                     href=_self_href(scene.item),
                     image=scene.role in {"optical", "radar"},
                 )
-    card = plan.model.card
+    card = plan.card
     substituted = _substitutions(plan)
     used = {scene.source for scene in plan.scenes} | {entry.source for entry in substituted}
     licences, attributions = {}, []

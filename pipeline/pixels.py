@@ -110,7 +110,7 @@ def read_layers(
     inputs : features that are to be made in place of the model's
     """
     made = plan.by_epoch[epoch]
-    card = plan.model.card if inputs is None else replace(plan.model.card, inputs=inputs)
+    card = plan.card if inputs is None else replace(plan.card, inputs=inputs)
     needed = required_variables(card.inputs)
     read = {}
     held = coregistration_of(plan.config, card)

@@ -27,6 +27,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import estimate
 from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
+from slidecube.pipeline.model_registry import adopt, chosen_network, require_adopted
 from slidecube.pipeline.plan_dem import search_dem
 from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_plan
 from slidecube.pipeline.plan_keys import (
@@ -114,11 +115,11 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     known = index.runs.get(f"{config.stem} {content_key(config.science())}")
     if known and not refresh and (workspace.plan(known) / "plan.json").exists():
         found = read_plan(workspace, known, config=config)
+        _require_network(found)
         index.remember(workspace, found)
         return replace(found, reused_scenes=True)
     with _of_the_toml(config):
-        model = model_of(config)
-        _require_statistics(workspace, config, model)
+        model = _model(config, workspace)
     aoi = read_aoi(config.aoi)
     crs = config.area.crs or choose_crs(aoi)
     grid = TileGrid(crs=crs, resolution_m=config.area.resolution_m, tile_px=config.cube.tile_px)
@@ -156,6 +157,22 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     return replace(made, reused_scenes=reused)
 
 
+def _model(config: Config, workspace: Workspace) -> Detector:
+    """Build or find the detector; a network is adopted when all that can be said of it by now is in order."""
+    with chosen_network(config, workspace) as chosen:
+        model = model_of(config, chosen.detector if chosen else None)
+        _require_statistics(workspace, config, model)
+        if chosen is not None:
+            adopt(workspace, chosen.folder, chosen.card)
+    return model
+
+
+def _require_network(made: RunPlan) -> None:
+    """Say once what every tile would say: the network is not in the workspace any more, or is another one."""
+    if made.network is not None:
+        require_adopted(made.workspace, made.network)
+
+
 def _points(config: Config, grid: TileGrid, tiles: Tiles) -> Points | None:
     settings = config.land_cover
     if settings is None:
@@ -172,6 +189,7 @@ def named_plan(config: Config, run: str) -> RunPlan:
     """
     workspace = Workspace.at(config.workspace)
     found = read_plan(workspace, run)
+    _require_network(found)
     same = found.config.science() == config.science()
     return replace(found, config=config if same else found.config, reused_scenes=True)
 
@@ -348,7 +366,10 @@ def _assemble(
     inventory_key = content_key(
         "inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent, outline
     )
-    digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, tiles.keys)
+    content = model.card.content_sha256  # of a network; its name may mean another one tomorrow
+    digest = content_key(
+        "plan", SCHEMA_VERSION, config.science(), scenes.digest, tiles.keys, *([content] if content else [])
+    )
     return RunPlan(
         run=f"{config.stem}-{digest[:8]}",
         workspace=workspace,
@@ -364,6 +385,7 @@ def _assemble(
         inventory=f"{config.stem}-{model.card.name}-{inventory_key[:8]}",
         strata=_strata(config, grid, tiles),
         points=points,
+        network=model.card if content else None,
         estimate=estimate(
             config,
             grid,

@@ -18,6 +18,7 @@ import pyogrio
 from slidecube.catalog.aoi import Aoi
 from slidecube.catalog.grid import TileGrid, Tiles
 from slidecube.catalog.scenes import SceneTable, Window
+from slidecube.models.card import FeatureSpec, ModelCard
 from slidecube.pipeline.config import Config, load_config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
@@ -100,6 +101,7 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
         estimate=Estimate(**raw["estimate"]),
         strata=Strata.read(folder, raw["strata"]) if raw.get("strata") else None,
         points=_points_from(raw.get("points")),
+        network=_network_from(raw["model"]),
     )
 
 
@@ -247,7 +249,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
             }
             for la in made.layers
         ],
-        "model": asdict(made.model.card) | {"parameters": dict(made.model.card.parameters)},
+        "model": asdict(made.card) | {"parameters": dict(made.card.parameters)},
         "points": None if made.points is None else asdict(made.points),
         "scenes_digest": made.scenes.digest,
         "schema_version": SCHEMA_VERSION,
@@ -256,6 +258,13 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
         "tiles": len(made.tiles),
         **({"strata": list(made.strata.names)} if made.strata else {}),
     }
+
+
+def _network_from(entry: dict[str, Any]) -> ModelCard | None:
+    if not entry.get("content_sha256"):
+        return None
+    inputs = FeatureSpec(names=tuple(entry["inputs"]["names"]), version=entry["inputs"]["version"])
+    return ModelCard(**entry | {"inputs": inputs})
 
 
 def _points_from(entry: dict[str, Any] | None) -> Points | None:

@@ -26,6 +26,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate, compares_images
 from slidecube.pipeline.feature_sets import require_known, require_source
 from slidecube.pipeline.features import MNF_BANDS, mnf_images, required_variables
+from slidecube.pipeline.model_registry import load_adopted
 from slidecube.pipeline.points import Points
 from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.store import Workspace
@@ -99,6 +100,7 @@ class RunPlan:
     keys : layer -> tile -> key of its task; reads : layer -> tile -> positions in `scenes` of what is read
     strata : that are fitted apart, None where the whole is fitted
     points : of which a land cover is learnt, None without one
+    network : card of the network that was adopted into the workspace, None for a rule and for what learns from the cube
     reused_scenes : the scene list came from an earlier plan, nothing was searched
     """
 
@@ -117,6 +119,7 @@ class RunPlan:
     estimate: Estimate = field(repr=False)
     strata: Strata | None = None
     points: Points | None = field(default=None, repr=False)
+    network: ModelCard | None = None
     reused_scenes: bool = False
 
     @cached_property
@@ -136,8 +139,13 @@ class RunPlan:
 
     @cached_property
     def model(self) -> Detector:
-        """The detector, built from the configuration."""
-        return model_of(self.config)
+        """The detector, built from the configuration, or loaded from the workspace."""
+        return model_of(self.config) if self.network is None else load_adopted(self.workspace, self.network)
+
+    @cached_property
+    def card(self) -> ModelCard:
+        """Card of the detector; a network is not loaded for it."""
+        return self.network or self.model.card
 
     @cached_property
     def aoi_shape(self) -> shapely.Geometry:
@@ -165,7 +173,7 @@ class RunPlan:
 
     def series_variables(self) -> tuple[str, ...]:
         """Stored variables of an optical layer that tell of its dates' NDVI."""
-        return series_variables(self.model.card)
+        return series_variables(self.card)
 
     def layer_settings(self, layer: str) -> Layer | None:
         """Settings of a layer of the TOML, or of a classified land cover; None for every other layer."""
@@ -176,14 +184,17 @@ class RunPlan:
 
     def terrain_variables(self) -> tuple[str, ...]:
         """Stored variables of the terrain layer."""
-        return terrain_variables(self.model.card, self.config)
+        return terrain_variables(self.card, self.config)
 
 
-def model_of(config: Config) -> Detector:
-    """Build the configured detector, and check that the cube will hold what it reads."""
+def model_of(config: Config, network: Detector | None = None) -> Detector:
+    """Build the configured detector, and check that the cube will hold what it reads.
+
+    network : the one that the configuration names, None for a model of the zoo
+    """
     detect = config.detect
-    model = build_model(
-        detect.model,
+    model = network or build_model(
+        config.models[0],
         threshold=detect.threshold,
         min_area_m2=detect.min_area_m2,
         parameters=detect.parameters,

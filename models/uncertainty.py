@@ -1,0 +1,89 @@
+"""How sure a probability is: its entropy, the spread of several of them, and views of one patch (test-time augmentation).
+
+Axes: m member, v view, b batch, f feature, y row, x column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.special
+
+from slidecube.models.augment import can_turn, mirrored, turned
+
+
+def entropy_bits(probability: np.ndarray) -> np.ndarray:
+    """Entropy of a probability in bits, 0 (sure) to 1 (a coin); float32, NaN stays NaN.
+
+    Source: Shannon 1948; of the mean of members it is the total uncertainty (Depeweg et al. 2018).
+    """
+    p = np.asarray(probability, np.float64)
+    nats = scipy.special.entr(p) + scipy.special.entr(1 - p)
+    return np.asarray(nats / np.log(2), np.float32)
+
+
+def spread(probability_m: np.ndarray) -> np.ndarray:
+    """Standard deviation over the members (axis 0), of the members themselves and not of a population (ddof 0)."""
+    return np.asarray(probability_m, np.float64).std(axis=0).astype(np.float32)
+
+
+def mutual_information_bits(probability_m: np.ndarray) -> np.ndarray:
+    """What the members disagree on: entropy of their mean less the mean of their entropies, in bits, 0 or more.
+
+    Source: Houlsby et al. 2011, eq. 1.
+    """
+    members = np.asarray(probability_m, np.float64)
+    total = entropy_bits(members.mean(axis=0)).astype(np.float64)
+    own = np.stack([entropy_bits(p) for p in members]).astype(np.float64).mean(axis=0)
+    return np.maximum(total - own, 0).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A patch as it would look from elsewhere: mirrored east to west, then turned by quarters against the clock.
+
+    names : of the features; those that are directions turn with the ground (`augment`)
+    """
+
+    names: tuple[str, ...]
+    mirror: bool
+    quarters: int
+
+    def see(self, x_bfyx: np.ndarray) -> np.ndarray:
+        """Turn patches, square, in the features' units and before they are normalised; a copy."""
+        return np.stack([self._seen(x_fyx) for x_fyx in x_bfyx])
+
+    def _seen(self, x_fyx: np.ndarray) -> np.ndarray:
+        seen = mirrored(x_fyx, self.names) if self.mirror else x_fyx
+        return turned(seen, self.names, self.quarters)
+
+    def back(self, map_byx: np.ndarray) -> np.ndarray:
+        """Turn maps of a view back to where they belong."""
+        found = np.rot90(map_byx, -self.quarters, axes=(-2, -1))
+        return np.ascontiguousarray(found[..., ::-1] if self.mirror else found)
+
+
+def tta_views(names: Sequence[str]) -> tuple[View, ...]:
+    """Return the symmetries of a square, the patch as it is first; names : of the features, in order.
+
+    Eight of them, or four where a feature is one part of a direction without the other, which no quarter turn can be
+    computed of. A radar's view and the light of the sun are seen as they are, as they were in training.
+    """
+    quarters = range(4) if can_turn(names) else (0, 2)
+    return tuple(
+        View(names=tuple(names), mirror=mirror, quarters=q) for mirror in (False, True) for q in quarters
+    )
+
+
+def with_tta(
+    logits_of: Callable[[np.ndarray], np.ndarray], x_bfyx: np.ndarray, views: Sequence[View]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over views of the logits, which are then calibrated as those of one view, and the spread of probabilities.
+
+    logits_of : (b, f, y, x) in the features' units -> (b, y, x) logits. Returns (b, y, x) float32 each.
+    """
+    seen_vbyx = np.stack([view.back(logits_of(view.see(x_bfyx))) for view in views])
+    mean_byx = seen_vbyx.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean_byx, spread(scipy.special.expit(seen_vbyx))
