@@ -36,11 +36,13 @@ def ensembles_of(
     judged_nyx = (labels_nyx == STABLE) | (labels_nyx == LANDSLIDE)
 
     def read(place: int) -> np.ndarray:
-        return probabilities_of(out, done[place].work.key, VALIDATION)[judged_nyx]
+        return np.asarray(probabilities_of(out, done[place].work.key, VALIDATION)[judged_nyx])
 
-    choose = greedy if tables.sweep.choose == "greedy" else k_best
-    scores = [one.score or 0.0 for one in done]
-    choices = choose(read, labels_nyx[judged_nyx], scores, tables.sweep.best)
+    scores, sizes, labels_n = [one.score or 0.0 for one in done], tables.sweep.best, labels_nyx[judged_nyx]
+    if tables.sweep.choose == "greedy":  # reads each candidate at each step: two bytes a pixel of all of them
+        choices = greedy([read(place) for place in range(len(done))].__getitem__, labels_n, scores, sizes)
+    else:
+        choices = k_best(read, labels_n, scores, sizes)
     return [_row(done, choice, data, out=out, tables=tables) for choice in choices]
 
 

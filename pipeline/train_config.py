@@ -30,7 +30,7 @@ from slidecube.models.train_settings import (
     Schedule,
     TrainSettings,
 )
-from slidecube.pipeline.config import Distinct, FeatureNames, Sections, Slug
+from slidecube.pipeline.config import Distinct, FeatureNames, Slug
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.refusals import did_you_mean, refusal
 from slidecube.pipeline.training_tables import DataTable, PatchTable
@@ -397,9 +397,8 @@ def _check_across(path: Path, config: TrainConfig) -> None:
     ):
         for name in names:
             if name not in ARCHITECTURES:
-                raise PipelineError(
-                    f"{path}: {key}: got {name!r}{did_you_mean(name, ARCHITECTURES)}; allowed: {', '.join(ARCHITECTURES)}"
-                )
+                near = did_you_mean(name, ARCHITECTURES)
+                raise PipelineError(f"{path}: {key}: got {name!r}{near}; allowed: {', '.join(ARCHITECTURES)}")
     try:
         check_arguments(tables.network.architecture, tables.network.arguments)
     except ModelError as error:
@@ -461,8 +460,8 @@ def _check_calibration(path: Path, tables: TrainSections) -> None:
         return
     if tables.calibration.method != "temperature":
         raise PipelineError(
-            f"{path}: calibration.by: got {by!r} with method = {tables.calibration.method!r}; allowed: with 'temperature' "
-            "only"
+            f"{path}: calibration.by: got {by!r} with method = {tables.calibration.method!r}; allowed: with "
+            "'temperature' only"
         )
     for names in (tables.features.names, *tables.sweep.settings.values()):
         if by not in names:
@@ -477,7 +476,8 @@ def _check_pretrained(path: Path, config: TrainConfig) -> None:
         return
     if not name.endswith(".safetensors"):
         raise PipelineError(
-            f"{path}: network.pretrained: got {name!r}; allowed: a file *.safetensors, which holds numbers and runs nothing"
+            f"{path}: network.pretrained: got {name!r}; allowed: a file *.safetensors, which holds "
+            "numbers and runs nothing"
         )
     if not config.resolve(name).is_file():
         raise PipelineError(f"{path}: network.pretrained: got {name!r}, which is no file")

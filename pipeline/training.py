@@ -15,6 +15,7 @@ import os
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,8 +53,8 @@ JUDGE_VERSION = 1
 """Version of how a candidate is judged; a change makes the judgement due, and no training."""
 
 WEIGHTS, TRAINED, JUDGED = "weights.safetensors", "trained.json", "judged.json"
-VALIDATION, TEST = "validation.npy", "test.npy"
-"""Calibrated probabilities of each patch, (n, y, x) uint16; see `ensemble_choice.pack`."""
+VALIDATION, TEST = "validation.npz", "test.npz"
+"""Calibrated probabilities of each patch, (n, y, x) uint16, compressed; see `ensemble_choice.pack`."""
 
 Open = Callable[[TrainConfig, Candidate], Data]
 Say = Callable[[str], None]
@@ -212,7 +213,7 @@ def _recorded(context: TrainContext, task: TileTask) -> Record:
         context.require()
         make(context, work)
         record = Record(tile=task.tile, key=task.key, state="done", seconds=time.monotonic() - began)
-    except Exception as error:  # noqa: BLE001  the edge of a training: from here on a failure is a value
+    except Exception as error:
         if fault_of(error) == "fenced":
             raise
         expected = isinstance(error, ModelError | PipelineError | CatalogError)
@@ -232,8 +233,8 @@ def _recorded(context: TrainContext, task: TileTask) -> Record:
 
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    expected = isinstance(error, ModelError | PipelineError | CatalogError)
-    return text if expected else f"{type(error).__name__}: {text}"
+    expected = isinstance(error, ModelError | PipelineError | CatalogError | OSError)
+    return text if expected else f"{type(error).__name__}: {text} (its traceback is in trainings.ledger)"
 
 
 def make(context: TrainContext, work: Work) -> None:
@@ -420,8 +421,9 @@ def probabilities_of(out: Path, key: str, part: str) -> np.ndarray:
     """Packed probabilities of a judged training; part : `VALIDATION` or `TEST`."""
     path = folder_of(out, key) / part
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            return np.asarray(file["packed"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ModelError(f"{path} cannot be read ({error}); remove {path.parent}, and train again") from None
 
 
@@ -450,7 +452,7 @@ def min_area_px(min_area_m2: float, resolution_m: float) -> int:
 
 def _write_array(path: Path, values: np.ndarray) -> None:
     buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
+    np.savez_compressed(buffer, packed=values)
     write_whole(path, buffer.getvalue())
 
 

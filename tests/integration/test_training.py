@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
-import pytest
 
 from slidecube.models.card import FeatureSpec
 from slidecube.models.network_card import read_card
-from slidecube.pipeline import training
 from slidecube.pipeline.sweep import Driver
 from slidecube.pipeline.train_config import load_train_config
 from slidecube.pipeline.training_data import Data
