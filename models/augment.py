@@ -97,13 +97,12 @@ def turned(x_fyx: np.ndarray, names: Sequence[str], quarters: int) -> np.ndarray
         east, north = _east_north(names, *pair)
         e, n = (None if i is None else out[i].copy() for i in (east, north))
         sign = -1 if quarters >= 2 else 1
-        for i, own, other in ((east, e, None if n is None else -n), (north, n, e)):
-            if i is None:
-                continue
+        for at, own, other in ((east, e, None if n is None else -n), (north, n, e)):
             source = other if quarters % 2 else own
-            if source is None:
-                raise ValueError(f"{names[i]} cannot be turned by a quarter without its other part")
-            out[i] = sign * source
+            if at is not None:
+                if source is None:
+                    raise ValueError(f"{names[at]} cannot be turned by a quarter without its other part")
+                out[at] = sign * source
     return out
 
 

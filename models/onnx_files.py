@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from slidecube.models.errors import ModelError
+from slidecube.models.network_card import CARD_FILE, NetworkCard, card_text
 from slidecube.models.weights import read_file
 
 if TYPE_CHECKING:
@@ -251,3 +252,21 @@ def _run(content: bytes, x_bcyx: np.ndarray, path: Path) -> np.ndarray:
         said = " ".join(str(error).split())[:160]
         raise ModelError(f"{path}: {why} (ONNX Runtime: {said})") from None
     return found
+
+
+def export_onnx(card: NetworkCard, content: bytes) -> bytes:
+    """Write a network as ONNX that tells its own card: scaled features -> logits; one that is an ONNX is as it is."""
+    assert card.architecture is not None
+    onnx = _onnx()
+    if card.architecture.name == "onnx":
+        return content
+    from slidecube.models.backends import onnx_content  # noqa: PLC0415  torch is slow to import
+    from slidecube.models.network import network_module  # noqa: PLC0415
+
+    made = onnx_content(
+        network_module(card, content), channels=len(card.inputs.names), side_px=card.architecture.window_px
+    )
+    model = onnx.load_model_from_string(made)
+    onnx.helper.set_model_props(model, {"slidecube": card.address, CARD_FILE: card_text(card)})
+    written: bytes = model.SerializeToString()
+    return written

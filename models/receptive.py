@@ -13,35 +13,67 @@ import torch
 from torch import nn
 
 WINDOW_MAX_PX = 512
-"""A chunk of the cubes: windows have 513 px at most and sides are multiples of 32."""
-_DRAWS = 3
+"""A chunk of the cubes: windows have 513 px at most, and their sides are multiples of 32."""
 _STEP_PX = 32
+"""Networks that halve look further from some pixels than from others; after so many all have had their turn."""
+_SHARES = (4, 2, 1)
+"""Windows in which is measured first, as parts of the one that is asked for: most of what is small shows there."""
 
 
-def influence_yx(module: nn.Module, channels: int, window_px: int) -> np.ndarray:
-    """How strongly the window's central pixels depend on each other pixel, by its offset from them.
+def receptive_px(module: nn.Module, channels: int, window_px: int) -> int:
+    """Side of the square around a pixel outside of which nothing changes its logit, in pixels.
 
-    The absolute gradient of a logit, summed over channels, over random windows (a ReLU or a maximum hides some paths
-    in one of them) and over the phases of a stride of 32 px (networks that halve look further to one side).
-    module : as built; its weights and mode are left as they are
-    Returns (2 w - 1, 2 w - 1) float64, offset 0 in the middle. Raises ValueError for windows below 64 px.
+    One pixel is disturbed as much as numbers can be, by NaN, which no ReLU, maximum or weight of 0 stops: the pixels
+    that it reaches follow from strides and kernels alone, and not from what was learnt. It wanders over the phases of a
+    stride of 32 px; the largest distance counts. On a CPU, with torch's own kernels, this is exact.
+    module : is left as it is, and in its mode
+    Returns an odd side, or 0 for the whole window: what pools over it, and what reaches further than half of it.
+    Raises ValueError for windows below 128 px.
     """
-    if window_px < 2 * _STEP_PX:
+    if window_px < 4 * _STEP_PX:
         raise ValueError(f"a window of {window_px} px is too small to measure in")
-    total = np.zeros((2 * window_px - 1,) * 2)
-    first = (window_px - _STEP_PX) // 2
+    with _evaluating(module), torch.inference_mode():
+        for share in _SHARES:
+            side_px = max(window_px // share // _STEP_PX, 4) * _STEP_PX
+            reach = _reach_px(module, channels, side_px)
+            if reach is not None:
+                return 2 * reach + 1
+    return 0
+
+
+def _reach_px(module: nn.Module, channels: int, side_px: int) -> int | None:
+    """Largest distance at which a pixel near the middle is felt; None where that is the edge of the window."""
+    first, reach = (side_px - _STEP_PX) // 2, 0
     device = next(module.parameters()).device
+    # rows and columns are alike: one pass serves two phases
+    for phase in range(0, _STEP_PX, 2):
+        place = torch.tensor([first + phase, first + phase + 1])
+        x_1cyx = torch.zeros(1, channels, side_px, side_px)
+        x_1cyx[..., place[0], place[1]] = torch.nan
+        felt = torch.isnan(module(x_1cyx.to(device)))[0, 0].cpu().nonzero()
+        reach = max(reach, int((felt - place).abs().max()))
+        if reach >= first:
+            return None
+    return reach
+
+
+def effective_px(module: nn.Module, channels: int, window_px: int, *, share: float = 0.95) -> int:
+    """Side of the smallest square around a pixel that holds a share of all influence on its logit, in pixels.
+
+    Influence is the absolute gradient of the central logit, summed over channels, for a window of standard normal
+    noise; other than the receptive field it follows from what was learnt.
+    Source: Luo et al. 2016, Understanding the effective receptive field in deep convolutional neural networks.
+    """
+    middle = window_px // 2
+    noise = torch.randn(1, channels, window_px, window_px, generator=torch.Generator().manual_seed(0))
     with _evaluating(module):
-        generator = torch.Generator().manual_seed(0)
-        for draw in range(_DRAWS):
-            phase = first + draw * (_STEP_PX - 1) // (_DRAWS - 1)
-            x_1cyx = torch.randn(1, channels, window_px, window_px, generator=generator).to(device)
-            x_1cyx.requires_grad_()
-            (gradient_1cyx,) = torch.autograd.grad(module(x_1cyx)[0, 0, phase, phase], x_1cyx)
-            corner = window_px - 1 - phase
-            place = slice(corner, corner + window_px)
-            total[place, place] += gradient_1cyx[0].abs().sum(dim=0).double().cpu().numpy()
-    return total
+        x_1cyx = noise.to(next(module.parameters()).device).requires_grad_()
+        (gradient_1cyx,) = torch.autograd.grad(module(x_1cyx)[0, 0, middle, middle], x_1cyx)
+    influence_yx = gradient_1cyx[0].abs().sum(dim=0).double().cpu().numpy()
+    offset = np.abs(np.arange(window_px) - middle)
+    rings = np.bincount(np.maximum.outer(offset, offset).ravel(), weights=influence_yx.ravel())
+    within = np.cumsum(rings)
+    return 2 * int(np.searchsorted(within, share * within[-1])) + 1
 
 
 @contextmanager
@@ -55,43 +87,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def receptive_px(module: nn.Module, channels: int, window_px: int) -> int:
-    """Side of the square around a pixel outside of which nothing changes its logit, in pixels.
-
-    Returns 0 where that is the whole window, or more than the window can show: every pixel then depends on where
-    windows lie. Always odd otherwise.
-    """
-    influence = influence_yx(module, channels, window_px)
-    reach = _reach(influence > 0)
-    # a phase near the middle sees this far on both sides
-    if reach >= (window_px - _STEP_PX) // 2:
-        return 0
-    return 2 * reach + 1
-
-
-def effective_px(module: nn.Module, channels: int, window_px: int, *, share: float = 0.95) -> int:
-    """Side of the smallest square around a pixel that holds a share of all influence on its logit.
-
-    Source: Luo et al. 2016, Understanding the effective receptive field, who show it to be a fraction of the whole.
-    """
-    influence = influence_yx(module, channels, window_px)
-    rings = np.bincount(_distance(influence.shape[0]).ravel(), weights=influence.ravel())
-    within = np.cumsum(rings)
-    return 2 * int(np.searchsorted(within, share * within[-1])) + 1
-
-
-def _distance(side_px: int) -> np.ndarray:
-    """Chessboard distance from the middle."""
-    offset = np.abs(np.arange(side_px) - side_px // 2)
-    return np.maximum.outer(offset, offset)
-
-
-def _reach(seen_yx: np.ndarray) -> int:
-    return int(_distance(seen_yx.shape[0])[seen_yx].max(initial=0))
-
-
 def window_for(receptive: int, *, patch_px: int = 128) -> tuple[int, int]:
-    """Suggest a window and its margin, in pixels, for a receptive field.
+    """Suggest the side of windows and their margin, in pixels, for a receptive field.
 
     Rule: the margin is half of the receptive field, rounded up to 8 px, and 64 px at most; the window is eight
     margins, between the patches of the training and 512 px, a multiple of 32, so that overlaps cost 1.8 times the
@@ -104,5 +101,4 @@ def window_for(receptive: int, *, patch_px: int = 128) -> tuple[int, int]:
     if receptive == 0:
         return least, least // 8
     margin = min(-(-(receptive // 2) // 8) * 8, WINDOW_MAX_PX // 8)
-    window = min(max(-(-8 * margin // 32) * 32, least), WINDOW_MAX_PX)
-    return window, margin
+    return max(-(-8 * margin // 32) * 32, least), margin

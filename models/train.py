@@ -436,8 +436,9 @@ def _in_one_line(settings: TrainSettings) -> Iterator[None]:
 def _news(state: TrainingState, settings: TrainSettings) -> Progress:
     row, best = state.rows[-1], state.rows[state.best_row]
     text = (
-        f"epoch {len(state.rows)} of {settings.epochs}: loss {row['loss']:.4f}, validation "
-        f"{row['validation_loss']:.4f}, F1 {row['f1']:.4f} (best {best['f1']:.4f} in epoch {state.best_row + 1}), {row['seconds']:.0f} s"
+        f"epoch {len(state.rows)} of {settings.epochs}: loss {row['loss']:.4f}, on validation "
+        f"{row['validation_loss']:.4f}, F1 {row['f1']:.4f} (best {best['f1']:.4f} in epoch {state.best_row + 1}), "
+        f"{row['seconds']:.0f} s"
     )
     return Progress(text=text, epoch=len(state.rows), epochs=settings.epochs, row=row)
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from slidecube.pipeline.cli_models import models
 from slidecube.pipeline.cli_train import train
 
 if TYPE_CHECKING:
@@ -550,6 +551,9 @@ def features(*, as_text: bool, as_json: bool, name: str | None, source: str | No
     if source is not None:
         require_source(spec, source, find_source(source).bands)
     click.echo(json.dumps(list(spec.names)) if as_json else "\n".join(spec.names))
+
+
+cli.add_command(models)
 
 
 @cli.command()

@@ -125,10 +125,8 @@ def chosen_network(config: Config, workspace: Workspace) -> Iterator[Chosen | No
 def require_fitting(card: NetworkCard, config: Config) -> None:
     """Refuse a network that cannot work on a run, in one line each."""
     detect, fit = config.detect, config.fit
-    keys = {"parameters": detect.parameters, "features": detect.features}
-    keys |= {"landslide_clusters": detect.landslide_clusters}
-    for key, value in keys.items():
-        if value:
+    for key in ("parameters", "features", "landslide_clusters"):
+        if getattr(detect, key):
             raise PipelineError(
                 f"Model {card.address} is a network, and its card says all that it reads; leave {key} out of [detect]"
             )
@@ -267,19 +265,18 @@ def united_inputs(cards: Sequence[NetworkCard]) -> Inputs:
                     f"Models {first.address} and {card.address} cannot be averaged: their {key} is "
                     f"{getattr(first.inputs, key):g} and {getattr(inputs, key):g}"
                 )
-        for name, *row in zip(inputs.names, inputs.units, inputs.mean, inputs.std, strict=True):
-            known = rows.setdefault(name, (str(row[0]), float(row[1]), float(row[2])))
-            if known[0] != row[0]:
+        for name, unit, mean, std in zip(inputs.names, inputs.units, inputs.mean, inputs.std, strict=True):
+            known = rows.setdefault(name, (unit, mean, std))
+            if known[0] != unit:
                 raise PipelineError(
                     f"Models {first.address} and {card.address} cannot be averaged: {name} is in {known[0]!r} and in "
-                    f"{row[0]!r}"
+                    f"{unit!r}"
                 )
-    units, mean, std = zip(*rows.values(), strict=True)
     return Inputs(
         names=tuple(rows),
-        units=units,
-        mean=mean,
-        std=std,
+        units=tuple(unit for unit, _, _ in rows.values()),
+        mean=tuple(mean for _, mean, _ in rows.values()),
+        std=tuple(std for _, _, std in rows.values()),
         resolution_m=first.inputs.resolution_m,
         version=first.inputs.version,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -27,6 +28,8 @@ ALWAYS = {"start_datetime": "1900-01-01T00:00:00Z", "end_datetime": "9999-12-31T
 """A network may be tried on any day's images: MLM's way to say so."""
 
 ITEM_SUFFIX = ".stac.json"
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 _CLASSES = [
     {"value": 0, "name": "no_landslide", "description": "No landslide"},
@@ -173,7 +176,10 @@ def _weights_files(folder: Path, card: NetworkCard, members: tuple[NetworkCard, 
 
 
 def _parameters(path: Path) -> int | None:
-    """Count the numbers of a safetensors file by its header alone; None of an ONNX."""
+    """Count what was learnt of a safetensors file by its header alone; None of an ONNX.
+
+    Means and variances of batch normalisation are kept with it, and are no parameters.
+    """
     if path.suffix != ".safetensors":
         return None
     with path.open("rb") as file:
@@ -181,11 +187,8 @@ def _parameters(path: Path) -> int | None:
         header = json.loads(file.read(size))
     count = 0
     for name, tensor in header.items():
-        if name != "__metadata__" and tensor["dtype"].startswith(("F", "BF")):
-            n = 1
-            for side in tensor["shape"]:
-                n *= side
-            count += n
+        if name != "__metadata__" and name.rpartition(".")[2] not in _BUFFERS:
+            count += math.prod(tensor["shape"])
     return count
 
 

@@ -59,8 +59,6 @@ def check_encoder(name: str) -> None:
     if name in names:
         return
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    if f"tu-{name}" in names:
-        near = [f"tu-{name}", *near][:5]
     hint = f"near: {', '.join(near)}" if near else "for example: resnet18, mit_b0, tu-convnext_atto"
     raise ModelError(f"No encoder {name!r} among {len(names)} of smp and timm (tu-...); {hint}")
 
@@ -79,26 +77,30 @@ def build(kind: str, channels: int, *, encoder: str, **settings: Any) -> nn.Modu
         network: Any = network_class(
             encoder_name=encoder, encoder_weights=None, in_channels=channels, classes=1, **settings
         )
+        network.multiple_px = MULTIPLE_PX
+        # PAN pools three times behind a stride of 16; of less than 128 px nothing is left
+        network.least_px = 128 if kind == "PAN" else MULTIPLE_PX
+        shallow = settings.get("encoder_depth", 5) < 5
+        if shallow or encoder.startswith("tu-"):
+            _try(network, channels, freeze=shallow)
     except _UNBUILDABLE as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"{kind} cannot be built with the encoder {encoder!r} and {settings}: {why[0]}"
         ) from None
-    network.multiple_px = MULTIPLE_PX
-    # PAN pools three times behind a stride of 16; of less than 128 px nothing is left
-    network.least_px = 128 if kind == "PAN" else MULTIPLE_PX
-    if settings.get("encoder_depth", 5) < 5:
-        _freeze_unused(network, channels)
     made: nn.Module = make_patient(network)
     return made
 
 
-def _freeze_unused(network: Any, channels: int) -> None:
-    """Take from training what a shallow encoder keeps and never computes: gradients in step would wait for it."""
+def _try(network: Any, channels: int, *, freeze: bool) -> None:
+    """Compute once: some encoders of timm take one side only, and say so no earlier.
+
+    freeze : take from training what a shallow encoder keeps and never computes; gradients in step would wait for it
+    """
     network.eval()
-    side = network.least_px
-    network(torch.zeros(1, channels, side, side)).sum().backward()
+    sides_px = (2 * network.least_px, 3 * network.least_px)
+    network(torch.zeros(1, channels, *sides_px)).sum().backward()
     for parameter in network.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
+        parameter.requires_grad_(parameter.grad is not None or not freeze)
         parameter.grad = None
     network.train()

@@ -18,24 +18,31 @@ from slidecube.pipeline.plan import plan
 from slidecube.pipeline.report_stage import read_objects
 from slidecube.pipeline.run import run
 from slidecube.pipeline.simulate.archive import simulate_archive
+from slidecube.pipeline.simulate.parameters import Size, load_parameters
 
 QUIET = """
 [[epoch]]
 name = "quiet"
 pre = ["2018-06-01", "2018-07-10"]
 post = ["2018-07-11", "2018-09-06"]
-
-[sources]"""
-LOOSE = 'model = "rdndvi"\nparameters = { loss_pct = 8.0, slope_deg = 5.0 }\nmin_area_m2 = 300.0'
+"""
+LOOSE = 'model = "rdndvi"\nparameters = { loss_pct = 1.0, slope_deg = 1.0 }\nmin_area_m2 = 300.0'
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    return simulate_archive(tmp_path_factory.mktemp("null"), seed=77, extent_km=5.4, overpasses=6)
+    p = load_parameters()
+    edge = Size(centre_m=(230400.0, 33280.0), extent_m=1800.0)  # two tiles meet there
+    sizes = p.area.model_copy(update={"sizes": {"edge": edge}})
+    own = p.model_copy(update={"area": sizes})
+    folder = tmp_path_factory.mktemp("null")
+    return simulate_archive(folder, seed=77, size="edge", overpasses=6, parameters=own)
 
 
-def write(archive, name: str, *changes: tuple[str, str]):
-    text = archive_toml(archive).replace("\n[sources]", QUIET)
+def write(archive, name: str, *changes: tuple[str, str], event: bool = False):
+    text = archive_toml(archive)
+    start, end = text.index("[[epoch]]"), text.index("[sources]")
+    text = text[:start] + (text[start:end] if event else "") + QUIET + text[end:]
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
@@ -55,22 +62,26 @@ def listing(root):
     return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
-def test_it_counts_what_the_whole_chain_finds_and_writes_nothing(archive, made):
+@pytest.fixture(scope="module")
+def found(archive, made):
     before = listing(archive.root)
+    counted = null_run(made)
+    assert listing(archive.root) == before, "a null run writes nothing"
+    return counted
 
-    found = null_run(made, epoch="quiet")
 
-    assert listing(archive.root) == before
+def test_it_counts_what_the_whole_chain_finds(made, found):
     objects = read_objects(made)
     own = objects[objects["epoch"] == "quiet"]
     false = own[(own["area_m2"] >= 1_000) & (own["slope_deg"] > 10)]
     assert 0 < len(false) < len(own)  # small and gentle ones are there, and do not count
     assert found.false_objects == len(false)
-    assert len(made.tiles) > 1
-    assert any(own["n_px"] > 100)
+    assert len(made.tiles) == 2
+    edge_m = 230400.0
+    assert ((own.bounds["minx"] < edge_m) & (own.bounds["maxx"] > edge_m)).any()
 
 
-def test_its_area_is_that_of_the_observed_slopes(archive, made):
+def test_its_area_is_that_of_the_observed_slopes(archive, made, found):
     inventory = open_inventory(archive.root)
     seen = inventory["observability"].isel(epoch=[e.name for e in made.epochs].index("quiet")).to_numpy() == 3
     px = made.grid.tile_px
@@ -80,32 +91,35 @@ def test_its_area_is_that_of_the_observed_slopes(archive, made):
     )
     slope = read_stored(made, made.epochs[0].terrain, ["slope_deg"], window)["slope_deg"].values
 
-    found = null_run(made, epoch="quiet")
-
     assert found.km2 == pytest.approx((seen & (slope != 65535) & (slope > 1000)).sum() * 1e-4, rel=1e-12)
     assert found.per_100_km2 == pytest.approx(100 * found.false_objects / found.km2)
     assert found.to_dict()["per_100_km2"] == round(found.per_100_km2, 3)
 
 
-def test_another_detector_maps_as_if_the_run_had_named_it(archive, made):
+def test_another_detector_maps_as_if_the_run_had_named_it(archive, made, found):
     strict = 'model = "rdndvi"\nparameters = { loss_pct = 14.0 }'
     other = plan(write(archive, "other", ('model = "rdndvi"', strict)))
     detector = build_model("rdndvi", parameters={"loss_pct": 14.0})
 
-    assert null_run(made, detector, epoch="quiet") == null_run(other, epoch="quiet")
-    assert null_run(made, detector, epoch="quiet") != null_run(made, epoch="quiet")
+    replaced = null_run(made, detector)
+
+    assert replaced == null_run(other)
+    assert replaced != found
 
 
-def test_windows_of_an_event_are_refused(archive, made):
+def test_windows_of_an_event_are_refused(archive):
+    both = plan(write(archive, "both", event=True))
     with pytest.raises(PipelineError, match=r"needs the name of its epoch; epochs: event, quiet"):
-        null_run(made)
+        null_run(both)
     with pytest.raises(PipelineError, match=r"no epoch 'calm'; epochs: event, quiet"):
-        null_run(made, epoch="calm")
+        null_run(both, epoch="calm")
     with pytest.raises(
         PipelineError, match=r"looks until 2018-11-20, and epoch 'event' has an event on 2018-09-07"
     ):
-        null_run(made, epoch="event")
-    long = plan(write(archive, "long", ('2018-09-06"]\n\n[sources]', '2018-09-20"]\n\n[sources]')))
+        null_run(both, epoch="event")
+    long = plan(
+        write(archive, "long", ('"2018-07-11", "2018-09-06"', '"2018-07-11", "2018-09-20"'), event=True)
+    )
     with pytest.raises(
         PipelineError, match=r"'quiet' looks until 2018-09-20, and epoch 'event' has an event"
     ):
@@ -118,16 +132,16 @@ def test_ground_that_was_not_looked_at_is_not_quiet(archive, made):
     with pytest.raises(
         PipelineError, match=r"is not done on \d+ of \d+ tiles, such as r\d+c\d+; run `slidecube cube`"
     ):
-        null_run(other, epoch="quiet")
+        null_run(other)
 
 
 def test_a_detector_of_what_the_layers_do_not_hold_is_refused(made):
     with pytest.raises(
         PipelineError, match=r"aldi@\d+ reads ndvi_mean, ndvi_std \(pre\), which the layers of run"
     ):
-        null_run(made, build_model("aldi"), epoch="quiet")
+        null_run(made, build_model("aldi"))
     with pytest.raises(PipelineError, match=r"kmeans@\d+ learns from a cube; name it as \[detect\] model"):
-        null_run(made, build_model("kmeans"), epoch="quiet")
+        null_run(made, build_model("kmeans"))
 
 
 def test_no_slope_has_no_rate():
