@@ -102,7 +102,7 @@ def dry_run_text(driver: Driver, *, sweep: bool, leave_one_out: bool) -> str:
         "data of the first training:",
         explain_text(data),
         f"trainings: {len(works)}, of which {done} are done in {driver.out}",
-        f"each: {epoch:,} patches an epoch, at most {training.epochs} epochs, fewer where {training.patience} gain nothing",
+        f"each: {epoch:,} patches an epoch, {training.epochs} epochs, fewer after {training.patience} without gain",
         *(f"{work.key}  {work.candidate.label}" for work in works),
     ]
     return "\n".join(lines)

@@ -92,7 +92,7 @@ class Driver:
         require_free(config, self.out, config.tables.name, works[0].judged_key)
         report = self.train(works)
         if report.failed:
-            raise PipelineError(f"Not trained: {report.failed[0][1]}")
+            raise PipelineError(report.failed[0][1])
         folder = save_single(
             self._saving(works[0]), works[0], name=config.tables.name, key=works[0].judged_key
         )
@@ -102,7 +102,6 @@ class Driver:
         """Train everything that [sweep] combines; rank, choose, and save the best network and the best ensemble."""
         config = self.config
         check_losses(config.path, config.tables, sweep=True)
-        _require_fitting(config)
         works = self.works(candidates(config, sweep=True))
         key = sweep_key(works, config)
         names = {
@@ -288,16 +287,6 @@ def _recorded_failure(context: TrainContext, result: TaskResult) -> None:
         fault=result.fault or "",
     )
     ledger_of(context.out).write(record)
-
-
-def _require_fitting(config: TrainConfig) -> None:
-    """Refuse weights to start from that most candidates cannot take."""
-    tables = config.tables
-    if tables.network.pretrained is not None and len(tables.sweep.architectures) > 1:
-        raise PipelineError(
-            f"{config.path}: network.pretrained: its weights are of one architecture, and [sweep] has "
-            f"{len(tables.sweep.architectures)}; leave it out, or name one in sweep.architectures"
-        )
 
 
 def _by_setting(done: Sequence[Standing]) -> list[list[Standing]]:

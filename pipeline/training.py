@@ -46,7 +46,7 @@ from slidecube.pipeline.errors import FencedError, PipelineError
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
-from slidecube.pipeline.train_config import Candidate, Threshold, TrainConfig, loss_numbers
+from slidecube.pipeline.train_config import HUB_CACHE, Candidate, Threshold, TrainConfig, loss_numbers
 from slidecube.pipeline.training_data import Data, leave_one_out, open_all_data
 
 JUDGE_VERSION = 1
@@ -109,7 +109,7 @@ def work_of(config: TrainConfig, candidate: Candidate, data: Data) -> Work:
         {name: value for name, value in deciding.items() if name not in _OF_THE_MACHINE},
         list(candidate.features),
         [data.training.digest, data.validation.digest],
-        hashlib.sha256(initial_of(config) or b"").hexdigest(),
+        pretrained_digest(config),
     )
     return Work(
         candidate=candidate,
@@ -145,10 +145,35 @@ def settings_of(config: TrainConfig, candidate: Candidate, *, threads: int) -> T
     )
 
 
-def initial_of(config: TrainConfig) -> bytes | None:
-    """Weights to start from, None = fresh ones. Raises ModelError where the file cannot be read."""
+def pretrained_digest(config: TrainConfig) -> str:
+    """What a training starts from: "" = fresh weights. Raises ModelError where the file cannot be read."""
     name = config.tables.network.pretrained
-    return None if name is None else read_file(config.resolve(name), "network.pretrained")
+    if name is None or name == HUB_CACHE:
+        return name or ""
+    return hashlib.sha256(_pretrained(config, name)).hexdigest()
+
+
+def initial_of(config: TrainConfig, candidate: Candidate) -> bytes | None:
+    """Weights that a candidate starts from, None = fresh ones.
+
+    Raises ModelError where they cannot be read, or do not fit its network.
+    """
+    from slidecube.models.judging import initial_weights  # noqa: PLC0415  torch is slow to import
+
+    name = config.tables.network.pretrained
+    if name is None:
+        return None
+    return initial_weights(
+        candidate.architecture,
+        arguments_of(candidate),
+        len(candidate.features),
+        content=None if name == HUB_CACHE else _pretrained(config, name),
+        seed=config.tables.training.seed,
+    )
+
+
+def _pretrained(config: TrainConfig, name: str) -> bytes:
+    return read_file(config.resolve(name), "network.pretrained")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +294,7 @@ def _train(context: TrainContext, work: Work, data: Data) -> None:
         data.validation,
         settings,
         folder=folder,
-        initial=initial_of(context.config),
+        initial=initial_of(context.config, candidate),
         progress=told,
     )
     context.require()
