@@ -106,7 +106,7 @@ def test_only_stable_and_landslide_pixels_teach():
         )
 
 
-@pytest.mark.parametrize("value, word", [(0, "no landslide pixel"), (1, "are landslide")])
+@pytest.mark.parametrize(("value", "word"), [(0, "no landslide pixel"), (1, "are landslide")])
 def test_one_class_alone_is_refused(value, word):
     labels = np.full(50, value, np.uint8)
     with pytest.raises(ModelError, match=word):

@@ -114,7 +114,7 @@ def test_other_sides_are_refused():
         Tally(threshold=0.5).add(np.zeros((4, 4), np.float32), np.zeros((5, 4), np.uint8))
 
 
-@pytest.mark.parametrize("hits, trials", [(0, 10), (3, 10), (10, 10), (40, 1000)])
+@pytest.mark.parametrize(("hits", "trials"), [(0, 10), (3, 10), (10, 10), (40, 1000)])
 def test_wilson_is_scipys(hits, trials):
     oracle = scipy.stats.binomtest(hits, trials).proportion_ci(method="wilson")
     assert wilson(hits, trials) == pytest.approx((oracle.low, oracle.high), abs=1e-9)

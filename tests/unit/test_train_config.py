@@ -116,7 +116,7 @@ def test_a_mistake_is_one_line_with_its_key(tmp_path, extra):
 
 
 @pytest.mark.parametrize(
-    "extra, sweep, word",
+    ("extra", "sweep", "word"),
     [
         ('[training]\nloss = "bcd"', False, "training.loss"),
         ('[training]\nloss = "weighted-ce"', False, "positive_weight"),
