@@ -223,9 +223,9 @@ def test_leave_one_out_judges_each_region_by_a_network_that_has_not_seen_it(tmp_
         seen.append(candidate.held_out)
         found = tiny_data(config, candidate)
         own = ord(candidate.held_out)
-            return replace(
-                found, training=replace(found.training, seed=own), test=replace(found.test, seed=10 + own)
-            )
+        return replace(
+            found, training=replace(found.training, seed=own), test=replace(found.test, seed=10 + own)
+        )
 
     driver = driver_of(tmp_path, only(text, epochs="1", iterations="3"))
     driver.open = folded
