@@ -19,8 +19,6 @@ from slidecube.models.nets.segmentation import check_encoder, segmentation_libra
 
 _PREFIXES = ("", "encoder.", "encoder.model.")
 """Where a file's names may belong: to the whole network, to smp's encoder, or to timm's inside it."""
-_HEADS = ("fc.", "classifier.", "head.", "last_linear.", "pre_logits.")
-"""Classes of photographs, which no network of ours has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +41,8 @@ def load_pretrained(module: nn.Module, content: bytes) -> Pretrained:
     The file may be of a whole network, or of an encoder as smp and timm name its weights; the decoder then stays
     fresh. A first layer for other channels is repeated over ours and divided by how often, so that the sum over
     channels stays what it was: what timm and smp do; a single channel takes the sum.
-    Raises ModelError, and leaves the network as it was, where the file is none, fits nowhere, or leaves a part of the
-    encoder out.
+    Raises ModelError, and leaves the network as it was, where the file is none, fits nowhere, leaves a part of the
+    encoder out, or has more of it (a larger encoder of the same family).
     """
     tensors = _tensors(content)
     wanted = {name: tensor for name, tensor in module.state_dict().items() if not _counts(name)}
@@ -116,9 +114,15 @@ def _check(
     missing = [name for name in report.fresh if name.startswith(prefix or "encoder.")]
     if missing:
         raise ModelError(f"pretrained weights leave a part of the encoder out: {_some(missing)}")
-    strangers = [name for name in report.unused if not name.removeprefix(prefix).startswith(_HEADS)]
+    # what is deeper than the encoder, and classes of photographs, are left; more of one of its parts is another encoder
+    parts = {_part(name, prefix) for name in loaded}
+    strangers = [name for name in report.unused if _part(name, prefix) in parts]
     if strangers:
         raise ModelError(f"pretrained weights hold what the network has not: {_some(strangers)}")
+
+
+def _part(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).partition(".")[0]
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:
