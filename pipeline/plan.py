@@ -19,7 +19,10 @@ from slidecube.catalog.aoi import Aoi, read_aoi
 from slidecube.catalog.failover import Sought, seek
 from slidecube.catalog.grid import TileGrid, Tiles, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
+from slidecube.models.ensembles import Ensemble
 from slidecube.models.errors import ModelError
+from slidecube.models.network import Network
+from slidecube.models.network_cost import cost_of
 from slidecube.models.predict import Detector
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.coregistration import margin_px
@@ -399,6 +402,7 @@ def _assemble(
             dates=_dates(layers, reads, scenes, "optical"),
             radar_dates=_dates(layers, reads, scenes, "radar"),
             rasters=_rasters(layers, reads),
+            network=cost_of(model) if isinstance(model, Network | Ensemble) else None,
         ),
     )
 

@@ -61,6 +61,7 @@ def save_untrained() -> Callable[..., Path]:
 
     from slidecube.models.architectures import build_network, complete_arguments  # noqa: PLC0415
     from slidecube.models.registry import save_network  # noqa: PLC0415
+    from slidecube.pipeline.features import feature  # noqa: PLC0415
 
     def save(
         folder: Path,
@@ -89,7 +90,7 @@ def save_untrained() -> Callable[..., Path]:
             "licence": "CC0-1.0",
             "inputs": {
                 "names": names,
-                "units": ("1",) * len(names),
+                "units": tuple(feature(n).unit for n in names),
                 "mean": tuple(UNTRAINED.get(n, (0.0, 1.0))[0] for n in names),
                 "std": tuple(UNTRAINED.get(n, (0.0, 1.0))[1] for n in names),
             },
