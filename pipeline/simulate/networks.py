@@ -178,7 +178,7 @@ def networks(folder: Path, scale: Scale = FULL, *, workers: int = 2) -> Outcome:
     small = _train(folder, scale, "sim", sweep=only, whole_maps=True, workers=workers)
     post = _train(folder, scale, SINGLE_IMAGE, features=POST, whole_maps=True, workers=workers)
     models = {SINGLE: small.models[0], ENSEMBLE: small.models[1], SINGLE_IMAGE: post.models[0]}
-    if read_card(best.models[0]).identity != read_card(small.models[0]).identity:
+    if read_card(best.models[0]).weights != read_card(small.models[0]).weights:
         models = {"best single network": best.models[0], **models}
     drawn, rows = dict[str, Evaluation](), []
     for world in scale.of("test"):
