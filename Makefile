@@ -15,6 +15,7 @@ SIZE ?= default
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DATA ?= ../shared/data
+KEEP ?= networks
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c \
 	'import sys; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
 
@@ -50,6 +51,11 @@ simulation-report: $(VENV)/.dev ## Score the detectors on simulated archives of 
 ablation: $(VENV)/.dev ## Score features, and preprocessing step by step, on simulated archives; SEEDS="0 1", SIZE=small
 	@"$(BIN)/python" -m slidecube.pipeline.simulate.ablation docs/ablation.md $(SEEDS)
 	@"$(BIN)/python" -m slidecube.pipeline.simulate.steps docs/preprocessing.md --size "$(SIZE)" $(SEEDS)
+
+.PHONY: networks
+networks: $(VENV)/.dev ## Train, choose and judge networks on simulated worlds, kept in KEEP=networks: docs/networks.md
+	@"$(BIN)/python" -m slidecube.pipeline.simulate.networks docs/networks.md --out "$(KEEP)" \
+		--ship models/shipped --workers "$(WORKERS)"
 
 .PHONY: real-data
 real-data: $(VENV)/.dev ## Make docs/real-data.md, its numbers and pictures from DATA, the folder of real fixtures

@@ -258,7 +258,7 @@ def model_card(
         min_area_m2=card.output.min_area_m2 if min_area_m2 is None else min_area_m2,
         weights_sha256=weights_digest(card),
         content_sha256=card.identity,
-        training=card.description,
+        training=f"{'SIMULATED scenes. ' if card.simulated else ''}{card.description}",
         metrics=headline(card),
         licence=card.licence,
         source=card.source,

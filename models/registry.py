@@ -162,7 +162,7 @@ def save_network(
     Raises ModelError for a card that is not allowed, and where the folder holds another model already.
     """
     weights = Weights(file=file, sha256=sha256(content).hexdigest())
-    made = _card_of(card, weights=weights)
+    made = card_of(card, weights=weights)
 
     def fill(partial: Path) -> None:
         write_whole(partial / file, content)
@@ -189,7 +189,7 @@ def save_ensemble(folder: Path, members: Sequence[Path], card: Mapping[str, Any]
         address if addresses.count(address) == 1 else f"{address}-{one.identity[:8]}"
         for address, one in zip(addresses, cards, strict=True)
     ]
-    made = _card_of(
+    made = card_of(
         card,
         members=tuple(
             Member(folder=name, identity=one.identity) for name, one in zip(names, cards, strict=True)
@@ -228,7 +228,8 @@ def require_same(card: NetworkCard, there: NetworkCard, folder: Path) -> None:
     )
 
 
-def _card_of(fields: Mapping[str, Any], **made: Any) -> NetworkCard:
+def card_of(fields: Mapping[str, Any], **made: Any) -> NetworkCard:
+    """Make a card of fields as a user or a training gives them. Raises ModelError, in one line, for what is wrong."""
     tables = {"slidecube": metadata.version("slidecube"), **fields, **made}
     try:
         return NetworkCard(**tables)

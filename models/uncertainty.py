@@ -1,6 +1,6 @@
-"""How sure a probability is: its entropy, the spread of several of them, and views of one patch (test-time augmentation).
+"""How sure a probability is: its entropy, the spread of several, and views of one patch (test-time augmentation).
 
-Axes: m member or view, b batch, c channel, y row, x column.
+Axes: m member, v view, b batch, f feature, y row, x column.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.special
 
-ASPECT = "aspect_deg"
-"""The feature whose values turn with the image: degrees clockwise from north, rows to the south, columns to the east."""
+from slidecube.models.augment import can_turn, mirrored, turned
 
 
 def entropy_bits(probability: np.ndarray) -> np.ndarray:
@@ -27,7 +26,7 @@ def entropy_bits(probability: np.ndarray) -> np.ndarray:
 
 def spread(probability_m: np.ndarray) -> np.ndarray:
     """Standard deviation over the members (axis 0), of the members themselves and not of a population (ddof 0)."""
-    return np.asarray(probability_m, np.float64).std(axis=0).astype(np.float32)
+    return np.asarray(np.asarray(probability_m, np.float64).std(axis=0), np.float32)
 
 
 def mutual_information_bits(probability_m: np.ndarray) -> np.ndarray:
@@ -38,61 +37,53 @@ def mutual_information_bits(probability_m: np.ndarray) -> np.ndarray:
     members = np.asarray(probability_m, np.float64)
     total = entropy_bits(members.mean(axis=0)).astype(np.float64)
     own = np.stack([entropy_bits(p) for p in members]).astype(np.float64).mean(axis=0)
-    return np.maximum(total - own, 0).astype(np.float32)
+    return np.asarray(np.maximum(total - own, 0), np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A patch as it would look from elsewhere: mirrored left to right, and then turned by quarters against the clock.
+    """A patch as it would look from elsewhere: mirrored east to west, then turned by quarters against the clock.
 
-    aspect_channels : places of `aspect_deg` among the channels
+    names : of the features; those that are directions turn with the ground (`augment`)
     """
 
-    flip: bool
+    names: tuple[str, ...]
+    mirror: bool
     quarters: int
-    aspect_channels: tuple[int, ...] = ()
 
-    def see(self, x_bcyx: np.ndarray) -> np.ndarray:
-        """Turn patches, square, in the features' units and before their normalisation; a copy."""
-        seen = x_bcyx[..., ::-1] if self.flip else x_bcyx
-        seen = np.ascontiguousarray(np.rot90(seen, self.quarters, axes=(-2, -1)))
-        for channel in self.aspect_channels:
-            seen[:, channel] = self.aspect_deg(seen[:, channel])
-        return seen
+    def see(self, x_bfyx: np.ndarray) -> np.ndarray:
+        """Turn patches, square, in the features' units and before they are normalised; a copy."""
+        return np.stack([self._seen(x_fyx) for x_fyx in x_bfyx])
 
-    def aspect_deg(self, aspect_deg: np.ndarray) -> np.ndarray:
-        """Turn directions: mirrored, east is west; a quarter against the clock takes 90 degrees off."""
-        turned = 360 - aspect_deg if self.flip else aspect_deg
-        return np.asarray((turned - 90 * self.quarters) % 360, aspect_deg.dtype)
+    def _seen(self, x_fyx: np.ndarray) -> np.ndarray:
+        seen = mirrored(x_fyx, self.names) if self.mirror else x_fyx
+        return turned(seen, self.names, self.quarters)
 
     def back(self, map_byx: np.ndarray) -> np.ndarray:
         """Turn maps of a view back to where they belong."""
         found = np.rot90(map_byx, -self.quarters, axes=(-2, -1))
-        return np.ascontiguousarray(found[..., ::-1] if self.flip else found)
+        return np.ascontiguousarray(found[..., ::-1] if self.mirror else found)
 
 
 def tta_views(names: Sequence[str]) -> tuple[View, ...]:
-    """Return the eight symmetries of a square, the patch as it is first; names : of the features, in order.
+    """Return the symmetries of a square, the patch as it is first; names : of the features, in order.
 
-    What has a direction other than `aspect_deg` cannot be turned: layover, shadow and incidence of a radar, and the
-    light of the sun, come from one side. Such features are seen as they are, as they were in training.
+    Eight of them, or four where a feature is one part of a direction without the other, which no quarter turn can be
+    computed of. A radar's view and the light of the sun are seen as they are, as they were in training.
     """
-    aspect = tuple(i for i, name in enumerate(names) if name == ASPECT)
+    quarters = range(4) if can_turn(names) else (0, 2)
     return tuple(
-        View(flip=flip, quarters=quarters, aspect_channels=aspect)
-        for flip in (False, True)
-        for quarters in range(4)
+        View(names=tuple(names), mirror=mirror, quarters=q) for mirror in (False, True) for q in quarters
     )
 
 
 def with_tta(
-    logits_of: Callable[[np.ndarray], np.ndarray], x_bcyx: np.ndarray, views: Sequence[View]
+    logits_of: Callable[[np.ndarray], np.ndarray], x_bfyx: np.ndarray, views: Sequence[View]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probability as the mean over views, and its spread: (b, y, x) float32 each.
+    """Mean over views of the logits, which are then calibrated as those of one view, and the spread of probabilities.
 
-    logits_of : (b, c, y, x) in the features' units -> (b, y, x) logits
+    logits_of : (b, f, y, x) in the features' units -> (b, y, x) logits. Returns (b, y, x) float32 each.
     """
-    seen_mbyx = np.stack(
-        [scipy.special.expit(view.back(logits_of(view.see(x_bcyx)))).astype(np.float32) for view in views]
-    )
-    return seen_mbyx.mean(axis=0, dtype=np.float64).astype(np.float32), spread(seen_mbyx)
+    seen_vbyx = np.stack([view.back(logits_of(view.see(x_bfyx))) for view in views])
+    mean_byx = seen_vbyx.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean_byx, spread(scipy.special.expit(seen_vbyx))

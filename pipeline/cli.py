@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from slidecube.pipeline.cli_models import models
+from slidecube.pipeline.cli_train import train
+
 if TYPE_CHECKING:
     from slidecube.catalog.aoi import Aoi
     from slidecube.pipeline.doctor import Check
@@ -184,14 +187,15 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("file", type=TomlFile, default=Path("slidecube.toml"))
-def init(file: Path) -> None:
+@click.argument("file", type=TomlFile, required=False)
+@click.option("--training", is_flag=True, help="Of a training of networks, in place of a run.")
+def init(file: Path | None, *, training: bool) -> None:
     """Write a commented TOML to start from."""
     from slidecube.pipeline.errors import PipelineError
 
-    template = (
-        resources.files("slidecube.pipeline").joinpath("init_template.toml").read_text(encoding="utf-8")
-    )
+    file = file or Path("training.toml" if training else "slidecube.toml")
+    name = "train_template.toml" if training else "init_template.toml"
+    template = resources.files("slidecube.pipeline").joinpath(name).read_text(encoding="utf-8")
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(template)
@@ -199,7 +203,10 @@ def init(file: Path) -> None:
         raise PipelineError(f"{file} is there already, and is left as it is; name another file") from None
     except (FileNotFoundError, NotADirectoryError):
         raise PipelineError(f"{file.parent} is not a folder; make it first") from None
-    click.echo(f"wrote {file}; name your area and epochs in it, then: slidecube plan {file}")
+    if training:
+        click.echo(f"wrote {file}; name your data in it, then: slidecube train {file} --dry-run")
+    else:
+        click.echo(f"wrote {file}; name your area and epochs in it, then: slidecube plan {file}")
 
 
 @cli.command()
@@ -333,6 +340,9 @@ def submit(file: Path, *, profile: str | None, dry_run: bool) -> None:
     prepared = prepare(load_config(file), profile=profile)
     sent = send(prepared) if prepared.jobs and not dry_run else None
     click.echo(submission_text(prepared, sent))
+
+
+cli.add_command(train)
 
 
 @cli.command()
@@ -541,6 +551,9 @@ def features(*, as_text: bool, as_json: bool, name: str | None, source: str | No
     if source is not None:
         require_source(spec, source, find_source(source).bands)
     click.echo(json.dumps(list(spec.names)) if as_json else "\n".join(spec.names))
+
+
+cli.add_command(models)
 
 
 @cli.command()

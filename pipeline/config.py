@@ -11,7 +11,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,6 +24,7 @@ from slidecube.catalog.scenes import Window
 from slidecube.catalog.sources import is_raster
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
+from slidecube.models.backends import Backend, Dtype
 from slidecube.models.devices import Device
 from slidecube.pipeline.composite import METHODS
 from slidecube.pipeline.errors import PipelineError
@@ -119,6 +120,10 @@ def _features(value: object) -> object:
     return tuple(names)
 
 
+Distinct = BeforeValidator(_distinct)
+FeatureNames = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_features)
+]
 Days = Annotated[InstanceOf[Window], BeforeValidator(_window)]
 Season = Annotated[InstanceOf[Window], BeforeValidator(_season)]
 Day = Annotated[dt.date, BeforeValidator(_day)]
@@ -559,10 +564,24 @@ class Cube(_Section):
     )
 
 
+def _models(value: object) -> object:
+    """Take one name, or a list of them as a tuple; a list of one is that one."""
+    named = [value] if isinstance(value, str) else value
+    if not isinstance(named, list) or not named or not all(isinstance(text, str) and text for text in named):
+        raise ValueError  # the description says what is allowed
+    found = _distinct(named)
+    assert isinstance(found, tuple)
+    return found[0] if len(found) == 1 else found
+
+
 class Detect(_Section):
     """Which model looks for landslides; what is left out is the model card's."""
 
-    model: str = Field("rdndvi", min_length=1, description="a model's name, such as 'rdndvi'")
+    model: Annotated[str | tuple[str, ...], BeforeValidator(_models)] = Field(
+        "rdndvi",
+        description="a model's name, such as 'rdndvi', 'sim-small' or 'sim-small@1', the path of a model's folder, "
+        "such as './sim-small@1', or a list of networks, none twice, which are averaged",
+    )
     threshold: float | None = Field(
         None,
         gt=0,
@@ -588,6 +607,16 @@ class Detect(_Section):
     )
     device: Device = Field(
         "cpu", description='"cpu" or "cuda", on which a network detects; a GPU gives other last digits'
+    )
+    backend: Backend | None = Field(
+        None,
+        description='"torch", "compile" or "onnx", by which a network is computed; left out, the profile\'s, else '
+        '"torch"',
+    )
+    dtype: Dtype | None = Field(
+        None,
+        description='"float32", "bfloat16" or "float16", in which a network is computed; left out, the profile\'s, '
+        'else "float32"',
     )
     landslide_clusters: (
         dict[
@@ -808,12 +837,27 @@ class Config:
             "fit": {"statistics": self.fit.statistics, **self.fit_terms()},
             # whoever names no features and no layers has the keys of before they could be named
             "detect": self.detect.model_dump(
-                mode="json", exclude=set() if self.detect.features else {"features"}
-            ),
+                mode="json",
+                exclude={k for k in ("features", "backend", "dtype") if not getattr(self.detect, k)},
+            )
+            | {"model": self._model_terms()},
             **({"layers": self._layer_terms()} if self.layers else {}),
             **({"land_cover": self._land_cover_terms()} if self.land_cover else {}),
             **self.ground_terms(),
         }
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models that detect, as they are named; a path made absolute."""
+        named = self.detect.model
+        return tuple(
+            str(self.resolve(text)) if is_path(text) else text
+            for text in ((named,) if isinstance(named, str) else named)
+        )
+
+    def _model_terms(self) -> str | list[str]:
+        """Models as they are named: what a folder holds is pinned when the plan is made, and counts there."""
+        return self.models[0] if isinstance(self.detect.model, str) else list(self.models)
 
     def ground_terms(self) -> dict[str, Any]:
         """Strata of the ground that are not the default's."""
@@ -912,7 +956,7 @@ def load_config(path: str | Path, *, base: Path | None = None) -> Config:
         raise PipelineError(f"{path}: {refusal(error, tables, Sections)}") from None
     config = Config(**dict(sections), path=path.resolve(), text=text, base=folder)
     _check_across(path, config)
-    return config
+    return _with_profile(path, config)
 
 
 def _read_text(path: Path) -> str:
@@ -952,10 +996,19 @@ def _check_across(path: Path, config: Config) -> None:
             TileGrid(crs=area.crs, resolution_m=area.resolution_m, tile_px=config.cube.tile_px)
         except CatalogError as error:
             raise PipelineError(f"{path}: area.crs: {error}") from None
+
+
+def _with_profile(path: Path, config: Config) -> Config:
+    """Let the profile say how networks are computed where [detect] leaves it open: it is a part of what is made."""
     try:
-        load_profile(config.cluster.profile, base=config.base)
+        profile = load_profile(config.cluster.profile, base=config.base)
     except ClusterError as error:
         raise PipelineError(f"{path}: cluster.profile: {error}") from None
+    said = {"backend": profile.backend, "dtype": profile.dtype}
+    open_ones = {key: value for key, value in said.items() if value and getattr(config.detect, key) is None}
+    if not open_ones:
+        return config
+    return replace(config, detect=config.detect.model_copy(update=open_ones))
 
 
 def _check_layers(path: Path, config: Config) -> None:
@@ -977,6 +1030,11 @@ def _check_layers(path: Path, config: Config) -> None:
             raise PipelineError(
                 f"{path}: land_cover: epoch {epoch.name!r} has no pre window, and land cover is that before the event"
             )
+
+
+def is_path(text: str) -> bool:
+    """Tell the path of a model's folder from its name."""
+    return "/" in text or text.startswith((".", "~"))
 
 
 def _is_geometry(text: str) -> bool:

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import scipy.ndimage
-import xarray as xr
 
+from slidecube.catalog.grid import Tile
 from slidecube.cluster.runner import TileTask
-from slidecube.models.predict import Detector, predict
+from slidecube.models.predict import Detector, WindowedDetector, predict
 from slidecube.pipeline import visibility
 from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.coregistration import shift_numbers
@@ -26,7 +26,7 @@ from slidecube.pipeline.inventory import (
 from slidecube.pipeline.ledger import Record
 from slidecube.pipeline.masks import SNOW_NODATA
 from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
-from slidecube.pipeline.run_plan import RunPlan, coregistration_of, halo_px, minimum_size_px
+from slidecube.pipeline.run_plan import EpochPlan, RunPlan, coregistration_of, halo_px, minimum_size_px
 from slidecube.pipeline.tasks import TileContext, fitted_statistics, layer_ledger, store_tile
 from slidecube.pipeline.terrain import SLOPE_NODATA
 
@@ -39,39 +39,9 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
             raise PipelineError(
                 f"Layer {name} is not done on tile {tile.key}; the tile is detected when it is"
             )
-    fitted = fitted_statistics(plan, epoch)
-    detector = fitted.detector.on(plan.config.detect.device)
-    card = detector.card
-    minimum_px = minimum_size_px(card.min_area_m2, plan.grid.resolution_m)
-    halo = halo_px(card, plan.grid)
-    window = PixelWindow.of_tile(plan.grid, tile).padded(halo)
-    layers = read_layers(plan, epoch.name, window, mnf=fitted.mnf)
-    inside = aoi_mask(plan, window)
-    probability = _quantised(
-        _probability(plan, detector, layers, window, inside=inside, threads=context.threads)
-    )
-    held = coregistration_of(plan.config, card)
-    seen, reason = _observable(layers, probability, exclude_px=held.exclude_px if held else 0.0)
-    probability[~(seen & inside)] = PROBABILITY_NODATA
-    hit = (probability != PROBABILITY_NODATA) & (
-        probability >= math.ceil(card.threshold / PROBABILITY_SCALE - 1e-9)
-    )
-    kept = without_small(hit, minimum_px)
-    core = np.s_[halo : halo + tile.geobox.shape[0], halo : halo + tile.geobox.shape[1]]
-    seen, inside, reason = seen[core], inside[core], reason[core]
-    judged = np.where(seen, Observability.OBSERVED, Observability.NOT_OBSERVABLE)
-    observability = np.where(inside, judged, Observability.OUTSIDE_AOI).astype(np.uint8)
-    data = {
-        "probability": np.ascontiguousarray(probability[core]),
-        "spread": np.full(tile.geobox.shape, PROBABILITY_NODATA, np.uint16),  # one member has none
-        "landslide": np.where(observability == Observability.OBSERVED, kept[core], LANDSLIDE_NODATA).astype(
-            np.uint8
-        ),
-        "observability": observability,
-        "ground": ground_of(plan, epoch, PixelWindow.of_tile(plan.grid, tile)),
-        "reason": np.where(observability == Observability.NOT_OBSERVABLE, reason, 0).astype(np.uint8),
-    }
+    data, layers = map_tile(plan, epoch, tile, threads=context.threads)
     checksums, size = store_tile(plan, task, data, context)
+    observability = data["observability"]
     numbers = {value.name.lower(): int((observability == value).sum()) for value in Observability}
     counts = np.bincount(data["reason"].ravel(), minlength=len(Reason))
     numbers |= {f"reason {i:d}": int(counts[i]) for i in Reason if i and counts[i]}
@@ -89,6 +59,48 @@ def detect_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     )
 
 
+def map_tile(
+    plan: RunPlan, epoch: EpochPlan, tile: Tile, *, threads: int
+) -> tuple[dict[str, np.ndarray], Layers]:
+    """Map one tile of one epoch: what the inventory stores of it, (y, x) by variable, and the layers that it is of."""
+    fitted = fitted_statistics(plan, epoch)
+    detector = fitted.detector.on(plan.config.detect.device)
+    card = detector.card
+    minimum_px = minimum_size_px(card.min_area_m2, plan.grid.resolution_m)
+    halo = halo_px(card, plan.grid)
+    window = PixelWindow.of_tile(plan.grid, tile).padded(halo)
+    layers = read_layers(plan, epoch.name, window, mnf=fitted.mnf)
+    inside = aoi_mask(plan, window)
+    found = _predicted(plan, detector, layers, window, inside=inside, threads=threads)
+    probability = _quantised(found["probability"])
+    held = coregistration_of(plan.config, card)
+    seen, reason = _observable(layers, probability, exclude_px=held.exclude_px if held else 0.0)
+    probability[~(seen & inside)] = PROBABILITY_NODATA
+    hit = (probability != PROBABILITY_NODATA) & (
+        probability >= math.ceil(card.threshold / PROBABILITY_SCALE - 1e-9)
+    )
+    kept = without_small(hit, minimum_px)
+    core = np.s_[halo : halo + tile.geobox.shape[0], halo : halo + tile.geobox.shape[1]]
+    spread = np.full(tile.geobox.shape, PROBABILITY_NODATA, np.uint16)  # one member has none
+    if "spread" in found:
+        spread = _quantised(found["spread"][core])
+        spread[probability[core] == PROBABILITY_NODATA] = PROBABILITY_NODATA
+    seen, inside, reason = seen[core], inside[core], reason[core]
+    judged = np.where(seen, Observability.OBSERVED, Observability.NOT_OBSERVABLE)
+    observability = np.where(inside, judged, Observability.OUTSIDE_AOI).astype(np.uint8)
+    data = {
+        "probability": np.ascontiguousarray(probability[core]),
+        "spread": spread,
+        "landslide": np.where(observability == Observability.OBSERVED, kept[core], LANDSLIDE_NODATA).astype(
+            np.uint8
+        ),
+        "observability": observability,
+        "ground": ground_of(plan, epoch, PixelWindow.of_tile(plan.grid, tile)),
+        "reason": np.where(observability == Observability.NOT_OBSERVABLE, reason, 0).astype(np.uint8),
+    }
+    return data, layers
+
+
 def without_small(hit_yx: np.ndarray, minimum_px: int) -> np.ndarray:
     """Remove objects (8-connected) of fewer pixels.
 
@@ -104,7 +116,7 @@ def without_small(hit_yx: np.ndarray, minimum_px: int) -> np.ndarray:
     return kept
 
 
-def _probability(
+def _predicted(
     plan: RunPlan,
     model: Detector,
     layers: Layers,
@@ -112,17 +124,25 @@ def _probability(
     *,
     inside: np.ndarray,
     threads: int,
-) -> np.ndarray:
-    """Probability in a window, block by block on the lattice.
+) -> dict[str, np.ndarray]:
+    """What a model says of a window, on the lattice: name -> (y, x) float32, NaN where it says nothing.
 
     Outside the area of interest nothing is known: how much of it the tiles hold depends on their size, and a pixel's
-    surroundings must not.
+    surroundings must not. Of a network's context, which is large, nothing is asked.
     """
     block_px = plan.grid.block_px
     features = features_of(model.card.inputs, layers, window, block_px=block_px, threads=threads)
-    known = features.where(xr.DataArray(inside, dims=("y", "x"))).chunk(window.chunks(block_px))
-    found = predict(model, known, origin_px=(window.row, window.col))["probability"].data
-    return by_block({"probability": found}, threads)["probability"]
+    for values in features.values():
+        values.to_numpy()[~inside] = np.nan
+    at = (window.row, window.col)
+    if not isinstance(model, WindowedDetector):
+        probability = predict(model, features.chunk(window.chunks(block_px)), origin_px=at)["probability"]
+        return by_block({"probability": probability.data}, threads)
+    context = model.card.window_px // 2
+    found = predict(model, features, origin_px=at, margin_px=context, threads=threads)
+    return {
+        str(name): np.pad(array.to_numpy(), context, constant_values=np.nan) for name, array in found.items()
+    }
 
 
 def _quantised(probability: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from slidecube.catalog.grid import TileGrid
 from slidecube.models.card import ModelCard
+from slidecube.models.network_cost import NetworkCost
 from slidecube.pipeline.composite import COMPILED, STRIP_PX
 from slidecube.pipeline.config import Config, Cube
 from slidecube.pipeline.features import required_variables
@@ -32,6 +33,7 @@ _SHADOW_GB = 0.05  # heights 10 km around a block, and lines through them
 _DETECT_BYTES_PER_PX = 30  # masks, probabilities and their graph, beside layers and features
 _NETWORK_GB = 0.5  # torch, once it is imported
 _SECONDS_PER_MPX_NETWORK = 0.3  # of the dense encoder, units of the lattice included
+_WINDOW_COPIES = 1.5  # of what one window's maps hold at once: what the kernels lay out beside them
 _SECONDS_PER_PATCH_EPOCH = 7e-6
 _PATCH_COPIES = 3.5  # as gathered, standardised, and one tile's beside them
 _RADAR_VARIABLES = 8
@@ -84,9 +86,11 @@ def estimate(
     dates: Mapping[str, Mapping[str, int]],
     radar_dates: Mapping[str, Mapping[str, int]] | None = None,
     rasters: Mapping[str, int] | None = None,
+    network: NetworkCost | None = None,
 ) -> Estimate:
     """Estimate a run.
 
+    network : what it costs, None for what has none of its own card
     card : of the model; tiles, scenes : how many; dates, radar_dates : layer -> tile -> number of scenes read
     rasters : layer of the TOML -> number of rasters that its tiles read, in all
     """
@@ -102,7 +106,7 @@ def estimate(
     stored = tiles * tile_mpx * (len(dates) * kept * 2 + 8 + 2 * shapes + epochs * 7) / _COMPRESSION
     seconds = tile_mpx * (
         reads * (bands + opinions) * _SECONDS_PER_MPX_BAND_DATE
-        + tiles * epochs * (_SECONDS_PER_MPX_DETECT + (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK)
+        + tiles * epochs * (_SECONDS_PER_MPX_DETECT + _network_seconds(grid, card, network))
     )
     if config.land_cover is not None:
         seconds += tile_mpx * tiles * epochs * _SECONDS_PER_MPX_CLASSIFY
@@ -123,6 +127,7 @@ def estimate(
     if sun.correction != "none":  # each band corrected, and the light of each date
         block += grid.block_px**2 * most * (bands * 2 + 4) / 1e9
     block = max(block + sun.cast_shadow * _SHADOW_GB, radar.block_gb)
+    window = _WINDOW_COPIES * network.window_gb if network else 0.0
     return Estimate(
         tiles=tiles,
         scenes=scenes,
@@ -141,13 +146,13 @@ def estimate(
             + (config.cube.composite in COMPILED) * _COMPILER_GB
             + max(
                 tile_mem_gb(grid.tile_px, bands=kept - _EXTRA, dates=most) + block,
-                detect_mem_gb(grid.tile_px, card) + strata_mem_gb(config) + block,
+                detect_mem_gb(grid.tile_px, card, network) + strata_mem_gb(config) + max(block, window),
                 radar.tile_gb + block,
                 judge_mem_gb(grid.tile_px, block_px=grid.block_px, dates=most),
             ),
             2,
         ),
-        thread_mem_gb=round(block, 2),
+        thread_mem_gb=round(max(block, window), 2),
         fit_mem_gb=round(fit_mem_gb(card), 2),
         cpu_hours=round((seconds + radar.seconds) / 3600, 3),
     )
@@ -232,11 +237,25 @@ def radar_block_mem_gb(*, block_px: int, dates: int) -> float:
     return block_px**2 * dates * (2 * 4 + 4 + 2 * 8 + 2) / 1e9 + _RADAR_GEOMETRY_GB
 
 
-def detect_mem_gb(tile_px: int, card: ModelCard) -> float:
-    """Working set of one tile's detection: the stored variables that are read, and the features, twice."""
+def detect_mem_gb(tile_px: int, card: ModelCard, network: NetworkCost | None = None) -> float:
+    """Working set of one tile's detection: the stored variables that are read, and the features, twice.
+
+    Of a network, with its context around the tile: features and their standardised copy; and its weights.
+    """
     stored = sum(len(names) + 1 for names in required_variables(card.inputs).values() if names)
     per_px = stored * 2 + len(card.inputs.names) * 4 * 2 + _DETECT_BYTES_PER_PX
-    return tile_px**2 * per_px / 1e9 + (card.window_px > 1) * _NETWORK_GB
+    if network is None:
+        return tile_px**2 * per_px / 1e9 + (card.window_px > 1) * _NETWORK_GB
+    side_px = tile_px + card.window_px - 1
+    return side_px**2 * (per_px + network.channels * 4) / 1e9 + _NETWORK_GB + network.weights_gb
+
+
+def _network_seconds(grid: TileGrid, card: ModelCard, network: NetworkCost | None) -> float:
+    """Seconds that a network takes for a megapixel of tiles, those of windows that reach over their edges included."""
+    if network is None:
+        return (card.window_px > 1) * _SECONDS_PER_MPX_NETWORK
+    # a window that crosses an edge is computed for both tiles: half its side on either
+    return network.seconds_per_mpx * (1 + card.window_px / 2 / grid.tile_px) ** 2
 
 
 def strata_mem_gb(config: Config) -> float:

@@ -127,7 +127,7 @@ def _results(folder: Place) -> list[Place]:
 
 def sample_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     """Take the tile's part of the sample."""
-    epoch, tile, card = plan.by_epoch[task.epoch], plan.by_tile[task.tile], plan.model.card
+    epoch, tile, card = plan.by_epoch[task.epoch], plan.by_tile[task.tile], plan.card
     statistics = plan.workspace.statistics(task.layer)
     mnf = read_images(plan, statistics)
     margin = card.window_px // 2
@@ -176,7 +176,7 @@ def _learn(
     folder = plan.workspace.statistics(epoch.stat_key)
     said = content_key([said_of(mnf[image]) for image in sorted(mnf)])
     made = run_step(plan, epoch, run_tasks, step=Step(stage="sample", names=[".npz"], terms=(said,)))
-    drawn = gather(made, plan.model.card.sample_patches)
+    drawn = gather(made, plan.card.sample_patches)
     with kept_file(folder / f"{_TRAINING}{said}.safetensors") as (checkpoint, keep):
 
         def told(done: int, total: int) -> None:

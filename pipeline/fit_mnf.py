@@ -44,7 +44,7 @@ def moments_tile(plan: RunPlan, task: TileTask, context: TileContext) -> Record:
     inside, codes = aoi_mask(plan, window), stratum_codes(plan, window)
     layers = read_layers(plan, epoch.name, window)
     numbers, checksums = {}, {}
-    for image in mnf_images(plan.model.card.inputs):
+    for image in mnf_images(plan.card.inputs):
         whole, strata = _moments(plan, image, layers, inside, codes)
         require_lock(plan, context)
         files = {f"{tile.key}-{image}.json": whole.to_json()}
@@ -106,7 +106,7 @@ def fit_images(
 
     Returns the fits, and what the manifest says of strata: {} without any.
     """
-    images = mnf_images(plan.model.card.inputs)
+    images = mnf_images(plan.card.inputs)
     if not images:
         return {}, {}
     folder = plan.workspace.statistics(epoch.stat_key)
@@ -138,7 +138,7 @@ def fit_images(
 
 def read_images(plan: RunPlan, folder: Place) -> dict[str, StratifiedMnf]:
     """Read the MNF of each image that the plan's model reads components of."""
-    return {image: read_mnf(folder, image) for image in mnf_images(plan.model.card.inputs)}
+    return {image: read_mnf(folder, image) for image in mnf_images(plan.card.inputs)}
 
 
 def said_of(mnf: StratifiedMnf) -> list[str]:
@@ -229,7 +229,7 @@ def _block_steps(
     )
     blended_yx = np.maximum.reduce([weight.values for weight in layers.strata.data_vars.values()]) < 1
     out: dict[str, dict[str, np.ndarray]] = {}
-    for image, count in mnf_images(plan.model.card.inputs).items():
+    for image, count in mnf_images(plan.card.inputs).items():
         bands = mnf_image(image, layers).where(known)
         both = {
             kind: fits[image].components(bands, weights, suffix=image, count=count)

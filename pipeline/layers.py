@@ -187,7 +187,7 @@ def create_stores(made: RunPlan) -> None:
             "slidecube:grid": made.grid.key,
             "slidecube:tile_px": tile_px,
             "slidecube:first_tile": [int(made.tiles.rows.min()), int(made.tiles.cols.min())],
-            "slidecube:model": made.model.card.address,
+            "slidecube:model": made.card.address,
         },
     )
     finish_inventory(inventory, geobox=extent, epochs=[e.name for e in made.epochs])

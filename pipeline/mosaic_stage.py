@@ -15,9 +15,11 @@ import pandas as pd
 
 from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import SOURCES
+from slidecube.models.uncertainty import entropy_bits
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.fit_state import fit_state
 from slidecube.pipeline.ground import SHIFTS, yes_no
+from slidecube.pipeline.inventory import PROBABILITY_NODATA, PROBABILITY_SCALE
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.lineage import (
     Lineage,
@@ -27,6 +29,7 @@ from slidecube.pipeline.lineage import (
     is_simulated,
     slidecube_version,
 )
+from slidecube.pipeline.model_stac import write_model_item
 from slidecube.pipeline.mosaic import TileRasters, label_objects
 from slidecube.pipeline.open import detected, open_detected
 from slidecube.pipeline.plan_dem import dem_facts
@@ -93,7 +96,7 @@ def mosaic_run(
                 _tiles(plan, epoch, index),
                 frame=plan.grid.frame,
                 epoch=epoch.name,
-                model=plan.model.card.address,
+                model=plan.card.address,
                 detect_key=epoch.detect_key,
             )
         )
@@ -106,6 +109,7 @@ def mosaic_run(
     formats = [f for f in plan.config.output.formats if f != "report"]
     fence()
     with staged(folder, root=plan.workspace.root) as local:
+        network = write_model_item(plan, local, folder) if "stac" in formats else None
         paths = write_products(
             local,
             objects=objects,
@@ -115,7 +119,9 @@ def mosaic_run(
             formats=formats,
             footprint=plan.aoi.to_crs("EPSG:4326"),
             shifts=shift_table(plan),
+            network=network,
         )
+        paths |= {} if network is None else {"network": network}
         products = sorted(str(path.relative_to(local)) for path in paths.values())
         fence()  # before a bucket is given them
     if "report" in plan.config.output.formats:
@@ -200,7 +206,7 @@ def lineage(plan: RunPlan) -> Lineage:
                     href=_self_href(scene.item),
                     image=scene.role in {"optical", "radar"},
                 )
-    card = plan.model.card
+    card = plan.card
     substituted = _substitutions(plan)
     used = {scene.source for scene in plan.scenes} | {entry.source for entry in substituted}
     licences, attributions = {}, []
@@ -237,6 +243,7 @@ def lineage(plan: RunPlan) -> Lineage:
             "metrics": card.metrics,
             "source": card.source,
             "licence": card.licence,
+            **({"content_sha256": card.content_sha256} if card.content_sha256 else {}),
         },
         keys={
             **{f"detect {e.name}": e.detect_key for e in plan.epochs},
@@ -307,6 +314,15 @@ def _window(plan: RunPlan, layer: str) -> Any:
     return window
 
 
+def _entropy_of(probability: np.ndarray) -> np.ndarray:
+    """Entropy of a stored probability, stored as it is: uint16 of 1e-4 bits, and the same nodata."""
+    bits = np.full(PROBABILITY_NODATA + 1, PROBABILITY_NODATA, np.uint16)
+    most = round(1 / PROBABILITY_SCALE)
+    bits[: most + 1] = np.round(entropy_bits(np.arange(most + 1) / most) / PROBABILITY_SCALE)
+    found: np.ndarray = bits[probability]
+    return found
+
+
 def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]:
     """Detected tiles of an epoch, one at a time, with what the objects' attributes are made of."""
     inventory = plan.workspace.inventory(plan.inventory)
@@ -344,6 +360,7 @@ def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]
             attributes={
                 "probability": stored["probability"],
                 "spread": stored["spread"],
+                "entropy": _entropy_of(stored["probability"]),
                 **{name: yes_no(stored["ground"], name) for name in SHIFTS if name != "slope_class"},
                 **layer,
             },

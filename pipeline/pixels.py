@@ -97,6 +97,7 @@ def read_layers(
     *,
     mnf: Mapping[str, StratifiedMnf] | None = None,
     also: Mapping[str, tuple[str, ...]] | None = None,
+    inputs: FeatureSpec | None = None,
 ) -> Layers:
     """Read what the plan's model needs in a window, as far as it is done; a tile counts only if its record does.
 
@@ -106,11 +107,13 @@ def read_layers(
 
     mnf : the frozen MNF of each image that the features need one of
     also : further variables by side, of `features.SIDES`
+    inputs : features that are to be made in place of the model's
     """
     made = plan.by_epoch[epoch]
-    needed = required_variables(plan.model.card.inputs)
+    card = plan.card if inputs is None else replace(plan.card, inputs=inputs)
+    needed = required_variables(card.inputs)
     read = {}
-    held = coregistration_of(plan.config, plan.model.card)
+    held = coregistration_of(plan.config, card)
     margin = margin_px(held.exclude_px) if held is not None and held.correct else 0
     radar_alone = not needed["pre"] and not needed["post"] and bool(needed["radar_post"])
     for side in (side for side in SIDES if side != "auxiliary"):

@@ -19,7 +19,10 @@ from slidecube.catalog.aoi import Aoi, read_aoi
 from slidecube.catalog.failover import Sought, seek
 from slidecube.catalog.grid import TileGrid, Tiles, choose_crs
 from slidecube.catalog.scenes import Scene, SceneTable, Window, footprints
+from slidecube.models.ensembles import Ensemble
 from slidecube.models.errors import ModelError
+from slidecube.models.network import Network
+from slidecube.models.network_cost import cost_of
 from slidecube.models.predict import Detector
 from slidecube.pipeline.config import Config
 from slidecube.pipeline.coregistration import margin_px
@@ -27,11 +30,13 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import estimate
 from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
+from slidecube.pipeline.model_registry import adopt, chosen_network, require_adopted
 from slidecube.pipeline.plan_dem import search_dem
 from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_plan
 from slidecube.pipeline.plan_keys import (
     around_tiles,
     auxiliary_layer_plan,
+    computed_terms,
     dem_reach_m,
     detect_key_of,
     land_cover_layer_plan,
@@ -49,6 +54,7 @@ from slidecube.pipeline.run_plan import (
     EpochPlan,
     LayerPlan,
     RunPlan,
+    computed_as_configured,
     coregistration_of,
     fit_terms,
     halo_px,
@@ -97,8 +103,10 @@ def _require_halo(config: Config, model: Detector, grid: TileGrid) -> None:
     held = coregistration_of(config, model.card)
     halo = halo_px(model.card, grid) + (margin_px(held.exclude_px) if held and held.correct else 0)
     if halo > grid.tile_px:
+        context = model.card.window_px // 2
+        network = f", {context} px of it for the windows of {model.card.address}" if context else ""
         raise PipelineError(
-            f"min_area_m2={model.card.min_area_m2:g} needs a halo of {halo} px, wider than a tile of "
+            f"min_area_m2={model.card.min_area_m2:g} needs a halo of {halo} px{network}, wider than a tile of "
             f"{grid.tile_px} px; lower it or raise tile_px"
         )
 
@@ -114,11 +122,11 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     known = index.runs.get(f"{config.stem} {content_key(config.science())}")
     if known and not refresh and (workspace.plan(known) / "plan.json").exists():
         found = read_plan(workspace, known, config=config)
+        _require_network(found)
         index.remember(workspace, found)
         return replace(found, reused_scenes=True)
     with _of_the_toml(config):
-        model = model_of(config)
-        _require_statistics(workspace, config, model)
+        model = _model(config, workspace)
     aoi = read_aoi(config.aoi)
     crs = config.area.crs or choose_crs(aoi)
     grid = TileGrid(crs=crs, resolution_m=config.area.resolution_m, tile_px=config.cube.tile_px)
@@ -156,6 +164,22 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     return replace(made, reused_scenes=reused)
 
 
+def _model(config: Config, workspace: Workspace) -> Detector:
+    """Build or find the detector; a network is adopted when all that can be said of it by now is in order."""
+    with chosen_network(config, workspace) as chosen:
+        model = computed_as_configured(model_of(config, chosen.detector if chosen else None), config)
+        _require_statistics(workspace, config, model)
+        if chosen is not None:
+            adopt(workspace, chosen.folder, chosen.card)
+    return model
+
+
+def _require_network(made: RunPlan) -> None:
+    """Say once what every tile would say: the network is not in the workspace any more, or is another one."""
+    if made.network is not None:
+        require_adopted(made.workspace, made.network)
+
+
 def _points(config: Config, grid: TileGrid, tiles: Tiles) -> Points | None:
     settings = config.land_cover
     if settings is None:
@@ -172,6 +196,7 @@ def named_plan(config: Config, run: str) -> RunPlan:
     """
     workspace = Workspace.at(config.workspace)
     found = read_plan(workspace, run)
+    _require_network(found)
     same = found.config.science() == config.science()
     return replace(found, config=config if same else found.config, reused_scenes=True)
 
@@ -348,7 +373,10 @@ def _assemble(
     inventory_key = content_key(
         "inventory", [[e.name, e.detect_key] for e in epochs], grid.key, extent, outline
     )
-    digest = content_key("plan", SCHEMA_VERSION, config.science(), scenes.digest, tiles.keys)
+    content = model.card.content_sha256  # of a network; its name may mean another one tomorrow
+    digest = content_key(
+        "plan", SCHEMA_VERSION, config.science(), scenes.digest, tiles.keys, *([content] if content else [])
+    )
     return RunPlan(
         run=f"{config.stem}-{digest[:8]}",
         workspace=workspace,
@@ -364,6 +392,7 @@ def _assemble(
         inventory=f"{config.stem}-{model.card.name}-{inventory_key[:8]}",
         strata=_strata(config, grid, tiles),
         points=points,
+        network=model.card if content else None,
         estimate=estimate(
             config,
             grid,
@@ -373,6 +402,7 @@ def _assemble(
             dates=_dates(layers, reads, scenes, "optical"),
             radar_dates=_dates(layers, reads, scenes, "radar"),
             rasters=_rasters(layers, reads),
+            network=cost_of(model) if isinstance(model, Network | Ensemble) else None,
         ),
     )
 
@@ -493,7 +523,7 @@ def _epoch_plan(
             model.card,
             stat_key,
             chosen,
-            device=config.detect.device,
+            computed=computed_terms(model, config.detect.device),
             held=held,
             ground=config.ground_terms(),
         ),

@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyogrio
 from slidecube.catalog.aoi import Aoi
 from slidecube.catalog.grid import TileGrid, Tiles
 from slidecube.catalog.scenes import SceneTable, Window
+from slidecube.models.card import FeatureSpec, ModelCard
 from slidecube.pipeline.config import Config, load_config
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate
@@ -87,7 +88,7 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
     return RunPlan(
         run=folder.name,
         workspace=workspace,
-        config=config or load_config(folder / "run.toml", base=Path(raw["base"])),
+        config=config or _as_planned(load_config(folder / "run.toml", base=Path(raw["base"])), raw),
         aoi=Aoi(name=raw["aoi"], geometry=frame.geometry.iloc[0]),
         grid=grid,
         tiles=tiles,
@@ -100,7 +101,14 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
         estimate=Estimate(**raw["estimate"]),
         strata=Strata.read(folder, raw["strata"]) if raw.get("strata") else None,
         points=_points_from(raw.get("points")),
+        network=_network_from(raw["model"]),
     )
+
+
+def _as_planned(config: Config, raw: dict[str, Any]) -> Config:
+    """Let a network be computed as the plan's keys say, whatever became of the profile since."""
+    planned = {key: raw["science"]["detect"].get(key) for key in ("backend", "dtype")}
+    return replace(config, detect=config.detect.model_copy(update=planned))
 
 
 class _Reads(Mapping[str, tuple[int, ...]]):
@@ -247,7 +255,7 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
             }
             for la in made.layers
         ],
-        "model": asdict(made.model.card) | {"parameters": dict(made.model.card.parameters)},
+        "model": asdict(made.card) | {"parameters": dict(made.card.parameters)},
         "points": None if made.points is None else asdict(made.points),
         "scenes_digest": made.scenes.digest,
         "schema_version": SCHEMA_VERSION,
@@ -256,6 +264,13 @@ def _plan_json(made: RunPlan) -> dict[str, Any]:
         "tiles": len(made.tiles),
         **({"strata": list(made.strata.names)} if made.strata else {}),
     }
+
+
+def _network_from(entry: dict[str, Any]) -> ModelCard | None:
+    if not entry.get("content_sha256"):
+        return None
+    inputs = FeatureSpec(names=tuple(entry["inputs"]["names"]), version=entry["inputs"]["version"])
+    return ModelCard(**entry | {"inputs": inputs})
 
 
 def _points_from(entry: dict[str, Any] | None) -> Points | None:

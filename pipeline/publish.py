@@ -74,12 +74,14 @@ def write_products(
     formats: Sequence[str] = FORMATS,
     footprint: BaseGeometry | None = None,
     shifts: gpd.GeoDataFrame | None = None,
+    network: Path | None = None,
 ) -> dict[str, Path]:
     """Write an inventory's products and the STAC item that lists them.
 
     objects : by `polygons.SCHEMA`; inventory : (epoch, y, x), opened decoded or as stored
     inventory_path : Zarr group to list among the item's assets; footprint : of the item, longitude and latitude
     shifts : between the images of each epoch, by block; written as a table where there are any
+    network : item of the network that detected, to which the inventory's leads; None for a rule
     Returns asset key -> path ("objects", "shifts", "geopackage", "<epoch>/probability", ..., "item").
     Raises PipelineError for an unknown format.
     """
@@ -99,7 +101,9 @@ def write_products(
     if "stac" in formats:
         assets = made if inventory_path is None else {**made, "inventory": inventory_path}
         at = out_dir / "stac" / f"{lineage.name}.json"
-        item = inventory_item(lineage, geobox=geobox_of(inventory), assets=assets, at=at, footprint=footprint)
+        item = inventory_item(
+            lineage, geobox=geobox_of(inventory), assets=assets, at=at, footprint=footprint, network=network
+        )
         at.parent.mkdir(exist_ok=True)
         write_atomic(at, item_text(item))
         made["item"] = at

@@ -430,7 +430,7 @@ def _block_wise(plan: RunPlan, layer: LayerPlan) -> list[str]:
     cube = plan.config.cube
     if layer.kind == "radar":
         return [""] if cube.radar.speckle_window_px else []
-    held = coregistration_of(plan.config, plan.model.card)
+    held = coregistration_of(plan.config, plan.card)
     moved = [e.name for e in plan.epochs if e.pre == layer.name] if held is not None and held.correct else []
     return moved or ([""] if cube.sun.correction != "none" else [])
 

@@ -123,7 +123,7 @@ def write_plan_report(
         quality=quality_of(plan),
     )
     if picture is not None:
-        title = f"{plan.inventory}: {plan.model.card.address}, unreviewed"
+        title = f"{plan.inventory}: {plan.card.address}, unreviewed"
         with staged(picture.parent) as local:
             render_picture(
                 local / picture.name,

@@ -241,7 +241,7 @@ class _Driver:
         waiting = unfitted(self.plan)
         if waiting and not self.reasons:
             raise PipelineError(
-                f"Nothing is fitted yet for epoch {waiting[0].name!r}, and {self.plan.model.card.address} learns from "
+                f"Nothing is fitted yet for epoch {waiting[0].name!r}, and {self.plan.card.address} learns from "
                 "the cube; run `slidecube fit` first"
             )
         unfit = {epoch.name for epoch in waiting}

@@ -17,7 +17,7 @@ from slidecube.catalog.radar import OrbitState
 from slidecube.catalog.scenes import Scene, SceneTable, Window
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
-from slidecube.models.predict import Detector
+from slidecube.models.predict import Detector, WindowedDetector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.models.zoo import build_model
 from slidecube.pipeline.composite import Compositing, WindowEnd
@@ -26,6 +26,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import Estimate, compares_images
 from slidecube.pipeline.feature_sets import require_known, require_source
 from slidecube.pipeline.features import MNF_BANDS, mnf_images, required_variables
+from slidecube.pipeline.model_registry import load_adopted
 from slidecube.pipeline.points import Points
 from slidecube.pipeline.series import SERIES_VARIABLES
 from slidecube.pipeline.store import Workspace
@@ -99,6 +100,7 @@ class RunPlan:
     keys : layer -> tile -> key of its task; reads : layer -> tile -> positions in `scenes` of what is read
     strata : that are fitted apart, None where the whole is fitted
     points : of which a land cover is learnt, None without one
+    network : card of the network that was adopted into the workspace, None for a rule and for what learns from the cube
     reused_scenes : the scene list came from an earlier plan, nothing was searched
     """
 
@@ -117,6 +119,7 @@ class RunPlan:
     estimate: Estimate = field(repr=False)
     strata: Strata | None = None
     points: Points | None = field(default=None, repr=False)
+    network: ModelCard | None = None
     reused_scenes: bool = False
 
     @cached_property
@@ -136,8 +139,15 @@ class RunPlan:
 
     @cached_property
     def model(self) -> Detector:
-        """The detector, built from the configuration."""
-        return model_of(self.config)
+        """The detector, built from the configuration, or loaded from the workspace."""
+        if self.network is None:
+            return model_of(self.config)
+        return computed_as_configured(load_adopted(self.workspace, self.network), self.config)
+
+    @cached_property
+    def card(self) -> ModelCard:
+        """Card of the detector; a network is not loaded for it."""
+        return self.network or self.model.card
 
     @cached_property
     def aoi_shape(self) -> shapely.Geometry:
@@ -165,7 +175,7 @@ class RunPlan:
 
     def series_variables(self) -> tuple[str, ...]:
         """Stored variables of an optical layer that tell of its dates' NDVI."""
-        return series_variables(self.model.card)
+        return series_variables(self.card)
 
     def layer_settings(self, layer: str) -> Layer | None:
         """Settings of a layer of the TOML, or of a classified land cover; None for every other layer."""
@@ -176,14 +186,17 @@ class RunPlan:
 
     def terrain_variables(self) -> tuple[str, ...]:
         """Stored variables of the terrain layer."""
-        return terrain_variables(self.model.card, self.config)
+        return terrain_variables(self.card, self.config)
 
 
-def model_of(config: Config) -> Detector:
-    """Build the configured detector, and check that the cube will hold what it reads."""
+def model_of(config: Config, network: Detector | None = None) -> Detector:
+    """Build the configured detector, and check that the cube will hold what it reads.
+
+    network : the one that the configuration names, None for a model of the zoo
+    """
     detect = config.detect
-    model = build_model(
-        detect.model,
+    model = network or build_model(
+        config.models[0],
         threshold=detect.threshold,
         min_area_m2=detect.min_area_m2,
         parameters=detect.parameters,
@@ -221,6 +234,12 @@ def model_of(config: Config) -> Detector:
             )
     _require_clusters(model, detect.landslide_clusters)
     return model
+
+
+def computed_as_configured(model: Detector, config: Config) -> Detector:
+    """Return a network with the backend and the dtype of the configuration; other models as they are."""
+    detect = config.detect
+    return model.computed_by(detect.backend, detect.dtype) if isinstance(model, WindowedDetector) else model
 
 
 def compositing(config: Config, *, event_at: WindowEnd | None) -> Compositing:

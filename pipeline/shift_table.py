@@ -34,7 +34,7 @@ def shift_table(plan: RunPlan) -> gpd.GeoDataFrame:
 
     Columns as `SHIFT_SCHEMA` describes them.
     """
-    held = coregistration_of(plan.config, plan.model.card)
+    held = coregistration_of(plan.config, plan.card)
     side_m, corner = plan.grid.block_px * plan.grid.resolution_m, plan.grid.frame.affine
     rows, outlines = [], []
     for wanted in wanted_of(plan, "detect") if held is not None else ():
@@ -56,7 +56,7 @@ def shift_table(plan: RunPlan) -> gpd.GeoDataFrame:
 
 def shift_sums(shifts: Sequence[Shift | None], plan: RunPlan) -> dict[str, Any]:
     """Count blocks by verdict, and tell the median and the largest length in pixels, None where there is none."""
-    held = coregistration_of(plan.config, plan.model.card)
+    held = coregistration_of(plan.config, plan.card)
     if held is None:
         return {}
     verdicts = Counter(s.verdict(held.warn_px, held.exclude_px) if s else "unmeasured" for s in shifts)

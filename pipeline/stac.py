@@ -138,12 +138,13 @@ def inventory_item(
     assets: Mapping[str, Path],
     at: Path,
     footprint: BaseGeometry | None = None,
+    network: Path | None = None,
 ) -> pystac.Item:
     """Describe an inventory as one STAC 1.1 item; nothing is written.
 
     assets : key -> file or Zarr folder, there already; at : where the item will lie, to which hrefs are relative
     footprint : area of interest, longitude and latitude, split at the antimeridian as RFC 7946 asks; left out, it is
-        the outline of the grid's pixels
+        the outline of the grid's pixels; network : item of the network that detected, None for a rule
     """
     shape = outline_lonlat(geobox) if footprint is None else footprint
     item = pystac.Item(
@@ -163,6 +164,11 @@ def inventory_item(
             item.add_link(
                 pystac.Link("derived_from", scene.href, media_type=pystac.MediaType.GEOJSON, title=scene.id)
             )
+    if network is not None:  # so that MLM asks to be told of
+        href = Path(os.path.relpath(network, at.parent)).as_posix()
+        item.add_link(
+            pystac.Link("derived_from", href, media_type=pystac.MediaType.GEOJSON, title=network.stem)
+        )
     item.set_self_href(str(at))
     return item
 

@@ -83,6 +83,11 @@ class Workspace:
         """Folder of a plan."""
         return self.root / "plans" / run
 
+    @property
+    def models(self) -> Place:
+        """Folder of the networks that were adopted."""
+        return self.root / "models"
+
     def statistics(self, stat_key: str) -> Place:
         """Folder of what was fitted to the layers of an epoch."""
         return self.root / "statistics" / stat_key

@@ -177,7 +177,7 @@ def _gpu_remarks(made: RunPlan, array: Array) -> list[str]:
     Raises PipelineError when every tile would fail: it wants a GPU and gets none, or its workers are not installed.
     """
     ask, device = array.detect, made.config.detect.device
-    network = made.model.card.window_px > 1
+    network = made.card.window_px > 1
     asked = bool(ask.gpus) or any("gpu" in directive for directive in ask.directives)
     if network and device == "cuda" and not asked:
         raise PipelineError(
@@ -186,7 +186,7 @@ def _gpu_remarks(made: RunPlan, array: Array) -> list[str]:
         )
     require_gpu_workers(array)
     if ask.gpus and not network:
-        return [f"detect: model {made.model.card.address} has no network, its GPU would idle; set gpus = 0"]
+        return [f"detect: model {made.card.address} has no network, its GPU would idle; set gpus = 0"]
     if ask.gpus and device != "cuda":
         return [
             f'detect: device = "{device}" leaves its GPU idle; set device = "cuda" in [detect], or gpus = 0'

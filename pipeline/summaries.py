@@ -39,6 +39,7 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         + (" (scene list of an earlier plan, nothing searched)" * made.reused_scenes),
         f"area        {made.aoi.name}: {tiles} in {grid.crs}",
         f"inventory   {made.inventory}",
+        *_network_line(made),
         f"scenes      {len(made.scenes)}, newest of the provider: {newest}",
         *(f"sources     {line}" for line in sourcing_lines(made.scenes.sourcing)),
         *["warning     `slidecube plan --refresh` asks again"]
@@ -56,6 +57,15 @@ def plan_summary(made: RunPlan, *, newest: str) -> str:
         + (f"; the fit {cost.fit_mem_gb:.1f} GB where it is started" if cost.fit_mem_gb else ""),
     ]
     return "\n".join(lines)
+
+
+def _network_line(made: RunPlan) -> list[str]:
+    """Say which network was adopted; a rule says nothing."""
+    card = made.network
+    if card is None:
+        return []
+    said = f", {card.metrics}" if card.metrics else ""
+    return [f"network     {card.address}, {card.content_sha256[:12]}: {card.architecture}{said}"]
 
 
 def _uncovered(made: RunPlan) -> list[str]:

@@ -54,6 +54,66 @@ def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def save_untrained() -> Callable[..., Path]:
+    """Save a network with drawn weights, (folder, names, **settings) -> folder; equal settings give equal bytes."""
+    import safetensors.torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    from slidecube.models.architectures import build_network, complete_arguments  # noqa: PLC0415
+    from slidecube.models.registry import save_network  # noqa: PLC0415
+    from slidecube.pipeline.features import feature  # noqa: PLC0415
+
+    def save(
+        folder: Path,
+        names: tuple[str, ...] = ("rdndvi", "slope_deg"),
+        *,
+        architecture: str = "resunet",
+        arguments: dict[str, Any] | None = None,
+        window_px: int = 64,
+        margin_px: int = 8,
+        seed: int = 0,
+        **fields: Any,
+    ) -> Path:
+        small = {"width": 4, "depth": 2} if architecture == "resunet" else {}
+        complete = {**complete_arguments(architecture, names, arguments), **small, **(arguments or {})}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = build_network(architecture, len(names), complete)
+            for statistic in (b for n, b in module.named_buffers() if n.endswith("running_mean")):
+                statistic.normal_(0, 0.1)
+        tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+        name, _, version = folder.name.partition("@")
+        card = {
+            "name": name,
+            "version": int(version or 1),
+            "description": "drawn weights, of a test",
+            "licence": "CC0-1.0",
+            "inputs": {
+                "names": names,
+                "units": tuple(feature(n).unit for n in names),
+                "mean": tuple(UNTRAINED.get(n, (0.0, 1.0))[0] for n in names),
+                "std": tuple(UNTRAINED.get(n, (0.0, 1.0))[1] for n in names),
+            },
+            "architecture": {
+                "name": architecture,
+                "arguments": complete,
+                "window_px": window_px,
+                "margin_px": margin_px,
+            },
+            "output": {"threshold": 0.5, "min_area_m2": 2000.0},
+            **fields,
+        }
+        save_network(folder, card, safetensors.torch.save(tensors))
+        return folder
+
+    return save
+
+
+UNTRAINED = {"rdndvi": (0.0, 30.0), "slope_deg": (20.0, 10.0)}
+"""Mean and standard deviation of features of a network that nobody trained."""
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """Address of a real S3 server on this machine, in a process of its own."""
     with socket.socket() as free:

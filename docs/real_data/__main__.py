@@ -15,6 +15,7 @@ import document
 import flanders
 import flanders_clusters
 import kaikoura
+import networks
 import offsets
 import patches
 import sao_tome
@@ -31,6 +32,7 @@ SECTIONS = (
     slovenia,
     flanders_clusters,
     patches,
+    networks,
     offsets,
     sao_tome,
 )

@@ -27,7 +27,7 @@ def measure(shared: Path, scratch: Path, images: Path | None = None) -> dict[str
     found: dict[str, Any] = {"models": {}}
     maps = {}
     for model in MODELS:
-        plan = _run(shared, scratch, model)
+        plan = run_model(shared, scratch, model)
         folder = plan.workspace.statistics(plan.epochs[0].stat_key)
         said = json.loads((folder / "clusters.json").read_text(encoding="utf-8"))
         objects = gpd.read_parquet(plan.workspace.products(plan.inventory) / "landslides.parquet")
@@ -46,7 +46,8 @@ def measure(shared: Path, scratch: Path, images: Path | None = None) -> dict[str
     return found
 
 
-def _run(shared: Path, scratch: Path, model: str) -> RunPlan:
+def run_model(shared: Path, scratch: Path, model: str) -> RunPlan:
+    """Plan and run a model on the greenest composites, through the command line."""
     flanders.prepare(shared, scratch, "greenest")
     text = (scratch / "greenest.toml").read_text(encoding="utf-8")
     toml = scratch / f"{model}.toml"

@@ -229,7 +229,7 @@ def test_the_pipeline_learns_what_it_needs():
         "parameters": {},
         "weights_sha256": SHA,
         "content_sha256": card.identity,
-        "training": "a network of a test",
+        "training": "SIMULATED scenes. a network of a test",
         "metrics": "F1 0.600 (simulated)",
         "licence": "CC-BY-4.0",
         "source": "",

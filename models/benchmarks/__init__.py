@@ -1,0 +1,1 @@
+"""Public benchmarks as patches; their archives are the user's own."""
