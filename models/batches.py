@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from slidecube.models.errors import ModelError
+from slidecube.models.network import EXTREME
 from slidecube.models.patches import IGNORE, LANDSLIDE, STABLE, UNLABELLED, Patches
 
 T = TypeVar("T")
@@ -137,9 +138,11 @@ class _Moments:
 
 
 def normalise(x_fyx: np.ndarray, mean: np.ndarray, std: np.ndarray, out: np.ndarray) -> None:
-    """Write (value - mean) / std in float32, and 0, the mean, where the value is unknown."""
-    np.subtract(x_fyx, mean[:, None, None], out=out)
-    np.divide(out, std[:, None, None], out=out)
+    """Write (value - mean) / std in float32, and 0, the mean, where the value is unknown: as `network.standardised`."""
+    with np.errstate(over="ignore"):
+        np.subtract(x_fyx, mean[:, None, None], out=out)
+        np.divide(out, std[:, None, None], out=out)
+    np.clip(out, -EXTREME, EXTREME, out=out)
     np.nan_to_num(out, copy=False, nan=0.0)
 
 

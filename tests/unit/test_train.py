@@ -24,9 +24,10 @@ from torch import nn
 from slidecube.models import architectures
 from slidecube.models import train as training_loop
 from slidecube.models.architectures import Architecture
-from slidecube.models.batches import Sampler, ahead, survey
+from slidecube.models.batches import Sampler, ahead, normalise, survey
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
+from slidecube.models.network import standardised
 from slidecube.models.patches import IGNORE, LANDSLIDE, UNLABELLED
 from slidecube.models.thresholds import best_threshold, histogram
 from slidecube.models.train import (
@@ -584,6 +585,16 @@ def test_normalisation_is_that_of_all_known_pixels(tmp_path):
     made = go(tmp_path, replace(QUICK, epochs=1))
     np.testing.assert_allclose(made.mean, np.nanmean(x_nfyx, axis=(0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(made.std, np.nanstd(x_nfyx, axis=(0, 2, 3)), rtol=1e-6)
+
+
+def test_a_network_learns_from_the_very_numbers_that_it_will_read():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(3, 70, 70)) * 1e3).astype(np.float32)
+    x[rng.random(x.shape) < 0.1], x[0, 0, 0] = np.nan, 3e38
+    mean, std = np.float32([0.1, -7, 900]), np.float32([0.3, 40, 1e-3])
+    out = np.empty_like(x)
+    normalise(x, mean, std, out)
+    np.testing.assert_array_equal(out, standardised(x, mean.tolist(), std.tolist()).transpose(2, 0, 1))
 
 
 def test_a_survey_of_some_patches_is_of_the_same_ones_each_time_and_of_constants_1():
