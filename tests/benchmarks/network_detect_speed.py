@@ -2,7 +2,8 @@
 
 The bare loop cuts windows out of standardised planes and computes them, and does nothing else. Then the other backends
 and dtypes, each with its largest difference in probability to torch in float32; and, where it is installed (extra
-`bench`), terratorch's tiled inference around the same module. Bound (issue 6): .9 of the bare loop's throughput or more. Noise stands for a cube: no accuracy is in it.
+`bench`), terratorch's tiled inference around the same module. Bound (issue 6): .9 of the bare loop's throughput or
+more. Noise stands for a cube: no accuracy is in it.
 Usage: make bench, or python tests/benchmarks/network_detect_speed.py [--side 1024] [--architecture resunet]
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,12 @@ def terratorch_way(network: Network, x_cyx: np.ndarray, side_px: int) -> None:
         tiled_inference(module, core, out_channels=1, h_crop=px, w_crop=px, h_stride=stride, w_stride=stride)
 
 
+def detected(network: Network, cube: xr.Dataset) -> np.ndarray:
+    """Probability of a cube in memory."""
+    found: np.ndarray = predict(network, cube)["probability"].to_numpy()
+    return found
+
+
 def timed(what: Callable[[], Any]) -> tuple[float, Any]:
     """Least of a few times, in seconds, and the last answer."""
     seconds, found = [], None
@@ -116,7 +124,7 @@ def main() -> None:
     mpx = given.side**2 / 1e6
     print(f"{given.architecture}, windows of {given.window} px, margins of {given.margin} px, one core")
     print(f"{'bare torch loop':<24} {loop_s / mpx:8.2f} s/Mpx")
-    taken, found = timed(lambda: predict(network, cube)["probability"].to_numpy())
+    taken, found = timed(partial(detected, network, cube))
     print(
         f"{'predict, float32':<24} {taken / mpx:8.2f} s/Mpx {loop_s / taken:6.2f} of the bare loop's throughput"
     )
@@ -128,7 +136,7 @@ def main() -> None:
         except ModelError as error:
             print(f"{backend}: {error}")
             continue
-        other_s, p = timed(lambda other=other: predict(other, cube)["probability"].to_numpy())
+        other_s, p = timed(partial(detected, other, cube))
         name = f"predict, {backend} {dtype or 'float32'}"
         apart = float(np.nanmax(np.abs(p - found)))
         print(
