@@ -42,6 +42,7 @@ class Profile:
 
     name : of its file; runner : what starts the workers; workers : tiles in work at once; worker : resources of each
     deadline_min : how long one tile may take, None = as long as it likes
+    backend, dtype : by which networks detect where [detect] leaves it open, "" = its own defaults
     options : of the runner's own table in the file, such as [jobqueue]
     """
 
@@ -50,6 +51,8 @@ class Profile:
     workers: int
     worker: Resources
     deadline_min: float | None = None
+    backend: str = ""
+    dtype: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -150,6 +153,8 @@ class ProfileFile(_Table):
     deadline_min: float | None = Field(240.0, gt=0)
     address: str = ""
     wait_min: float = Field(10.0, gt=0)
+    backend: Literal["", "torch", "compile", "onnx"] = ""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     jobqueue: JobQueue | None = None
     kubernetes: Kubernetes | None = None
     array: Array | None = None
@@ -227,6 +232,8 @@ def load_profile(
         workers=n,
         worker=Resources(cpus=threads, mem_gb=memory, gpus=file.gpus, time_min=file.time_min),
         deadline_min=file.deadline_min,
+        backend=file.backend,
+        dtype=file.dtype,
         options=options,
     )
 

@@ -218,7 +218,7 @@ def validation_batches(
     mean: np.ndarray,
     std: np.ndarray,
     batch: int,
-    device: str,
+    device: torch.device,
     channels_last: bool = True,
     loaders: int = 2,
 ) -> Iterator[tuple[Sequence[int], Batch]]:
@@ -226,7 +226,7 @@ def validation_batches(
 
     def make(part: Sequence[int]) -> tuple[Sequence[int], Batch]:
         x_bfyx, y_byx = empty_batch(
-            batch, len(mean), patches.patch_px, channels_last=channels_last, pinned=device != "cpu"
+            batch, len(mean), patches.patch_px, channels_last=channels_last, pinned=device.type != "cpu"
         )
         for i, index in enumerate(part):
             x_fyx, y_yx = read_patch(patches, index)

@@ -67,7 +67,7 @@ def fit_calibration(
 
 def judged_pixels(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Tell which pixels are judged: known to be stable or landslide, and with a finite logit."""
-    return ((labels == STABLE) | (labels == LANDSLIDE)) & np.isfinite(logits)
+    return np.asarray(((labels == STABLE) | (labels == LANDSLIDE)) & np.isfinite(logits))
 
 
 def require_both(landslide: np.ndarray) -> None:
@@ -75,13 +75,13 @@ def require_both(landslide: np.ndarray) -> None:
     hits = int(landslide.sum())
     if hits == 0:
         raise ModelError(
-            f"Validation has no landslide pixel among {landslide.size} judged ones, so nothing can be calibrated, and no "
-            "threshold chosen; give it data with landslides"
+            f"Validation has no landslide pixel among {landslide.size} judged ones, so nothing can be calibrated and "
+            "no threshold chosen; give it data with landslides"
         )
     if hits == landslide.size:
         raise ModelError(
-            f"All {hits} judged pixels of validation are landslide, so nothing can be calibrated, and no threshold chosen; "
-            "give it ground without, or complete = true where the reference holds every landslide"
+            f"All {hits} judged pixels of validation are landslide, so nothing can be calibrated and no threshold "
+            "chosen; give it ground without, or complete = true where the reference holds every landslide"
         )
 
 
@@ -217,7 +217,7 @@ def bin_of(probability: np.ndarray) -> np.ndarray:
     """Bin of a probability; what lies beyond the outermost ones is counted there."""
     x = scipy.special.logit(np.asarray(probability, np.float64))
     at = np.floor((np.clip(x, -LOGIT_LIMIT, LOGIT_LIMIT) + LOGIT_LIMIT) / (2 * LOGIT_LIMIT) * BINS)
-    return np.minimum(at, BINS - 1).astype(np.int64)
+    return np.asarray(np.minimum(at, BINS - 1), np.int64)
 
 
 def threshold_of_bin(index: int) -> float:
@@ -261,9 +261,9 @@ def choose_threshold(
     if not len(enough):
         best = int(np.argmax(np.where(hits > 0, share, -1)))
         raise ModelError(
-            f"No threshold has a precision of {precision:g} where landslides cover {100 * prevalence:g} % of the ground: "
-            f"on validation the highest is {share[best]:.3g}, with a recall of {recall[best]:.3g} from "
-            f"{threshold_of_bin(best):.3g}; lower precision in [threshold], or take rule = 'max-f1'"
+            f"No threshold has a precision of {precision:g} where landslides cover {100 * prevalence:g} % of the land: "
+            f"on validation the highest is {share[best]:.3g}, with a recall of {recall[best]:.3g} "
+            f"from {threshold_of_bin(best):.3g}; lower precision in [threshold], or take rule = 'max-f1'"
         )
     first = int(enough[0])
     return Chosen(

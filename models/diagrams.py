@@ -65,7 +65,7 @@ def write_performance_diagram(path: Path, points: Sequence[Point], *, title: str
     if points:
         axes.legend(loc="lower left", fontsize=7, framealpha=0.9)
     buffer = io.BytesIO()
-    canvas.print_png(buffer, metadata={"Software": None})
+    canvas.print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
     write_whole(path, buffer.getvalue())
 
 

@@ -33,12 +33,12 @@ class Choice:
 
 def pack(probability: np.ndarray) -> np.ndarray:
     """Keep probabilities in two bytes, within 1/131070; NaN, which is not judged, as 0."""
-    return np.round(np.nan_to_num(probability, nan=0.0) * FULL).astype(np.uint16)
+    return np.asarray(np.round(np.nan_to_num(probability, nan=0.0) * FULL), np.uint16)
 
 
 def unpack(kept: np.ndarray) -> np.ndarray:
     """Probabilities that were packed, float32."""
-    return (kept / np.float32(FULL)).astype(np.float32)
+    return np.asarray(kept / np.float32(FULL), np.float32)
 
 
 def ranking(scores: Sequence[float]) -> list[int]:

@@ -100,6 +100,16 @@ class Ensemble:
         require_device(device)
         return replace(self, members=tuple(member.on(device) for member in self.members))
 
+    @property
+    def backend(self) -> str:
+        """What computes its members; one from elsewhere may need another one than the rest."""
+        return "+".join(sorted({member.backend for member in self.members}))
+
+    @property
+    def dtype(self) -> str:
+        """In which numbers its members are computed."""
+        return "+".join(sorted({member.dtype for member in self.members}))
+
     def computed_by(self, backend: Backend | None, dtype: Dtype | None) -> Self:
         """Return it with other backends or another dtype; see `Network.computed_by`."""
         return replace(self, members=tuple(member.computed_by(backend, dtype) for member in self.members))

@@ -78,7 +78,7 @@ class Tally:
     ) -> tuple[int, int, int, int]:
         with np.errstate(invalid="ignore"):
             called_yx = probability_yx >= self.threshold  # NaN is not
-        truth, found = _matches(truth_yx, called_yx, judged_yx, min_px=1)
+        _, found = _matches(truth_yx, called_yx, judged_yx, min_px=1)
         objects, right = _matches(called_yx, truth_yx, judged_yx, min_px=self.min_area_px)
         _gather(self.object_ece, objects.means(probability_yx), right)
         return int(found.sum()), int((~found).sum()), int(right.sum()), int((~right).sum())

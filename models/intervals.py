@@ -19,7 +19,7 @@ LEVEL = 0.95
 RESAMPLES = 1_000
 
 MIN_REGIONS = 5
-"""Regions from which on they are what is drawn again: pixels of one event are alike, and of fewer a draw says nothing."""
+"""Regions from which on they are what is drawn again: pixels of one event are alike. Of fewer a draw says nothing."""
 
 
 def wilson(hits: int, trials: int, *, level: float = LEVEL) -> Interval | None:

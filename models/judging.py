@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import safetensors.torch
+import torch
 from torch import nn
 
 from slidecube.models.architectures import build_network
 from slidecube.models.network_card import Argument
 from slidecube.models.patches import Patches
+from slidecube.models.pretrained import cached_weights, load_pretrained
 from slidecube.models.receptive import WINDOW_MAX_PX, receptive_px, window_for
 from slidecube.models.train import fixed_threads, logits_of
 from slidecube.models.weights import tensors_of
@@ -57,15 +60,42 @@ def logits_in_parts(
         yield part, *found
 
 
-def windows_of(network: TrainedNetwork, *, patch_px: int, threads: int = 1) -> tuple[int, int, int]:
-    """Return side and margin of the windows in which it maps, and the receptive field that was measured, in pixels.
+def windows_of(
+    architecture: str, arguments: Mapping[str, Argument], channels: int, *, patch_px: int
+) -> tuple[int, int, int]:
+    """Return side and margin of the windows in which it maps, and the receptive field that is measured, in pixels.
 
-    A field that reaches further than the window in which it is measured shows as the whole of it, so larger ones are
-    tried in turn: a small network is known at a sixteenth of the cost.
+    The field follows from the architecture alone, whatever was learnt.
     """
-    module, receptive, side = network.module(), 0, WINDOW_MAX_PX // 4
-    with fixed_threads(threads):
-        while not receptive and side <= WINDOW_MAX_PX:
-            receptive = receptive_px(module, len(network.mean), side)
-            side *= 2
+    receptive = _receptive_px(architecture, tuple(sorted(arguments.items())), channels)
     return *window_for(receptive, patch_px=patch_px), receptive
+
+
+@lru_cache(maxsize=64)
+def _receptive_px(architecture: str, arguments: tuple[tuple[str, Argument], ...], channels: int) -> int:
+    with fixed_threads(1), torch.random.fork_rng(devices=[]):
+        return receptive_px(build_network(architecture, channels, dict(arguments)), channels, WINDOW_MAX_PX)
+
+
+def initial_weights(
+    architecture: str,
+    arguments: Mapping[str, Argument],
+    channels: int,
+    *,
+    content: bytes | None,
+    seed: int,
+) -> bytes:
+    """Fresh weights, filled from a file of a network or an encoder as far as it goes: safetensors.
+
+    content : of the file; None = what the user's hub cache holds for the encoder
+    Raises ModelError where it fits nowhere, or the cache holds none.
+    """
+    if content is None:
+        content = cached_weights(str(arguments.get("encoder", architecture)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build_network(architecture, channels, arguments)
+    load_pretrained(module, content)
+    return safetensors.torch.save(
+        {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+    )

@@ -14,6 +14,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from slidecube.models.backends import Backend, Dtype
 from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device
 from slidecube.models.errors import ModelError
@@ -95,6 +96,20 @@ class WindowedDetector(Detector, Protocol):
     @property
     def variables(self) -> tuple[str, ...]:
         """What it says of a pixel: "probability" first, and "spread" where it has members."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """What computes it, see `backends.Backend`."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """In which numbers, see `backends.Dtype`."""
+        ...
+
+    def computed_by(self, backend: Backend | None, dtype: Dtype | None) -> Self:
+        """Return it with another backend or dtype; None = as it is. Raises ModelError for what cannot be."""
         ...
 
     def predict_region(

@@ -107,13 +107,12 @@ def _check(
         )
     for name, tensor in loaded.items():
         if tensor.shape != wanted[name].shape:
-            raise ModelError(
-                f"pretrained weights: {name} has the shape {tuple(tensor.shape)}, the network {tuple(wanted[name].shape)}"
-            )
-    if len(report.adapted) > 1:
-        raise ModelError(
-            f"pretrained weights differ in the channels of several layers: {_some(report.adapted)}"
-        )
+            shapes = f"{tuple(tensor.shape)}, the network's {tuple(wanted[name].shape)}"
+            raise ModelError(f"pretrained weights: the shape of {name} is {shapes}")
+    first = next(name for name, tensor in wanted.items() if tensor.ndim == 4)
+    for name in report.adapted:
+        if wanted[name].shape[1] != wanted[first].shape[1] or first not in report.adapted:
+            raise ModelError(f"pretrained weights: {name} has other channels, and is no first layer")
     missing = [name for name in report.fresh if name.startswith(prefix or "encoder.")]
     if missing:
         raise ModelError(f"pretrained weights leave a part of the encoder out: {_some(missing)}")
@@ -155,8 +154,10 @@ def _published(encoder: str) -> tuple[str, str | None]:
         if about is not None and about.hf_hub_id:
             return str(about.hf_hub_id), None
     else:
-        settings = segmentation_library().encoders.encoders[encoder]["pretrained_settings"]
+        settings: Mapping[str, Mapping[str, str]] = segmentation_library().encoders.encoders[encoder][
+            "pretrained_settings"
+        ]
         named = settings.get("imagenet") or next(iter(settings.values()), {})
         if "repo_id" in named:
-            return str(named["repo_id"]), str(named["revision"])
+            return named["repo_id"], named["revision"]
     raise ModelError(f"Encoder {encoder!r} has no published weights; name a file")

@@ -44,6 +44,7 @@ from slidecube.models.losses import loss_function
 from slidecube.models.network_card import Argument
 from slidecube.models.patches import Patches
 from slidecube.models.thresholds import best_threshold, empty_histogram, histogram
+from slidecube.models.together import ALONE, Peers, require_devices, run_together
 from slidecube.models.train_settings import AugmentSettings, TrainSettings
 from slidecube.models.training_state import Row, TrainingState, new_state
 from slidecube.models.weights import tensors_of
@@ -141,6 +142,7 @@ def train(
     that do not fit; and on the way: for a damaged patch, and a loss that is not finite.
     """
     require_device(settings.device)
+    require_devices(settings)
     _require_alike(training, validation)
     require_landslide(validation, "validation")
     job = Job(
@@ -153,38 +155,49 @@ def train(
         initial=initial,
         survey=survey(training, most=settings.survey_patches, seed=settings.seed),
     )
-    return run(job, progress or (lambda _: None))
+    told = progress or (lambda _: None)
+    if settings.processes > 1:
+        run_together(job, settings.processes, lambda news: told(Progress(**news)))
+    return run(job, told)
 
 
-def run(job: Job, told: Told) -> Trained:
-    """Run a checked training to its end."""
+def run(job: Job, told: Told, peers: Peers = ALONE) -> Trained:
+    """Run a checked training to its end; a finished one is taken from its state."""
     settings = job.settings
-    device = torch.device(settings.device)
+    device = peers.device(settings.device)
     with _one_at_a_time(settings, device), _in_one_line(settings):
         _seed_torch(device, settings.seed)
-        state = new_state(_network(job, device), settings, iterations=job.iterations, device=device)
+        module = peers.prepared(_network(job, device), device)
+        state = new_state(module, settings, iterations=job.iterations, device=device)
         unused = state.load(job.folder / STATE_FILE, job.origin)
-        if unused:
+        if unused and not peers.rank:
             told(Progress(text=f"{unused[0].upper()}{unused[1:]} and not used: the training starts anew"))
-        loop = _Loop(job, state, device)
-        while not state.ended(settings):
-            loop.epoch()
-            told(_news(state, settings))
-        loop.save()
+        if not state.ended(settings):
+            loop = _Loop(job, state, peers, device)
+            while not state.ended(settings):
+                loop.epoch()
+                if not peers.rank:
+                    told(_news(state, settings))
+            loop.save()
+            if settings.panel and not peers.rank:
+                _picture(job, state, device)
     return _trained(job, state)
 
 
 class _Loop:
     """The steps of a training and what is done between them."""
 
-    def __init__(self, job: Job, state: TrainingState, device: torch.device) -> None:
-        self.job, self.state, self.device, self.settings = job, state, device, job.settings
-        self.model: nn.Module = torch.compile(state.module) if job.settings.compile else state.module  # type: ignore[assignment]
-        self.loss = loss_function(
-            job.settings.loss, positive_weight=job.settings.positive_weight, prior=job.settings.prior
-        )
-        self.sampler = Sampler(patches=len(job.training), seed=job.settings.seed)
+    def __init__(self, job: Job, state: TrainingState, peers: Peers, device: torch.device) -> None:
+        self.job, self.state, self.peers, self.device = job, state, peers, device
+        self.settings = s = job.settings
+        model = peers.joined(state.module)
+        self.model: nn.Module = torch.compile(model) if s.compile else model  # type: ignore[assignment]
+        self.loss = loss_function(s.loss, positive_weight=s.positive_weight, prior=s.prior)
+        self.sampler = Sampler(patches=len(job.training), seed=s.seed)
         self.saved = time.monotonic()
+        self.write: Callable[[Row], None] = lambda _: None
+        if s.tensorboard and not peers.rank:
+            self.write = curves.open_events(job.folder / "tensorboard", done=len(state.rows))
 
     def epoch(self) -> None:
         """Do the steps that are left of an epoch, and judge it."""
@@ -207,7 +220,9 @@ class _Loop:
             "seconds": time.monotonic() - start,
         }
         state.close_epoch(row)
-        curves.write_history(self.job.folder / HISTORY_FILE, state.rows)
+        if not self.peers.rank:
+            curves.write_history(self.job.folder / HISTORY_FILE, state.rows)
+            self.write(row)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> torch.Tensor:
         """One step of the optimiser; returns the mean loss of its parts."""
@@ -218,11 +233,13 @@ class _Loop:
         total = torch.zeros((), device=self.device)
         for part in range(s.accumulate):
             x_bfyx, y_byx = next(batches)
-            _seed_torch(self.device, torch_seed(s.seed, step, part, 0))
-            with _autocast(s, self.device):
-                logits = self.model(x_bfyx)
-            loss = self.loss(logits.float(), y_byx) / s.accumulate
-            state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            _seed_torch(self.device, torch_seed(s.seed, step, part, self.peers.rank))
+            last = part == s.accumulate - 1
+            with nullcontext() if last else self.peers.apart(self.model):
+                with _autocast(s, self.device):
+                    logits = self.model(x_bfyx)
+                loss = self.loss(logits.float(), y_byx) / s.accumulate
+                state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         if s.clip_norm:
             state.scaler.unscale_(state.optimizer)
@@ -231,16 +248,17 @@ class _Loop:
         state.scaler.update()
         if state.average is not None:
             state.average.update_parameters(state.module)
-        return total
+        return self.peers.mean(total)
 
     def _batches(self, steps: range) -> Iterator[Batch]:
-        """Batches of steps, part after part, made in threads."""
+        """Batches of steps, part after part, this process's share of each, made in threads."""
         s = self.settings
-        draws = [
-            range(at := step * s.batch + part * s.part, at + s.part)
+        firsts = (
+            step * s.batch + (part * s.processes + self.peers.rank) * s.part
             for step in steps
             for part in range(s.accumulate)
-        ]
+        )
+        draws = (range(first, first + s.part) for first in firsts)
         for x_bfyx, y_byx in ahead(self._batch, draws, threads=s.loaders):
             yield x_bfyx.to(self.device, non_blocking=True), y_byx.to(self.device, non_blocking=True)
 
@@ -271,28 +289,30 @@ class _Loop:
     def _judged(self) -> Row:
         """Loss on validation, and F1 at its best threshold."""
         job, s = self.job, self.settings
-        counts, loss = empty_histogram(), 0.0
+        counts, loss = empty_histogram(), np.zeros(1)
         module = self.state.judged.eval()
+        self.peers.share_buffers(module)
         batches = validation_batches(
             job.validation,
-            range(len(job.validation)),
+            range(self.peers.rank, len(job.validation), self.peers.size),
             mean=job.survey.mean,
             std=job.survey.std,
             batch=s.part,
-            device=self.device.type,
+            device=self.device,
             channels_last=s.channels_last,
             loaders=s.loaders,
         )
         for part, logits_b1yx, y_byx in _logits(module, batches):
             counts += histogram(logits_b1yx.cpu().numpy(), y_byx.cpu().numpy())
             loss += float(self.loss(logits_b1yx, y_byx)) * len(part)
-        best = best_threshold(counts)
-        return {"validation_loss": loss / len(job.validation), **asdict(best)}
+        counts, loss = (self.peers.total(one, self.device) for one in (counts, loss))
+        return {"validation_loss": float(loss[0]) / len(job.validation), **asdict(best_threshold(counts))}
 
     def save(self) -> None:
         """Keep the state."""
         self._require_finite()
-        self.state.save(self.job.folder / STATE_FILE, self.job.origin)
+        if not self.peers.rank:
+            self.state.save(self.job.folder / STATE_FILE, self.job.origin)
         self.saved = time.monotonic()
 
     def _require_finite(self) -> None:
@@ -338,7 +358,7 @@ def logits_of(
         mean=np.asarray(mean, np.float32),
         std=np.asarray(std, np.float32),
         batch=batch,
-        device=device,
+        device=torch.device(device),
     )
     at = 0
     with fixed_threads(threads):
@@ -438,6 +458,31 @@ def _in_one_line(settings: TrainSettings) -> Iterator[None]:
             f"{settings.part} patch(es) at once are too few for this network's batch norm; raise batch, or lower "
             "accumulate or processes"
         ) from None
+
+
+def _picture(job: Job, state: TrainingState, device: torch.device) -> None:
+    """Draw the best and the worst validation patches of the best epoch, a part of them in memory at once."""
+    seen, patches, s = job.survey, job.validation, job.settings
+    module = state.judged
+    module.load_state_dict(state.best)
+    threshold = state.rows[state.best_row]["threshold"]
+
+    def logits(indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return logits_of(
+            module, seen.mean, seen.std, patches, indices, batch=s.part, device=str(device), threads=s.threads
+        )
+
+    parts = [range(i, min(i + 64, len(patches))) for i in range(0, len(patches), 64)]
+    f1 = np.concatenate([curves.f1_of_patches(*logits(part), threshold) for part in parts])
+    best, worst = curves.best_and_worst(f1, s.panel)
+    rows = []
+    for i in best + worst:
+        (logits_yx,), (labels_yx,) = logits([i])
+        title = f"{'best' if i in best else 'worst'}: patch {i} of {patches.regions[i]}, F1 {f1[i]:.2f}"
+        probability_yx = 1 / (1 + np.exp(-logits_yx.astype(np.float64)))
+        x_fyx, _ = read_patch(patches, i)
+        rows.append(curves.Pictured(title=title, x_fyx=x_fyx, y_yx=labels_yx, probability_yx=probability_yx))
+    curves.write_panel(job.folder / PANEL_FILE, rows, patches.features.names, threshold)
 
 
 def _news(state: TrainingState, settings: TrainSettings) -> Progress:

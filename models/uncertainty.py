@@ -1,4 +1,4 @@
-"""How sure a probability is: its entropy, the spread of several of them, and views of one patch (test-time augmentation).
+"""How sure a probability is: its entropy, the spread of several, and views of one patch (test-time augmentation).
 
 Axes: m member, v view, b batch, f feature, y row, x column.
 """
@@ -26,7 +26,7 @@ def entropy_bits(probability: np.ndarray) -> np.ndarray:
 
 def spread(probability_m: np.ndarray) -> np.ndarray:
     """Standard deviation over the members (axis 0), of the members themselves and not of a population (ddof 0)."""
-    return np.asarray(probability_m, np.float64).std(axis=0).astype(np.float32)
+    return np.asarray(np.asarray(probability_m, np.float64).std(axis=0), np.float32)
 
 
 def mutual_information_bits(probability_m: np.ndarray) -> np.ndarray:
@@ -37,7 +37,7 @@ def mutual_information_bits(probability_m: np.ndarray) -> np.ndarray:
     members = np.asarray(probability_m, np.float64)
     total = entropy_bits(members.mean(axis=0)).astype(np.float64)
     own = np.stack([entropy_bits(p) for p in members]).astype(np.float64).mean(axis=0)
-    return np.maximum(total - own, 0).astype(np.float32)
+    return np.asarray(np.maximum(total - own, 0), np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,10 +60,8 @@ def train(
     if dry_run:
         click.echo(dry_run_text(driver, sweep=sweep, leave_one_out=leave_one_out))
         return
-    if leave_one_out:
-        report = leave_one_out_run(driver)
-    else:
-        report = driver.sweep() if sweep else driver.single()
+    verb = leave_one_out_run if leave_one_out else Driver.sweep if sweep else Driver.single
+    report = verb(driver)
     click.echo(report_text(report))
     if not report.complete:
         raise IncompleteError(
@@ -104,7 +102,7 @@ def dry_run_text(driver: Driver, *, sweep: bool, leave_one_out: bool) -> str:
         "data of the first training:",
         explain_text(data),
         f"trainings: {len(works)}, of which {done} are done in {driver.out}",
-        f"each: {epoch:,} patches an epoch, at most {training.epochs} epochs, until {training.patience} bring no better F1",
+        f"each: {epoch:,} patches an epoch, {training.epochs} epochs, fewer after {training.patience} without gain",
         *(f"{work.key}  {work.candidate.label}" for work in works),
     ]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,6 +24,7 @@ from slidecube.catalog.scenes import Window
 from slidecube.catalog.sources import is_raster
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
+from slidecube.models.backends import Backend, Dtype
 from slidecube.models.devices import Device
 from slidecube.pipeline.composite import METHODS
 from slidecube.pipeline.errors import PipelineError
@@ -607,6 +608,16 @@ class Detect(_Section):
     device: Device = Field(
         "cpu", description='"cpu" or "cuda", on which a network detects; a GPU gives other last digits'
     )
+    backend: Backend | None = Field(
+        None,
+        description='"torch", "compile" or "onnx", by which a network is computed; left out, the profile\'s, else '
+        '"torch"',
+    )
+    dtype: Dtype | None = Field(
+        None,
+        description='"float32", "bfloat16" or "float16", in which a network is computed; left out, the profile\'s, '
+        'else "float32"',
+    )
     landslide_clusters: (
         dict[
             Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")],
@@ -826,7 +837,8 @@ class Config:
             "fit": {"statistics": self.fit.statistics, **self.fit_terms()},
             # whoever names no features and no layers has the keys of before they could be named
             "detect": self.detect.model_dump(
-                mode="json", exclude=set() if self.detect.features else {"features"}
+                mode="json",
+                exclude={k for k in ("features", "backend", "dtype") if not getattr(self.detect, k)},
             )
             | {"model": self._model_terms()},
             **({"layers": self._layer_terms()} if self.layers else {}),
@@ -944,7 +956,7 @@ def load_config(path: str | Path, *, base: Path | None = None) -> Config:
         raise PipelineError(f"{path}: {refusal(error, tables, Sections)}") from None
     config = Config(**dict(sections), path=path.resolve(), text=text, base=folder)
     _check_across(path, config)
-    return config
+    return _with_profile(path, config)
 
 
 def _read_text(path: Path) -> str:
@@ -984,10 +996,19 @@ def _check_across(path: Path, config: Config) -> None:
             TileGrid(crs=area.crs, resolution_m=area.resolution_m, tile_px=config.cube.tile_px)
         except CatalogError as error:
             raise PipelineError(f"{path}: area.crs: {error}") from None
+
+
+def _with_profile(path: Path, config: Config) -> Config:
+    """Let the profile say how networks are computed where [detect] leaves it open: it is a part of what is made."""
     try:
-        load_profile(config.cluster.profile, base=config.base)
+        profile = load_profile(config.cluster.profile, base=config.base)
     except ClusterError as error:
         raise PipelineError(f"{path}: cluster.profile: {error}") from None
+    said = {"backend": profile.backend, "dtype": profile.dtype}
+    open_ones = {key: value for key, value in said.items() if value and getattr(config.detect, key) is None}
+    if not open_ones:
+        return config
+    return replace(config, detect=config.detect.model_copy(update=open_ones))
 
 
 def _check_layers(path: Path, config: Config) -> None:

@@ -25,6 +25,7 @@ from slidecube.pipeline.cube_patches import (
     Places,
     RandomCrops,
     Rooms,
+    area_bounds,
 )
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.feature_sets import require_known
@@ -81,7 +82,7 @@ class OpenCube:
         """Where patches of it may lie."""
         settings = self.settings
         side, gap = (settings.side_px, settings.gap_px) if self.used == "blocks" else (0, 0)
-        return Rooms(bounds=_bounds(self.cube.plan, settings.px), side_px=side, gap_px=gap)
+        return Rooms(bounds=area_bounds(self.cube.plan, settings.px), side_px=side, gap_px=gap)
 
     def cells(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First rows and columns of the patches that lie side by side on its ground, in each room from its corner."""
@@ -143,7 +144,7 @@ def open_cube(table: DataTable, features: FeatureSpec, settings: PatchTable, *, 
         settings=settings,
         base=base,
         cube=cube,
-        region=table.region or epoch.name,
+        region=table.named,
         made_of=_made_of(view),
         landslides=observed,
         facts=facts | ({"tiles without data": failed} if failed else {}),
@@ -337,15 +338,6 @@ def _polygon_pixels(plan: RunPlan, path: Path, layer: str | None = None) -> Refe
     if not inside.any():
         raise PipelineError(f"Reference {str(path)!r} has no pixel in the area of {plan.config.path}")
     return laid.within(inside)
-
-
-def _bounds(plan: RunPlan, px: int) -> tuple[int, int, int, int]:
-    """Rows and columns of the frame from the first to past the last of the area, in whole patches."""
-    affine = plan.grid.frame.affine
-    xmin, ymin, xmax, ymax = shapely.bounds(plan.aoi_shape)
-    (left, top), (right, bottom) = ~affine @ (xmin, ymax), ~affine @ (xmax, ymin)
-    low, high = (np.floor(np.array([top, left]) / px), np.ceil(np.array([bottom, right]) / px))
-    return int(low[0]) * px, int(high[0]) * px, int(low[1]) * px, int(high[1]) * px
 
 
 def _blocks_of(rows: NDArray[np.int64], cols: NDArray[np.int64], side: int) -> list[tuple[int, int]]:

@@ -14,13 +14,14 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from slidecube.models.card import FeatureSpec
 from slidecube.models.patches import IGNORE, LANDSLIDE, STABLE, UNLABELLED
-from slidecube.pipeline.features import feature
+from slidecube.pipeline.features import build_features, feature
 from slidecube.pipeline.keys import content_key
-from slidecube.pipeline.pixels import PixelWindow, aoi_mask, features_of, read_layers
+from slidecube.pipeline.pixels import PixelWindow, aoi_mask, read_layers
 from slidecube.pipeline.reference import ReferencePixels
 from slidecube.pipeline.run_plan import RunPlan
 
@@ -104,11 +105,20 @@ class LabelledCube:
     def values(self, spec: FeatureSpec, row: int, col: int) -> dict[str, NDArray[np.float32]]:
         """Build other features of a lattice block: (y, x) float32 by name, NaN = unknown or outside of the area."""
         px = self.block_px
-        window = PixelWindow(row=row * px, col=col * px, height=px, width=px)
-        layers = read_layers(self.plan, self.epoch, window, inputs=spec)
-        built = features_of(spec, layers, window, block_px=px, threads=1)
+        made = {name: np.full((px, px), np.nan, np.float32) for name in spec.names}
+        top, bottom, left, right = self._area
+        rows, at_rows = _overlap(row * px, px, top, bottom - top)
+        cols, at_cols = _overlap(col * px, px, left, right - left)
+        height, width = rows.stop - rows.start, cols.stop - cols.start
+        if min(height, width) <= 0:
+            return made
+        window = PixelWindow(row=top + at_rows.start, col=left + at_cols.start, height=height, width=width)
+        # features look at their own pixel alone, so that a part of a block is as it is in the whole
+        built = build_features(spec, read_layers(self.plan, self.epoch, window, inputs=spec))
         inside = aoi_mask(self.plan, window)
-        return {name: np.where(inside, built[name].values, np.float32(np.nan)) for name in spec.names}
+        for name in spec.names:
+            made[name][rows, cols] = np.where(inside, built[name].values, np.float32(np.nan))
+        return made
 
     def window(self, row: int, col: int, px: int) -> Block:
         """Read features and labels of a square of the frame, from its first row and column; may reach beyond it."""
@@ -123,6 +133,11 @@ class LabelledCube:
                 x_fyx[:, rows, cols] = of_fyx[:, at_rows, at_cols]
                 labels_yx[rows, cols] = of_yx[at_rows, at_cols]
         return x_fyx, labels_yx
+
+    @cached_property
+    def _area(self) -> tuple[int, int, int, int]:
+        """First and last row, first and last column of the area of interest, the last ones excluded."""
+        return area_bounds(self.plan, 1)
 
     @cached_property
     def _by_block(self) -> dict[tuple[int, int], NDArray[np.int64]]:
@@ -158,6 +173,15 @@ class LabelledCube:
             at = self.landslides.rows[inside] - row * px, self.landslides.cols[inside] - col * px
             seen_k[inside] = labels_yx[at] == LANDSLIDE
         return seen_k
+
+
+def area_bounds(plan: RunPlan, step_px: int) -> tuple[int, int, int, int]:
+    """First and last row, first and last column of the area of interest, in whole steps, the last ones excluded."""
+    affine = plan.grid.frame.affine
+    xmin, ymin, xmax, ymax = shapely.bounds(plan.aoi_shape)
+    (left, top), (right, bottom) = ~affine @ (xmin, ymax), ~affine @ (xmax, ymin)
+    low, high = np.floor(np.array([top, left]) / step_px), np.ceil(np.array([bottom, right]) / step_px)
+    return int(low[0]) * step_px, int(high[0]) * step_px, int(low[1]) * step_px, int(high[1]) * step_px
 
 
 def _overlap(first: int, size: int, block: int, side: int) -> tuple[slice, slice]:

@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 import scipy.ndimage
-import xarray as xr
 
 from slidecube.catalog.grid import Tile
 from slidecube.cluster.runner import TileTask
-from slidecube.models.predict import Detector, predict
+from slidecube.models.predict import Detector, WindowedDetector, predict
 from slidecube.pipeline import visibility
 from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.coregistration import shift_numbers
@@ -72,7 +71,8 @@ def map_tile(
     window = PixelWindow.of_tile(plan.grid, tile).padded(halo)
     layers = read_layers(plan, epoch.name, window, mnf=fitted.mnf)
     inside = aoi_mask(plan, window)
-    probability = _quantised(_probability(plan, detector, layers, window, inside=inside, threads=threads))
+    found = _predicted(plan, detector, layers, window, inside=inside, threads=threads)
+    probability = _quantised(found["probability"])
     held = coregistration_of(plan.config, card)
     seen, reason = _observable(layers, probability, exclude_px=held.exclude_px if held else 0.0)
     probability[~(seen & inside)] = PROBABILITY_NODATA
@@ -81,12 +81,16 @@ def map_tile(
     )
     kept = without_small(hit, minimum_px)
     core = np.s_[halo : halo + tile.geobox.shape[0], halo : halo + tile.geobox.shape[1]]
+    spread = np.full(tile.geobox.shape, PROBABILITY_NODATA, np.uint16)  # one member has none
+    if "spread" in found:
+        spread = _quantised(found["spread"][core])
+        spread[probability[core] == PROBABILITY_NODATA] = PROBABILITY_NODATA
     seen, inside, reason = seen[core], inside[core], reason[core]
     judged = np.where(seen, Observability.OBSERVED, Observability.NOT_OBSERVABLE)
     observability = np.where(inside, judged, Observability.OUTSIDE_AOI).astype(np.uint8)
     data = {
         "probability": np.ascontiguousarray(probability[core]),
-        "spread": np.full(tile.geobox.shape, PROBABILITY_NODATA, np.uint16),  # one member has none
+        "spread": spread,
         "landslide": np.where(observability == Observability.OBSERVED, kept[core], LANDSLIDE_NODATA).astype(
             np.uint8
         ),
@@ -112,7 +116,7 @@ def without_small(hit_yx: np.ndarray, minimum_px: int) -> np.ndarray:
     return kept
 
 
-def _probability(
+def _predicted(
     plan: RunPlan,
     model: Detector,
     layers: Layers,
@@ -120,17 +124,25 @@ def _probability(
     *,
     inside: np.ndarray,
     threads: int,
-) -> np.ndarray:
-    """Probability in a window, block by block on the lattice.
+) -> dict[str, np.ndarray]:
+    """What a model says of a window, on the lattice: name -> (y, x) float32, NaN where it says nothing.
 
     Outside the area of interest nothing is known: how much of it the tiles hold depends on their size, and a pixel's
-    surroundings must not.
+    surroundings must not. Of a network's context, which is large, nothing is asked.
     """
     block_px = plan.grid.block_px
     features = features_of(model.card.inputs, layers, window, block_px=block_px, threads=threads)
-    known = features.where(xr.DataArray(inside, dims=("y", "x"))).chunk(window.chunks(block_px))
-    found = predict(model, known, origin_px=(window.row, window.col))["probability"].data
-    return by_block({"probability": found}, threads)["probability"]
+    for values in features.values():
+        values.to_numpy()[~inside] = np.nan
+    at = (window.row, window.col)
+    if not isinstance(model, WindowedDetector):
+        probability = predict(model, features.chunk(window.chunks(block_px)), origin_px=at)["probability"]
+        return by_block({"probability": probability.data}, threads)
+    context = model.card.window_px // 2
+    found = predict(model, features, origin_px=at, margin_px=context, threads=threads)
+    return {
+        str(name): np.pad(array.to_numpy(), context, constant_values=np.nan) for name, array in found.items()
+    }
 
 
 def _quantised(probability: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from slidecube.models.diagrams import Point, write_performance_diagram
+from slidecube.models.network_card import Calibration
 from slidecube.models.weights import write_whole
 from slidecube.pipeline.training import Work, judged_of, trained_of
 
@@ -38,12 +39,14 @@ class Standing:
 class EnsembleRow:
     """An ensemble of one setting that was tried.
 
-    members : best first; score : highest F1 on validation; validation, test : scores at its threshold, None = no test
+    members : best first; score : highest F1 on validation; calibration : of the mean of the members
+    validation, test : scores at its threshold, None = no test
     """
 
     setting: str
     members: tuple[Work, ...]
     score: float
+    calibration: Calibration
     threshold: float
     chosen: str
     validation: Mapping[str, Any]

@@ -48,6 +48,7 @@ YES_NO = ("low_vegetation", "river_corridor", "farmland")
 RASTERS: dict[str, Raster] = {
     "probability": Raster(scale=1e-4, nodata=65535),
     "spread": Raster(scale=1e-4, nodata=65535),
+    "entropy": Raster(scale=1e-4, nodata=65535),
     "slope_deg": Raster(scale=0.01, nodata=65535),
     "elevation": Raster(),
     "pre_date": Raster(nodata=0),
@@ -265,8 +266,8 @@ def _attributes(name: str, sums: _Sums) -> dict[str, object]:
     match name:
         case "probability":
             return {"probability": mean, "probability_max": high}
-        case "spread":
-            return {"spread": mean}
+        case "spread" | "entropy":
+            return {name: mean}
         case "slope_deg":
             return {"slope_deg": mean, "slope_max_deg": high}
         case "elevation":

@@ -15,9 +15,11 @@ import pandas as pd
 
 from slidecube.catalog.scenes import Scene
 from slidecube.catalog.sources import SOURCES
+from slidecube.models.uncertainty import entropy_bits
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.fit_state import fit_state
 from slidecube.pipeline.ground import SHIFTS, yes_no
+from slidecube.pipeline.inventory import PROBABILITY_NODATA, PROBABILITY_SCALE
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
 from slidecube.pipeline.lineage import (
     Lineage,
@@ -312,6 +314,15 @@ def _window(plan: RunPlan, layer: str) -> Any:
     return window
 
 
+def _entropy_of(probability: np.ndarray) -> np.ndarray:
+    """Entropy of a stored probability, stored as it is: uint16 of 1e-4 bits, and the same nodata."""
+    bits = np.full(PROBABILITY_NODATA + 1, PROBABILITY_NODATA, np.uint16)
+    most = round(1 / PROBABILITY_SCALE)
+    bits[: most + 1] = np.round(entropy_bits(np.arange(most + 1) / most) / PROBABILITY_SCALE)
+    found: np.ndarray = bits[probability]
+    return found
+
+
 def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]:
     """Detected tiles of an epoch, one at a time, with what the objects' attributes are made of."""
     inventory = plan.workspace.inventory(plan.inventory)
@@ -349,6 +360,7 @@ def _tiles(plan: RunPlan, epoch: EpochPlan, index: int) -> Iterator[TileRasters]
             attributes={
                 "probability": stored["probability"],
                 "spread": stored["spread"],
+                "entropy": _entropy_of(stored["probability"]),
                 **{name: yes_no(stored["ground"], name) for name in SHIFTS if name != "slope_class"},
                 **layer,
             },

@@ -33,6 +33,7 @@ from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_pl
 from slidecube.pipeline.plan_keys import (
     around_tiles,
     auxiliary_layer_plan,
+    computed_terms,
     dem_reach_m,
     detect_key_of,
     land_cover_layer_plan,
@@ -50,6 +51,7 @@ from slidecube.pipeline.run_plan import (
     EpochPlan,
     LayerPlan,
     RunPlan,
+    computed_as_configured,
     coregistration_of,
     fit_terms,
     halo_px,
@@ -98,8 +100,10 @@ def _require_halo(config: Config, model: Detector, grid: TileGrid) -> None:
     held = coregistration_of(config, model.card)
     halo = halo_px(model.card, grid) + (margin_px(held.exclude_px) if held and held.correct else 0)
     if halo > grid.tile_px:
+        context = model.card.window_px // 2
+        network = f", {context} px of it for the windows of {model.card.address}" if context else ""
         raise PipelineError(
-            f"min_area_m2={model.card.min_area_m2:g} needs a halo of {halo} px, wider than a tile of "
+            f"min_area_m2={model.card.min_area_m2:g} needs a halo of {halo} px{network}, wider than a tile of "
             f"{grid.tile_px} px; lower it or raise tile_px"
         )
 
@@ -160,7 +164,7 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
 def _model(config: Config, workspace: Workspace) -> Detector:
     """Build or find the detector; a network is adopted when all that can be said of it by now is in order."""
     with chosen_network(config, workspace) as chosen:
-        model = model_of(config, chosen.detector if chosen else None)
+        model = computed_as_configured(model_of(config, chosen.detector if chosen else None), config)
         _require_statistics(workspace, config, model)
         if chosen is not None:
             adopt(workspace, chosen.folder, chosen.card)
@@ -515,7 +519,7 @@ def _epoch_plan(
             model.card,
             stat_key,
             chosen,
-            device=config.detect.device,
+            computed=computed_terms(model, config.detect.device),
             held=held,
             ground=config.ground_terms(),
         ),

@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
     return RunPlan(
         run=folder.name,
         workspace=workspace,
-        config=config or load_config(folder / "run.toml", base=Path(raw["base"])),
+        config=config or _as_planned(load_config(folder / "run.toml", base=Path(raw["base"])), raw),
         aoi=Aoi(name=raw["aoi"], geometry=frame.geometry.iloc[0]),
         grid=grid,
         tiles=tiles,
@@ -103,6 +103,12 @@ def _read_folder(folder: Path, workspace: Workspace, config: Config | None) -> R
         points=_points_from(raw.get("points")),
         network=_network_from(raw["model"]),
     )
+
+
+def _as_planned(config: Config, raw: dict[str, Any]) -> Config:
+    """Let a network be computed as the plan's keys say, whatever became of the profile since."""
+    planned = {key: raw["science"]["detect"].get(key) for key in ("backend", "dtype")}
+    return replace(config, detect=config.detect.model_copy(update=planned))
 
 
 class _Reads(Mapping[str, tuple[int, ...]]):

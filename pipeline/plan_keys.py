@@ -11,7 +11,7 @@ from slidecube.catalog.scenes import Role, Scene, SceneTable, Window
 from slidecube.catalog.sources import SOURCES, is_raster
 from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device
-from slidecube.models.predict import Detector
+from slidecube.models.predict import Detector, WindowedDetector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.pipeline.composite import WindowEnd
 from slidecube.pipeline.config import Config, Coregistration, LandCover, Layer, SunSettings
@@ -230,19 +230,28 @@ def _pool(layer: LayerPlan, scenes: SceneTable) -> list[Scene]:
     return [*scenes.role(role).within(layer.window), *heights]
 
 
+def computed_terms(model: Detector, device: Device) -> dict[str, str]:
+    """What of the computation decides last digits: a rule on one pixel has none on any device."""
+    if isinstance(model, WindowedDetector):
+        return {"backend": model.backend, "dtype": model.dtype, "device": device}
+    if model.card.window_px == 1:
+        return {"backend": "numpy", "dtype": "float32"}
+    return {"backend": "torch", "dtype": "float32", "device": device}
+
+
 def detect_key_of(
     layers: tuple[LayerPlan, ...],
     card: ModelCard,
     stat_key: str,
     clusters: tuple[int, ...] | None,
     *,
-    device: Device = "cpu",
+    computed: Mapping[str, str],
     held: Coregistration | None = None,
     ground: Mapping[str, Any] | None = None,
 ) -> str:
     """Key of an epoch's detection; clusters : that a person named, None for those of the rule; held : as above.
 
-    ground : strata that are not the default's
+    computed : see `computed_terms`; ground : strata that are not the default's
     """
     return content_key(
         "detect",
@@ -257,11 +266,11 @@ def detect_key_of(
         card.weights_sha256,
         card.threshold,
         card.min_area_m2,
-        {"backend": "numpy", "dtype": "float32"}
-        if card.window_px == 1
-        else {"backend": "torch", "dtype": "float32", "device": device},
+        dict(computed),
         *_registration_terms(held),
         *([dict(ground)] if ground else []),
+        # of a network all that decides its probabilities; its name may stay
+        *([{"content": card.content_sha256}] if card.content_sha256 else []),
     )
 
 

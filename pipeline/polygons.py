@@ -51,6 +51,9 @@ SCHEMA: dict[str, Column] = {
     ),
     "probability_max": Column("float32", "1", "highest probability of a pixel"),
     "spread": Column("float32", "1", "mean over the pixels of the spread between the ensemble's members"),
+    "entropy": Column(
+        "float32", "bit", "mean over the pixels of the entropy of the probability, 0 = sure, 1 = a coin"
+    ),
     "slope_deg": Column("float32", "degree", "mean slope of the terrain"),
     "slope_max_deg": Column("float32", "degree", "steepest slope of a pixel"),
     "elevation_min_m": Column("float32", "m", "lowest elevation, above the height datum of the DEM"),

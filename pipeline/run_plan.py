@@ -17,7 +17,7 @@ from slidecube.catalog.radar import OrbitState
 from slidecube.catalog.scenes import Scene, SceneTable, Window
 from slidecube.catalog.sources import SOURCES
 from slidecube.models.card import ModelCard
-from slidecube.models.predict import Detector
+from slidecube.models.predict import Detector, WindowedDetector
 from slidecube.models.unsupervised import Kmeans
 from slidecube.models.zoo import build_model
 from slidecube.pipeline.composite import Compositing, WindowEnd
@@ -140,7 +140,9 @@ class RunPlan:
     @cached_property
     def model(self) -> Detector:
         """The detector, built from the configuration, or loaded from the workspace."""
-        return model_of(self.config) if self.network is None else load_adopted(self.workspace, self.network)
+        if self.network is None:
+            return model_of(self.config)
+        return computed_as_configured(load_adopted(self.workspace, self.network), self.config)
 
     @cached_property
     def card(self) -> ModelCard:
@@ -232,6 +234,12 @@ def model_of(config: Config, network: Detector | None = None) -> Detector:
             )
     _require_clusters(model, detect.landslide_clusters)
     return model
+
+
+def computed_as_configured(model: Detector, config: Config) -> Detector:
+    """Return a network with the backend and the dtype of the configuration; other models as they are."""
+    detect = config.detect
+    return model.computed_by(detect.backend, detect.dtype) if isinstance(model, WindowedDetector) else model
 
 
 def compositing(config: Config, *, event_at: WindowEnd | None) -> Compositing:

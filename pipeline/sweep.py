@@ -1,7 +1,7 @@
 """Many trainings as tasks on any cluster profile, and what is chosen from them.
 
-A sweep is a list of candidates, each with a record in a ledger: what is done stays done, one that fails leaves its reason
-and the others go on. A single training is a sweep of one.
+A sweep is a list of candidates, each with a record in a ledger: what is done stays done, one that fails leaves its
+reason and the others go on. A single training is a sweep of one.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Driver:
         require_free(config, self.out, config.tables.name, works[0].judged_key)
         report = self.train(works)
         if report.failed:
-            raise PipelineError(f"Not trained: {report.failed[0][1]}")
+            raise PipelineError(report.failed[0][1])
         folder = save_single(
             self._saving(works[0]), works[0], name=config.tables.name, key=works[0].judged_key
         )
@@ -154,7 +154,8 @@ class Driver:
         twice = next((work for work in found if keys.count(work.key) > 1), None)
         if twice is not None:
             raise PipelineError(
-                f"{self.config.path}: sweep: {twice.candidate.label} is there twice, by the same features under two names"
+                f"{self.config.path}: sweep.settings: {twice.candidate.label} is there twice, by equal features under "
+                "two names; allowed: each list of features once"
             )
         return found
 
@@ -170,11 +171,11 @@ class Driver:
 
         Raises IncompleteError when nothing works; what is done stays done.
         """
-        for work in works[:1]:
-            _require_parts(self.config, self.data(work.candidate))
         self.out.mkdir(parents=True, exist_ok=True)
         with Lock(self.out / "locks", run=self.config.tables.name) as lock:
             due = self._due(works)
+            if due:
+                self._require_parts({work.key: work for work in works}[due[0].tile])
             failed = self._on_workers(works, due, lock) if due else {}
         by_key = {work.key: work for work in works}
         return TrainReport(
@@ -182,6 +183,18 @@ class Driver:
             there=len(works) - len(due),
             failed=tuple((by_key[key], reason) for key, reason in failed.items()),
         )
+
+    def _require_parts(self, work: Work) -> None:
+        """Refuse data with nothing to learn from or to choose by, before workers are started and 360 of them fail."""
+        from slidecube.models.batches import require_landslide  # noqa: PLC0415  torch is slow to import
+
+        data = self.data(work.candidate)
+        for part, patches in (("learn from", data.training), ("choose by", data.validation)):
+            if not len(patches):
+                raise PipelineError(
+                    f"{self.config.path}: data: no table gives patches to {part}; look at their use and region"
+                )
+        require_landslide(data.validation, "validation")
 
     def _due(self, works: Sequence[Work]) -> list[TileTask]:
         ledger = ledger_of(self.out)
@@ -253,7 +266,8 @@ class Driver:
             runner.leave()
             raise
         except ClusterError as error:
-            raise IncompleteError(f"{error}; what is done stays done") from None
+            said = str(error).replace("tiles", "trainings")
+            raise IncompleteError(f"{said}; what is done stays done") from None
 
     def _line(self, text: str) -> None:
         if self.say is not None:
@@ -269,19 +283,10 @@ def _recorded_failure(context: TrainContext, result: TaskResult) -> None:
         tile=result.task.tile,
         key=result.task.key,
         state="failed",
-        reason=result.reason,
+        reason=result.reason.replace("this tile", "this training"),
         fault=result.fault or "",
     )
     ledger_of(context.out).write(record)
-
-
-def _require_parts(config: TrainConfig, data: Data) -> None:
-    """Refuse data without anything to learn from or to choose by, before workers are started."""
-    for part, patches in (("learn from", data.training), ("choose by", data.validation)):
-        if not len(patches):
-            raise PipelineError(
-                f"{config.path}: data: none of the tables gives patches to {part}; look at their use and region"
-            )
 
 
 def _by_setting(done: Sequence[Standing]) -> list[list[Standing]]:

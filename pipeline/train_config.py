@@ -42,6 +42,9 @@ ENS_LOSSES = ("bce", "dice", "focal", "jaccard", "lovasz")
 ENS_LEARNING_RATES = (0.01, 0.001)
 """What Ganeroed et al. 2023 (ENS) combine, with four settings of features: 360 trainings."""
 
+HUB_CACHE = "imagenet"
+"""In place of a file: an encoder's published weights, as the user's hub cache holds them."""
+
 _DEFAULT = TrainSettings()
 
 
@@ -71,7 +74,8 @@ class NetworkTable(_Table):
     pretrained: str | None = Field(
         None,
         min_length=1,
-        description="the path of a safetensors file of weights to start from, from the TOML's folder",
+        description="the path of a safetensors file of weights to start from, of a network or an encoder, from the "
+        "TOML's folder, or 'imagenet' for what the hub cache of this machine holds of the encoder",
     )
     window_px: int | None = Field(
         None,
@@ -397,9 +401,8 @@ def _check_across(path: Path, config: TrainConfig) -> None:
     ):
         for name in names:
             if name not in ARCHITECTURES:
-                raise PipelineError(
-                    f"{path}: {key}: got {name!r}{did_you_mean(name, ARCHITECTURES)}; allowed: {', '.join(ARCHITECTURES)}"
-                )
+                near = did_you_mean(name, ARCHITECTURES)
+                raise PipelineError(f"{path}: {key}: got {name!r}{near}; allowed: {', '.join(ARCHITECTURES)}")
     try:
         check_arguments(tables.network.architecture, tables.network.arguments)
     except ModelError as error:
@@ -461,8 +464,8 @@ def _check_calibration(path: Path, tables: TrainSections) -> None:
         return
     if tables.calibration.method != "temperature":
         raise PipelineError(
-            f"{path}: calibration.by: got {by!r} with method = {tables.calibration.method!r}; allowed: with 'temperature' "
-            "only"
+            f"{path}: calibration.by: got {by!r} with method = {tables.calibration.method!r}; allowed: with "
+            "'temperature' only"
         )
     for names in (tables.features.names, *tables.sweep.settings.values()):
         if by not in names:
@@ -473,11 +476,12 @@ def _check_calibration(path: Path, tables: TrainSections) -> None:
 
 def _check_pretrained(path: Path, config: TrainConfig) -> None:
     name = config.tables.network.pretrained
-    if name is None:
+    if name is None or name == HUB_CACHE:
         return
     if not name.endswith(".safetensors"):
         raise PipelineError(
-            f"{path}: network.pretrained: got {name!r}; allowed: a file *.safetensors, which holds numbers and runs nothing"
+            f"{path}: network.pretrained: got {name!r}; allowed: 'imagenet', or a file *.safetensors, which "
+            "holds numbers and runs nothing"
         )
     if not config.resolve(name).is_file():
         raise PipelineError(f"{path}: network.pretrained: got {name!r}, which is no file")

@@ -21,7 +21,7 @@ from slidecube.pipeline.lineage import is_simulated
 from slidecube.pipeline.null_run import null_run
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.train_config import TrainConfig
-from slidecube.pipeline.training import Work, judged_of, network_of, settings_of, trained_of
+from slidecube.pipeline.training import Work, arguments_of, judged_of, network_of, settings_of, trained_of
 from slidecube.pipeline.training_data import Data, explain
 
 
@@ -145,8 +145,9 @@ def _windows(saving: Saving, work: Work, patch_px: int) -> dict[str, int]:
     from slidecube.models.judging import windows_of  # noqa: PLC0415  torch is slow to import
 
     network = saving.config.tables.network
+    candidate = work.candidate
     window_px, margin_px, receptive = windows_of(
-        network_of(saving.out, work.key), patch_px=patch_px, threads=saving.threads
+        candidate.architecture, arguments_of(candidate), len(candidate.features), patch_px=patch_px
     )
     if network.window_px is not None:
         window_px, margin_px = network.window_px, min(margin_px, network.window_px // 8)
@@ -191,6 +192,7 @@ def _ensemble_fields(
     return {
         **_about(saving, *named, training),
         "inputs": first.inputs.model_dump(),
+        "calibration": row.calibration.model_dump(),
         "output": {
             "threshold": row.threshold,
             "chosen": row.chosen,

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,15 +46,15 @@ from slidecube.pipeline.errors import FencedError, PipelineError
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.ledger import Ledger, Record
 from slidecube.pipeline.lock import holds
-from slidecube.pipeline.train_config import Candidate, Threshold, TrainConfig, loss_numbers
+from slidecube.pipeline.train_config import HUB_CACHE, Candidate, Threshold, TrainConfig, loss_numbers
 from slidecube.pipeline.training_data import Data, leave_one_out, open_all_data
 
 JUDGE_VERSION = 1
 """Version of how a candidate is judged; a change makes the judgement due, and no training."""
 
 WEIGHTS, TRAINED, JUDGED = "weights.safetensors", "trained.json", "judged.json"
-VALIDATION, TEST = "validation.npy", "test.npy"
-"""Calibrated probabilities of each patch, (n, y, x) uint16; see `ensemble_choice.pack`."""
+VALIDATION, TEST = "validation.npz", "test.npz"
+"""Calibrated probabilities of each patch, (n, y, x) uint16, compressed; see `ensemble_choice.pack`."""
 
 Open = Callable[[TrainConfig, Candidate], Data]
 Say = Callable[[str], None]
@@ -108,7 +109,7 @@ def work_of(config: TrainConfig, candidate: Candidate, data: Data) -> Work:
         {name: value for name, value in deciding.items() if name not in _OF_THE_MACHINE},
         list(candidate.features),
         [data.training.digest, data.validation.digest],
-        hashlib.sha256(initial_of(config) or b"").hexdigest(),
+        pretrained_digest(config),
     )
     return Work(
         candidate=candidate,
@@ -144,10 +145,35 @@ def settings_of(config: TrainConfig, candidate: Candidate, *, threads: int) -> T
     )
 
 
-def initial_of(config: TrainConfig) -> bytes | None:
-    """Weights to start from, None = fresh ones. Raises ModelError where the file cannot be read."""
+def pretrained_digest(config: TrainConfig) -> str:
+    """What a training starts from: "" = fresh weights. Raises ModelError where the file cannot be read."""
     name = config.tables.network.pretrained
-    return None if name is None else read_file(config.resolve(name), "network.pretrained")
+    if name is None or name == HUB_CACHE:
+        return name or ""
+    return hashlib.sha256(_pretrained(config, name)).hexdigest()
+
+
+def initial_of(config: TrainConfig, candidate: Candidate) -> bytes | None:
+    """Weights that a candidate starts from, None = fresh ones.
+
+    Raises ModelError where they cannot be read, or do not fit its network.
+    """
+    from slidecube.models.judging import initial_weights  # noqa: PLC0415  torch is slow to import
+
+    name = config.tables.network.pretrained
+    if name is None:
+        return None
+    return initial_weights(
+        candidate.architecture,
+        arguments_of(candidate),
+        len(candidate.features),
+        content=None if name == HUB_CACHE else _pretrained(config, name),
+        seed=config.tables.training.seed,
+    )
+
+
+def _pretrained(config: TrainConfig, name: str) -> bytes:
+    return read_file(config.resolve(name), "network.pretrained")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,8 +258,8 @@ def _recorded(context: TrainContext, task: TileTask) -> Record:
 
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    expected = isinstance(error, ModelError | PipelineError | CatalogError)
-    return text if expected else f"{type(error).__name__}: {text}"
+    expected = isinstance(error, ModelError | PipelineError | CatalogError | OSError)
+    return text if expected else f"{type(error).__name__}: {text} (its traceback is in trainings.ledger)"
 
 
 def make(context: TrainContext, work: Work) -> None:
@@ -268,7 +294,7 @@ def _train(context: TrainContext, work: Work, data: Data) -> None:
         data.validation,
         settings,
         folder=folder,
-        initial=initial_of(context.config),
+        initial=initial_of(context.config, candidate),
         progress=told,
     )
     context.require()
@@ -420,8 +446,9 @@ def probabilities_of(out: Path, key: str, part: str) -> np.ndarray:
     """Packed probabilities of a judged training; part : `VALIDATION` or `TEST`."""
     path = folder_of(out, key) / part
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            return np.asarray(file["packed"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ModelError(f"{path} cannot be read ({error}); remove {path.parent}, and train again") from None
 
 
@@ -450,7 +477,7 @@ def min_area_px(min_area_m2: float, resolution_m: float) -> int:
 
 def _write_array(path: Path, values: np.ndarray) -> None:
     buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
+    np.savez_compressed(buffer, packed=values)
     write_whole(path, buffer.getvalue())
 
 

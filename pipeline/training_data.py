@@ -81,10 +81,11 @@ def open_all_data(
 def leave_one_out(tables: Sequence[DataTable]) -> Iterator[tuple[str, list[DataTable]]]:
     """Yield for each region the tables of a training that has not seen it: it is the test.
 
-    Of the others those that were for a test are learnt from; where none is left to validate by, the next region is it.
+    Of the others those that were for validation stay so; where none is left, the next region validates. All others are
+    learnt from, whole: blocks of theirs for a test would be mixed with the region that is left out.
     Raises PipelineError where fewer than three regions are named.
     """
-    names = [region_of(table) for table in tables]
+    names = [table.named for table in tables]
     regions = list(dict.fromkeys(names))
     if len(regions) < 3:
         raise PipelineError(
@@ -93,24 +94,13 @@ def leave_one_out(tables: Sequence[DataTable]) -> Iterator[tuple[str, list[DataT
         )
     for at, held in enumerate(regions):
         others = [table.used for table, name in zip(tables, names, strict=True) if name != held]
-        validated = any(use in ("validation", "blocks", "split") for use in others)
-        following = regions[(at + 1) % len(regions)]
+        following = "" if "validation" in others else regions[(at + 1) % len(regions)]
         turned = []
         for table, name in zip(tables, names, strict=True):
-            use: Use = "train" if table.used == "test" else table.used
-            if name == held:
-                use = "test"
-            elif name == following and not validated:
-                use = "validation"
+            validates = table.used == "validation" or name == following
+            use: Use = "test" if name == held else "validation" if validates else "train"
             turned.append(table.model_copy(update={"use": use}))
         yield held, turned
-
-
-def region_of(table: DataTable) -> str:
-    """Name of a table's region: as it is named, or its epoch, its run's file, its benchmark."""
-    if table.region is not None:
-        return table.region
-    return table.kind if table.kind != "cube" else (table.epoch or Path(table.run or "").stem)
 
 
 def explain(data: Data) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
@@ -15,6 +16,13 @@ Use = Literal["train", "validation", "test", "blocks", "split"]
 
 def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _three(value: object) -> object:
+    """Take a list of three; of another length pydantic would name a key that nobody wrote."""
+    if isinstance(value, list | tuple) and len(value) != 3:
+        raise ValueError("")
+    return _tuple(value)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -89,6 +97,13 @@ class DataTable(_Table):
         return self
 
     @property
+    def named(self) -> str:
+        """Name of its region: as it is given, or of its epoch, its run's file, its benchmark."""
+        if self.kind != "cube":
+            return self.region or self.kind
+        return self.region or self.epoch or Path(self.run or "").stem
+
+    @property
     def used(self) -> Use:
         """What it is used for."""
         return self.use or ("blocks" if self.kind == "cube" else "split")
@@ -118,7 +133,7 @@ class PatchTable(_Table):
         le=1_000_000,
         description="the most patches, of each cube, in validation and in test each",
     )
-    shares: Annotated[tuple[Share, Share, Share], BeforeValidator(_tuple)] = Field(
+    shares: Annotated[tuple[Share, Share, Share], BeforeValidator(_three)] = Field(
         (0.7, 0.15, 0.15),
         description='three shares of the spatial blocks, for training, validation and test, where use = "blocks"; they '
         "add up to 1",

@@ -98,9 +98,11 @@ def _try(network: Any, channels: int, *, freeze: bool) -> None:
     freeze : take from training what a shallow encoder keeps and never computes; gradients in step would wait for it
     """
     network.eval()
-    sides_px = (2 * network.least_px, 3 * network.least_px)
-    network(torch.zeros(1, channels, *sides_px)).sum().backward()
-    for parameter in network.parameters():
-        parameter.requires_grad_(parameter.grad is not None or not freeze)
-        parameter.grad = None
+    with torch.set_grad_enabled(freeze):
+        logits = network(torch.zeros(1, channels, 2 * network.least_px, 3 * network.least_px))
+    if freeze:
+        logits.sum().backward()
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
     network.train()

@@ -65,10 +65,10 @@ class Scale:
     losses: tuple[str, ...] = ("bce", "dice", "focal", "jaccard", "lovasz")
     sizes: tuple[int, ...] = (2, 3, 5, 8, 12, 15)
     shipped: tuple[int, ...] = (3, 4)
-    px: int = 96
+    px: int = 64
     batch: int = 8
-    count: int = 1600
-    judged: int = 100
+    count: int = 2400
+    judged: int = 200
     iterations: int = 100
     epochs: int = 8
     width: int = 16
@@ -171,20 +171,15 @@ def networks(folder: Path, scale: Scale = FULL, *, workers: int = 2) -> Outcome:
     _say("training the sweep")
     best = _train(folder, scale, "networks", sweep=_sweep(scale, "best"), workers=workers)
     board = pd.read_parquet(folder / "training" / PARQUET)
-    greedy = _train(folder, scale, "networks-greedy", sweep=_sweep(scale, "greedy"), workers=workers)
+    _train(folder, scale, "networks-greedy", sweep=_sweep(scale, "greedy"), workers=workers)
     greedy_board = pd.read_parquet(folder / "training" / PARQUET)
     _say("training what ships")
     only = {**_sweep(scale, "best"), "architectures": ["resunet"], "best": list(scale.shipped)}
-    small = _train(folder, scale, "sim", sweep=only, workers=workers)
-    post = _train(folder, scale, SINGLE_IMAGE, features=POST, workers=workers)
-    models = {
-        "best single network": best.models[0],
-        "ensemble, K best": best.models[1],
-        "ensemble, greedy": greedy.models[1],
-        SINGLE: small.models[0],
-        ENSEMBLE: small.models[1],
-        SINGLE_IMAGE: post.models[0],
-    }
+    small = _train(folder, scale, "sim", sweep=only, whole_maps=True, workers=workers)
+    post = _train(folder, scale, SINGLE_IMAGE, features=POST, whole_maps=True, workers=workers)
+    models = {SINGLE: small.models[0], ENSEMBLE: small.models[1], SINGLE_IMAGE: post.models[0]}
+    if read_card(best.models[0]).identity != read_card(small.models[0]).identity:
+        models = {"best single network": best.models[0], **models}
     drawn, rows = dict[str, Evaluation](), []
     for world in scale.of("test"):
         for judged in _judge_all(archives[world], world, scale, models):
@@ -229,11 +224,14 @@ def _train(
     *,
     sweep: Mapping[str, Any] | None = None,
     features: Sequence[str] = CHANGE,
+    whole_maps: bool = False,
     workers: int,
 ) -> TrainReport:
     """Train by a TOML that lies in the folder, as `slidecube train` does; equal trainings of two TOMLs are one."""
     toml = folder / f"{name}.toml"
-    tables = training_tables(scale, name, features=features, sweep=sweep, workers=workers)
+    tables = training_tables(
+        scale, name, features=features, sweep=sweep, whole_maps=whole_maps, workers=workers
+    )
     write_whole(toml, tomli_w.dumps(tables).encode())
     driver = Driver(config=load_train_config(toml), out=folder / "training", say=sys.stderr)
     report = driver.single() if sweep is None else driver.sweep()
@@ -248,9 +246,13 @@ def training_tables(
     *,
     features: Sequence[str] = CHANGE,
     sweep: Mapping[str, Any] | None = None,
+    whole_maps: bool = False,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Tables of the TOML of a training; its paths start from the folder that holds the worlds."""
+    """Tables of the TOML of a training; its paths start from the folder that holds the worlds.
+
+    whole_maps : of a model that ships: with its null run, and windows larger than what it learnt from
+    """
     images = "two images" if features == CHANGE else "a single image"
     network = {"architecture": "resunet", "arguments": {"width": scale.width}}
     if (
@@ -290,13 +292,17 @@ def training_tables(
             "iterations": scale.iterations,
             "epochs": scale.epochs,
             "patience": scale.epochs,
+            # in channels-last order the kernels of some widths write past the end of their memory on the CPU
+            "channels_last": False,
             "threads": 1,
             "loaders": 1,
             "panel": 2,
         },
-        "null_run": {"run": f"worlds/{scale.of('test')[0].name}/{QUIET}.toml", "epoch": QUIET},
         "cluster": {"workers": workers, "threads_per_worker": 1, "mem_gb": 4.0},
     }
+    if whole_maps:
+        tables["null_run"] = {"run": f"worlds/{scale.of('test')[0].name}/{QUIET}.toml", "epoch": QUIET}
+        network |= {"window_px": 128, "margin_px": 16}
     return {**tables, "sweep": dict(sweep)} if sweep else tables
 
 

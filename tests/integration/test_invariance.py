@@ -58,11 +58,22 @@ loader = "{loader}"
 """
 
 
+NETWORKS = {
+    "resunet-small": {"window_px": 128, "margin_px": 16},
+    "pspnet-small": {
+        "architecture": "pspnet", "arguments": {"width": 32}, "names": ("rdndvi", "dndvi", "slope_deg"),
+        "window_px": 224, "margin_px": 16, "seed": 1,
+    },
+}  # fmt: skip
+"""Networks that nobody trained; another with global pooling, of which each pixel depends on the whole window."""
+
 MODELS = {
     "rdndvi": 'model = "rdndvi"',
     "everything": 'model = "everything"',
     "cae-kmeans": 'model = "cae-kmeans"\nparameters = { sample = 6000, epochs = 4, batch = 1000 }',
     "cae-kmeans-change": 'model = "cae-kmeans-change"\nparameters = { sample = 6000, epochs = 4, batch = 1000 }',
+    **{f"network-{name}": f'model = "{name}"' for name in NETWORKS},
+    "network-ensemble": 'model = ["resunet-small", "pspnet-small"]',
     "kmeans-strata": 'model = "kmeans"\nparameters = { sample = 6000 }\n'
     '[fit]\nstrata = "zones.geojson"\nstrata_field = "zone"\nstrata_blend_m = 300\nmnf_variance = 0.9',
 }
@@ -93,6 +104,16 @@ def zoo(monkeypatch):
 def archive(tmp_path_factory):
     """An area of 8 km: two tiles of 512 px and more each way, one or two of 2048."""
     return simulate_archive(tmp_path_factory.mktemp("archive"), seed=3, extent_km=8.0, overpasses=4)
+
+
+@pytest.fixture(autouse=True)
+def networks(tmp_path_factory, monkeypatch, save_untrained):
+    """Networks with drawn weights where a user keeps them, made once."""
+    root = tmp_path_factory.getbasetemp() / "networks"
+    for name, settings in NETWORKS.items():
+        if not (root / f"{name}@1").exists():
+            save_untrained(root / f"{name}@1", **settings)
+    monkeypatch.setenv("SLIDECUBE_MODELS", str(root))
 
 
 def _run(
@@ -172,6 +193,17 @@ def references(archive, tmp_path_factory):
         pytest.param("greenest", "kmeans-strata", DASK, id="strata-2processes", marks=SLOW),
         pytest.param(
             "greenest", "cae-kmeans-change", {"tile_px": 2048, "workers": 2}, id="cae-change", marks=SLOW
+        ),
+        pytest.param(
+            "greenest", "network-resunet-small", {"tile_px": 1024, "threads": 2}, id="network-1024px-2threads"
+        ),
+        pytest.param("greenest", "network-ensemble", DASK, id="ensemble-512px-2processes"),
+        pytest.param(
+            "greenest",
+            "network-pspnet-small",
+            {"tile_px": 1024, "threads": 2},
+            id="network-pooling",
+            marks=SLOW,
         ),
     ],
 )

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import io
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
+import cloudpickle
 import numpy as np
+import pandas as pd
 import pytest
 
 from slidecube.models.card import FeatureSpec
+from slidecube.models.errors import ModelError
 from slidecube.models.network_card import read_card
-from slidecube.pipeline import training
+from slidecube.pipeline import sweep, training
+from slidecube.pipeline.cli_train import dry_run_text
+from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.leave_one_out import leave_one_out_run
 from slidecube.pipeline.sweep import Driver
-from slidecube.pipeline.train_config import load_train_config
+from slidecube.pipeline.train_config import candidates, load_train_config
 from slidecube.pipeline.training_data import Data
 
 PX = 32
@@ -29,6 +39,7 @@ class TinyPatches:
     n: int = 8
     noise: float = 0.7
     regions_n: int = 2
+    squares: int = 2
     patch_px: int = PX
     resolution_m: float = 10.0
 
@@ -42,7 +53,7 @@ class TinyPatches:
 
     @property
     def digest(self):
-        said = f"{self.names} {self.seed} {self.n} {self.noise}"
+        said = f"{self.names} {self.seed} {self.n} {self.noise} {self.squares}"
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     @property
@@ -55,7 +66,7 @@ class TinyPatches:
     def read(self, index, *, seed=0):
         rng = np.random.default_rng([self.seed, index])
         labels = np.zeros((PX, PX), np.uint8)
-        for _ in range(2):
+        for _ in range(self.squares):
             row, col = rng.integers(0, PX - 10, 2)
             labels[row : row + 8, col : col + 8] = 1
         x = rng.normal(0, self.noise, (len(self.names), PX, PX)).astype(np.float32)
@@ -102,23 +113,229 @@ def driver_of(folder: Path, text: str = TOML, **how) -> Driver:
     return Driver(config=load_train_config(path), out=folder / "out", open=tiny_data, **how)
 
 
-def test_one_training_gives_a_model(tmp_path):
+def only(text: str, **keys: str) -> str:
+    """Change some keys of a TOML."""
+    for key, value in keys.items():
+        old = next(line for line in text.splitlines() if line.startswith(f"{key} ="))
+        text = text.replace(old, f"{key} = {value}")
+    return text
+
+
+def test_one_training_gives_a_model_and_another_threshold_trains_nothing(tmp_path):
     report = driver_of(tmp_path).single()
     card = read_card(report.models[0])
     assert report.trained == 1
     assert card.address == "tiny@1"
     assert card.inputs.names == ("rdndvi", "slope_deg")
     assert card.calibration.method == "temperature"
-    assert card.metrics["f1"] > 0.5
-    assert card.metrics["validation"]["f1"] > 0.5
+    assert min(card.metrics["f1"], card.metrics["validation"]["f1"]) > 0.3
+    assert card.metrics["patches"] == 6
+    low, high = card.metrics["f1_interval"]
+    assert low <= card.metrics["f1"] <= high
+    assert not list((tmp_path / "out").rglob("state.safetensors"))
+
     again = driver_of(tmp_path).single()
     assert (again.trained, again.there) == (0, 1)
     assert read_card(again.models[0]) == card
 
+    weights = list((tmp_path / "out" / "trainings").glob("*/weights.safetensors"))
+    before = [path.stat().st_mtime_ns for path in weights]
+    other = TOML.replace(
+        "min_area_m2 = 0", 'min_area_m2 = 0\nrule = "precision"\nprecision = 0.6\nprevalence = 0.1'
+    )
+    with pytest.raises(PipelineError, match="raise version"):
+        driver_of(tmp_path, other).single()
+    judged = driver_of(tmp_path, "version = 2\n" + other).single()
+    assert [path.stat().st_mtime_ns for path in weights] == before
+    assert len(list((tmp_path / "out" / "trainings").iterdir())) == 1
+    assert "precision of 0.6" in read_card(judged.models[0]).output.chosen
 
-def test_sweep_ranks_chooses_and_saves(tmp_path):
-    report = driver_of(tmp_path).sweep()
-    assert (report.trained, report.complete) == (8, True)
+
+def test_a_sweep_ranks_chooses_saves_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    text = only(TOML, settings='{ one = ["rdndvi"] }', epochs="1")
+    monkeypatch.setattr(sweep, "progress", lambda *_, **__: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        driver_of(tmp_path, text, say=io.StringIO()).sweep()
+    monkeypatch.undo()
+
+    report = driver_of(tmp_path, text).sweep()
+    assert (report.trained + report.there, report.complete) == (4, True)
+    assert report.there >= 2
     assert [folder.name for folder in report.models] == ["tiny@1", "tiny-ensemble@1"]
-    assert len(read_card(report.models[1]).members) in (2, 3)
-    print(report.tables)
+    board = pd.read_parquet(tmp_path / "out" / "leaderboard.parquet")
+    singles, ensembles = board[board["kind"] == "single"], board[board["kind"] == "ensemble"]
+    assert list(singles["score"]) == sorted(singles["score"], reverse=True)
+    assert list(ensembles["size"]) == [2, 3]
+    assert list(ensembles["members"].iloc[0].split()) == list(singles["key"].iloc[:2])
+    best, ensemble = (read_card(folder) for folder in report.models)
+    assert best.training["training_key"] == singles["key"].iloc[0]
+    assert len(ensemble.members) == ensembles.sort_values("score").iloc[-1]["size"]
+    assert ensemble.calibration.method == "temperature"
+    assert (tmp_path / "out" / "performance.png").stat().st_size > 10_000
+    assert driver_of(tmp_path, text).sweep().tables == report.tables
+
+
+class Interrupted:
+    """A bar during which somebody presses Ctrl-C, after two trainings."""
+
+    def __init__(self):
+        self.n = 0
+
+    def update(self):
+        self.n += 1
+        if self.n == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_failed_training_leaves_its_reason_and_the_others_go_on(tmp_path, monkeypatch):
+    def fails(context, work):
+        if work.candidate.loss == "dice":
+            raise ModelError("The loss is not finite")
+        return make(context, work)
+
+    make = training.make
+    monkeypatch.setattr(training, "make", fails)
+    text = only(TOML, settings='{ one = ["rdndvi"] }', epochs="1", learning_rates="[0.01]")
+    text = text.replace('["bce", "dice"]', '["bce", "bce+dice", "dice"]')
+    report = driver_of(tmp_path, text).sweep()
+    assert not report.complete
+    assert [(work.candidate.loss, reason) for work, reason in report.failed] == [
+        ("dice", "The loss is not finite")
+    ]
+    assert "one resunet dice 0.01: The loss is not finite" in report.tables
+    assert report.models == ()
+    monkeypatch.undo()
+    within = driver_of(tmp_path, f"{text}[cluster]\nfailure_budget = 1\n")
+    monkeypatch.setattr(training, "make", fails)
+    report = within.sweep()
+    assert (report.trained, report.there, report.complete, len(report.models)) == (0, 2, True, 2)
+
+
+def test_leave_one_out_judges_each_region_by_a_network_that_has_not_seen_it(tmp_path):
+    folds = "".join(
+        f'[[data]]\nkind = "cube"\nrun = "run.toml"\nreference = "known.gpkg"\nregion = "{name}"\nuse = "train"\n'
+        for name in "abc"
+    )
+    text = folds.join(TOML.split('[[data]]\nkind = "cube"\nrun = "run.toml"\nreference = "known.gpkg"\n'))
+    seen = []
+
+    def folded(config, candidate):
+        seen.append(candidate.held_out)
+        found = tiny_data(config, candidate)
+        own = ord(candidate.held_out)
+        return replace(
+            found, training=replace(found.training, seed=own), test=replace(found.test, seed=10 + own)
+        )
+
+    driver = driver_of(tmp_path, only(text, epochs="1", iterations="3"))
+    driver.open = folded
+    report = leave_one_out_run(driver)
+    table = pd.read_parquet(tmp_path / "out" / "leave-one-out.parquet")
+    assert sorted(table["held_out"]) == ["a", "b", "c"]
+    assert set(seen) == {"a", "b", "c"}
+    assert f"| mean | {table['test_f1'].mean():.3f} |" in report.tables
+
+
+def test_data_that_teach_nothing_are_refused_before_anything_starts(tmp_path):
+    def without(part, **changes):
+        def opened(config, candidate):
+            found = tiny_data(config, candidate)
+            return replace(found, **{part: replace(getattr(found, part), **changes)})
+
+        driver = driver_of(tmp_path)
+        driver.open = opened
+        return driver
+
+    with pytest.raises(PipelineError, match="no table gives patches to learn from"):
+        without("training", n=0).single()
+    with pytest.raises(PipelineError, match="no table gives patches to choose by"):
+        without("validation", n=0).sweep()
+    with pytest.raises(ModelError, match="validation patches hold no landslide"):
+        without("validation", squares=0).sweep()
+    assert not (tmp_path / "out" / "trainings").exists()
+
+
+def test_without_a_test_the_card_says_only_how_validation_went(tmp_path):
+    def opened(config, candidate):
+        found = tiny_data(config, candidate)
+        return replace(found, test=replace(found.test, n=0))
+
+    driver = driver_of(tmp_path, only(TOML, epochs="1"))
+    driver.open = opened
+    card = read_card(driver.single().models[0])
+    assert "f1" not in card.metrics
+    assert card.metrics["validation"]["f1"] > 0
+
+
+def test_a_precision_out_of_reach_fails_one_training_and_not_a_sweep(tmp_path):
+    rule = 'min_area_m2 = 0\nrule = "precision"\nprecision = 0.999\nprevalence = 0.0001'
+    text = only(TOML.replace("min_area_m2 = 0", rule), epochs="1", settings='{ one = ["rdndvi"] }')
+    with pytest.raises(PipelineError, match=r"No threshold has a precision of 0\.999"):
+        driver_of(tmp_path, text).single()
+    report = driver_of(tmp_path, text).sweep()
+    assert report.complete
+    assert "because: No threshold has a precision of 0.999" in read_card(report.models[0]).output.chosen
+
+
+def test_keys_are_content(tmp_path):
+    """No path and no setting of the machine is a part of a key; what decides the weights is."""
+
+    def key(text, where="a"):
+        folder = tmp_path / where
+        folder.mkdir(exist_ok=True)
+        driver = driver_of(folder, text)
+        return driver.works(candidates(driver.config, sweep=False))[0]
+
+    first = key(TOML)
+    assert key(TOML, where="b") == first
+    assert key(only(TOML, batch="4\nthreads = 2\ncheckpoint_min = 1")).key == first.key
+    other_rule = key(TOML.replace("min_area_m2 = 0", "min_area_m2 = 300"))
+    assert (other_rule.key, other_rule.judged_key == first.judged_key) == (first.key, False)
+    for change in ({"batch": "2"}, {"epochs": "3"}, {"names": '["rdndvi"]'}, {"arguments": "{ width = 8 }"}):
+        assert key(only(TOML, **change)).key != first.key, change
+
+
+def test_a_dry_run_trains_nothing(tmp_path):
+    text = dry_run_text(driver_of(tmp_path), sweep=True, leave_one_out=False)
+    assert "trainings: 8, of which 0 are done" in text
+    assert "both resunet bce 0.01" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_weights_are_not_taken_for_ours(tmp_path):
+    driver = driver_of(tmp_path, only(TOML, epochs="1", iterations="2"))
+    driver.single()
+    (weights,) = (tmp_path / "out" / "trainings").glob("*/weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    other = driver_of(tmp_path, "version = 2\n" + only(TOML, epochs="1", iterations="2"))
+    with pytest.raises(ModelError, match="is not what its training wrote"):
+        other.single()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_on_processes_goes_on(tmp_path):
+    """Killed by SIGKILL on the way, the sweep ends as one that was not: equal weights, equal choice."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    text = TOML + "[cluster]\nworkers = 2\nthreads_per_worker = 1\n"
+    script = (
+        "import importlib.util as u, pathlib, sys; s = u.spec_from_file_location('tiny', sys.argv[1]); "
+        "m = u.module_from_spec(s); sys.modules['tiny'] = m; s.loader.exec_module(m); "
+        "m.driver_of(pathlib.Path(sys.argv[2]), m.TOML).sweep()"
+    )
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    whole.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", script, __file__, str(killed)])
+    until = time.monotonic() + 300
+    while len(list((killed / "out" / "trainings.ledger").glob("*.json"))) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = driver_of(killed, text).sweep()
+    assert 0 < resumed.there < 8
+    assert resumed.complete
+    direct = driver_of(whole, TOML).sweep()
+    assert resumed.tables == direct.tables
+    for a, b in zip(resumed.models, direct.models, strict=True):
+        assert read_card(a).identity == read_card(b).identity

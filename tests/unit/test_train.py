@@ -121,7 +121,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(architectures, "ARCHITECTURES", TABLE)
 
 
-QUICK = TrainSettings(iterations=6, epochs=3, learning_rate=0.01, checkpoint_min=1e6)
+QUICK = TrainSettings(iterations=6, epochs=3, learning_rate=0.01, checkpoint_min=1e6, panel=0)
 RICH = replace(
     QUICK,
     optimizer="adamw",
@@ -221,6 +221,18 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, monkeypatch):
     assert (again.epoch, again.epochs_run) == (2, 5), "a tie is not better"
     two = go(tmp_path / "two", replace(QUICK, epochs=2)) if (f1 := iter([0.2, 0.5])) else None
     assert two.weights == again.weights
+
+
+def test_its_panel_and_its_events_lie_beside_its_history(tmp_path):
+    said = go(tmp_path, replace(QUICK, iterations=20, panel=2, tensorboard=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "history.parquet",
+        "panel.png",
+        "state.safetensors",
+        "tensorboard",
+    ]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert said == go(tmp_path, replace(QUICK, iterations=20)), "neither decides a bit"
 
 
 def test_initial_weights_are_where_it_starts(tmp_path):
