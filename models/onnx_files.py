@@ -242,7 +242,7 @@ def _run(content: bytes, x_bcyx: np.ndarray, path: Path) -> np.ndarray:
     options.log_severity_level = 4  # what is wrong is said below
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        found: np.ndarray = session.run(None, {session.get_inputs()[0].name: x_bcyx})[0]
+        found = np.asarray(session.run(None, {session.get_inputs()[0].name: x_bcyx})[0])
     except Exception as error:  # noqa: BLE001  its own classes derive from nothing in particular
         why = (
             "takes one window at a time; export it with a free batch"
