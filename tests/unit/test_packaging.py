@@ -202,11 +202,7 @@ def test_pins_are_exact_and_name_no_address(repo_root):
 
 def test_every_dependency_is_pinned(repo_root):
     project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *(d for extra in project["optional-dependencies"].values() for d in extra),
-    ]
-    names = {re.split(r"[\[<>=~! ]", want)[0].lower().replace("_", "-") for want in wanted}
+    names = declared(project, *project["optional-dependencies"])
     pinned = {line.split("==")[0] for line in (repo_root / "constraints.txt").read_text().splitlines()}
 
     assert sorted(names - pinned) == [], "run `make constraints`"
@@ -215,10 +211,8 @@ def test_every_dependency_is_pinned(repo_root):
 def test_every_import_is_declared(repo_root):
     """What is imported is in pyproject.toml: it would otherwise work only where something else happened to bring it."""
     project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
-    core, dev = (
-        {re.split(r"[\[<>=~! ]", want)[0].lower().replace("_", "-") for want in wanted}
-        for wanted in (project["dependencies"], project["optional-dependencies"]["dev"])
-    )
+    ours = declared(project, "nets", "gpu", "hpc", "kubernetes")
+    tests, benchmarks = declared(project, "dev"), declared(project, "dev", "bench")
     homes = metadata.packages_distributions()
     undeclared = set()
     for package in (*PACKAGES, "tests"):
@@ -228,20 +222,26 @@ def test_every_import_is_declared(repo_root):
             }  # a benchmark uses another's nation
             for name in top_level_imports(path) - set(sys.stdlib_module_names) - beside - {"slidecube"}:
                 found = {home.lower().replace("_", "-") for home in homes.get(name, [name])}
-                if not found & (core | dev if package == "tests" else core | OPTIONAL):
+                allowed = benchmarks if "benchmarks" in path.parts else tests if package == "tests" else ours
+                if not found & allowed:
                     undeclared.add(f"{path.relative_to(repo_root)} imports {name}")
 
     assert sorted(undeclared) == []
 
 
-OPTIONAL = {
-    "segmentation-models-pytorch",
-    "timm",
-    "torchvision",
-    "dask-cuda",
-    "dask-jobqueue",
-    "dask-kubernetes",
-}
+def declared(project, *extras):
+    """Names of what a plain installation and some extras bring; an extra may bring another."""
+    wanted = [
+        *project["dependencies"],
+        *(d for name in extras for d in project["optional-dependencies"][name]),
+    ]
+    names = set()
+    for want in wanted:
+        if own := re.fullmatch(r"slidecube\[([a-z,]+)\]", want):
+            names |= declared(project, *own[1].split(","))
+        else:
+            names.add(re.split(r"[\[<>=~! ]", want)[0].lower().replace("_", "-"))
+    return names
 
 
 def top_level_imports(path: Path) -> set[str]:
