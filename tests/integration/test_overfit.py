@@ -69,6 +69,7 @@ def learn(module, x_ncyx, labels_nyx):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_eight_patches_are_learnt_by_heart(name):
     arguments = {}
@@ -80,5 +81,5 @@ def test_eight_patches_are_learnt_by_heart(name):
     assert f1(module, x_ncyx, labels_nyx) < 0.8
     with one_thread():
         steps, score = learn(module.train(), x_ncyx, labels_nyx)
-    print(f"{name}: F1 {score:.3f} after {steps} steps")
+    print(f"{name}: F1 {score:.3f} after {steps} steps", flush=True)
     assert score >= 0.95
