@@ -95,7 +95,7 @@ def _live_bytes() -> Any:
 
         def _hold(self, tensor: torch.Tensor) -> None:
             storage = tensor.untyped_storage()
-            size, key = storage.nbytes(), storage._cdata
+            size, key = storage.nbytes(), storage._cdata  # noqa: SLF001  its address; a meta tensor has no other
             if not self._holders[key]:
                 self.now += size
                 self.written += size
