@@ -58,7 +58,9 @@ def _counted(network: Network) -> tuple[float, float]:
     assert made is not None
     shape = (1, len(network.about.inputs.names), side, side)
     if made.name == "onnx":  # nobody counts in a file from elsewhere: as a U-Net of its weights would take
-        return len(network.weights) / 4 * side**2 / 100 / MULTIPLY_ADDS_PER_SECOND / _mpx(network), side**2 * 4e-6
+        return len(network.weights) / 4 * side**2 / 100 / MULTIPLY_ADDS_PER_SECOND / _mpx(
+            network
+        ), side**2 * 4e-6
     module = network_module(network.about, network.weights).to("meta")
     held = _live_bytes()
     flops = FlopCounterMode(display=False)
