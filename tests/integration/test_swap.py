@@ -32,7 +32,7 @@ def networks(tmp_path, monkeypatch, save_untrained):
 
 def test_a_network_and_an_ensemble_take_the_place_of_a_rule_and_read_no_scene(archive):
     toml = archive.root / "swap.toml"
-    text = archive_toml(archive).replace('"rdndvi"', "MODEL")
+    text = archive_toml(archive).replace('"rdndvi"', "MODEL") + 'formats = ["parquet"]\n'
     assert "MODEL" in text
 
     def ran(model):
@@ -51,7 +51,7 @@ def test_a_network_and_an_ensemble_take_the_place_of_a_rule_and_read_no_scene(ar
         made = ran(model)
         assert [layer.key for layer in made.layers] == [layer.key for layer in before.layers]
         keys.add(made.epochs[0].detect_key)
-        inventory = open_inventory(made.workspace.root)
+        inventory = open_inventory(made.config.workspace)
         spread, known = inventory["spread"].values, inventory["observability"].values == 3
         assert known.any()
         assert np.unique(inventory["probability"].values[known]).size > 100
