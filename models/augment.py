@@ -117,6 +117,12 @@ def mirrored(x_fyx: np.ndarray, names: Sequence[str]) -> np.ndarray:
     return out
 
 
+def directions(names: Sequence[str]) -> list[int]:
+    """Places of the features whose values turn with the image."""
+    parts = {part for pair in _EAST_NORTH for part in pair}
+    return [i for i, name in enumerate(names) if _ASPECT.fullmatch(name) or name in parts]
+
+
 def _aspects(names: Sequence[str]) -> list[int]:
     return [i for i, name in enumerate(names) if _ASPECT.fullmatch(name)]
 

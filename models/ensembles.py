@@ -110,9 +110,15 @@ class Ensemble:
         """In which numbers its members are computed."""
         return "+".join(sorted({member.dtype for member in self.members}))
 
-    def computed_by(self, backend: Backend | None, dtype: Dtype | None) -> Self:
+    @property
+    def tta(self) -> bool:
+        """Whether its members look at their windows in several views."""
+        return self.members[0].tta
+
+    def computed_by(self, backend: Backend | None, dtype: Dtype | None, *, tta: bool = False) -> Self:
         """Return it with other backends or another dtype; see `Network.computed_by`."""
-        return replace(self, members=tuple(member.computed_by(backend, dtype) for member in self.members))
+        members = tuple(member.computed_by(backend, dtype, tta=tta) for member in self.members)
+        return replace(self, members=members)
 
     def predict_block(self, features_fyx: np.ndarray) -> np.ndarray:
         """Probability of one block whose first core pixel begins a window; see `Detector.predict_block`."""
@@ -133,7 +139,7 @@ class Ensemble:
         place = dict(zip(self.card.inputs.names, planes_yx, strict=True))
         for n, member in enumerate(self.members, start=1):
             planes = [place[name] for name in member.card.inputs.names]
-            (p_yx,) = member.predict_region(planes, origin_px=origin_px, margin_px=margin_px, threads=threads)
+            p_yx = member.predict_region(planes, origin_px=origin_px, margin_px=margin_px, threads=threads)[0]
             apart_yx = p_yx - mean_yx
             mean_yx += apart_yx / n
             squares_yx += apart_yx * (p_yx - mean_yx)

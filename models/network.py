@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from slidecube.models.devices import Device, require_device
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import NetworkCard, model_card, read_card, read_weights
 from slidecube.models.predict import Progress
+from slidecube.models.uncertainty import View, spread, tta_views
 from slidecube.models.weights import tensors_of
 from slidecube.models.windows import Placed, Region, WindowLattice
 
@@ -51,6 +52,8 @@ class Network:
     """A trained network: its card, its weights, and what computes it. A value; nothing is built until it is asked.
 
     card : what the pipeline knows of it; about : the whole of card.toml; weights : content of its file
+    tta : each window is seen turned and mirrored, too (test-time augmentation): the mean of the views' logits counts,
+        and the spread of their probabilities is told
     Unknown inputs count as the mean. A pixel of which an input is unknown is NaN.
     """
 
@@ -60,8 +63,12 @@ class Network:
     device: Device = "cpu"
     backend: Backend = "torch"
     dtype: Dtype = "float32"
+    tta: bool = False
 
-    variables = ("probability",)
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """See `predict.WindowedDetector`; the spread of a single network is that of its views."""
+        return ("probability", "spread") if self.tta else ("probability",)
 
     @classmethod
     def of(
@@ -128,7 +135,7 @@ class Network:
         require_device(device)
         return replace(self, device=device)
 
-    def computed_by(self, backend: Backend | None, dtype: Dtype | None) -> Self:
+    def computed_by(self, backend: Backend | None, dtype: Dtype | None, *, tta: bool = False) -> Self:
         """Return it with another backend or dtype; None = as it is. Raises ModelError for what cannot be."""
         assert self.about.architecture is not None
         chosen, number = backend or self.backend, dtype or self.dtype
@@ -137,7 +144,7 @@ class Network:
                 f"Model {self.card.address} is an ONNX file; got backend = {chosen!r} in [detect]; 'onnx' is allowed"
             )
         require_backend(self.card.address, chosen, number)
-        return replace(self, backend=chosen, dtype=number)
+        return replace(self, backend=chosen, dtype=number, tta=tta)
 
     def predict_block(self, features_fyx: np.ndarray) -> np.ndarray:
         """Probability of one block whose first core pixel begins a window; see `Detector.predict_block`."""
@@ -148,10 +155,35 @@ class Network:
     def predict_region(
         self, planes_yx: Sequence[np.ndarray], *, origin_px: tuple[int, int], margin_px: int, threads: int = 1
     ) -> np.ndarray:
-        """Probability of a region: (1, y, x) float32; see `predict.WindowedDetector`."""
-        logits_yx, known_yx = self.logits_region(
-            planes_yx, origin_px=origin_px, margin_px=margin_px, threads=threads
+        """Probability of a region, and with `tta` its spread: (v, y, x) float32; see `predict.WindowedDetector`."""
+        where = {"origin_px": origin_px, "margin_px": margin_px, "threads": threads}
+        views = tta_views(self.card.inputs.names) if self.tta else (None,)
+        seen = [self._seen(planes_yx, view, **where) for view in views]
+        known_yx = seen[0][1]
+        probability_vyx = np.stack(
+            [self._calibrated(logits_yx, planes_yx, margin_px) for logits_yx, _ in seen]
         )
+        if not self.tta:
+            probability_vyx[:, ~known_yx] = np.nan
+            return probability_vyx
+        mean_yx: np.ndarray = np.mean([logits_yx for logits_yx, _ in seen], axis=0, dtype=np.float64)
+        found_vyx = np.stack(
+            [self._calibrated(mean_yx.astype(np.float32), planes_yx, margin_px), spread(probability_vyx)]
+        )
+        found_vyx[:, ~known_yx] = np.nan
+        return found_vyx
+
+    def _seen(
+        self, planes_yx: Sequence[np.ndarray], view: View | None, **where: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of a region seen in a view; None = as it is."""
+        if view is not None:
+            planes_yx = view.in_place(planes_yx)
+        return self.logits_region(planes_yx, view=view, **where)
+
+    def _calibrated(
+        self, logits_yx: np.ndarray, planes_yx: Sequence[np.ndarray], margin_px: int
+    ) -> np.ndarray:
         strata_yx = None
         if self.about.calibration.strata:
             core = (
@@ -159,15 +191,20 @@ class Network:
                 slice(margin_px, margin_px + logits_yx.shape[1]),
             )
             strata_yx = planes_yx[self.card.inputs.names.index(self.about.calibration.by)][core]
-        probability_yx: np.ndarray = calibrated(self.about.calibration, logits_yx, strata_yx)
-        probability_yx[~known_yx] = np.nan
-        return np.asarray(probability_yx[None])
+        return calibrated(self.about.calibration, logits_yx, strata_yx)
 
     def logits_region(
-        self, planes_yx: Sequence[np.ndarray], *, origin_px: tuple[int, int], margin_px: int, threads: int = 1
+        self,
+        planes_yx: Sequence[np.ndarray],
+        *,
+        origin_px: tuple[int, int],
+        margin_px: int,
+        threads: int = 1,
+        view: View | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Blended logits of a region, (y, x) float32, and where they are known, (y, x) bool; elsewhere they are 0.
 
+        view : in which each window is looked at, the values of directions being turned already
         Raises ModelError for logits that are not finite.
         """
         channels = [planes_yx[self.card.inputs.names.index(name)] for name in self.about.inputs.names]
@@ -182,7 +219,7 @@ class Network:
             row=origin_px[0], col=origin_px[1], height=height, width=width, above=margin_px, left=margin_px,
             planes=(channels[0].shape[0], channels[0].shape[1]),
         )  # fmt: skip
-        logits_yx = _blended(self, channels, region, known_yx, threads)
+        logits_yx = _blended(self, channels, region, known_yx, threads=threads, view=view)
         if not np.isfinite(logits_yx[known_yx]).all():
             raise ModelError(
                 f"Model {self.card.address} gives numbers that are not finite in {self.dtype}; "
@@ -253,7 +290,13 @@ def standardised(planes_yx: Sequence[np.ndarray], mean: Sequence[float], std: Se
 
 
 def _blended(
-    network: Network, channels: Sequence[np.ndarray], region: Region, known_yx: np.ndarray, threads: int
+    network: Network,
+    channels: Sequence[np.ndarray],
+    region: Region,
+    known_yx: np.ndarray,
+    *,
+    threads: int,
+    view: View | None,
 ) -> np.ndarray:
     """Logits of all windows of a region by their weights, added up in the order of the lattice."""
     import torch  # noqa: PLC0415
@@ -267,7 +310,7 @@ def _blended(
         x_yxc = torch.from_numpy(standardised(channels, inputs.mean, inputs.std)).to(network.device)
         weights_yx = torch.from_numpy(lattice.weights_yx()).to(network.device)
         out_yx = torch.zeros((region.height, region.width), device=network.device)
-        compute = partial(_window_logits, engine, x_yxc, lattice.side_px)
+        compute = partial(_window_logits, engine, x_yxc, lattice.side_px, view)
         groups = [windows[k : k + engine.batch] for k in range(0, len(windows), engine.batch)]
         for group, logits_byx in zip(groups, _in_order(compute, groups, threads), strict=True):
             for at, logits_yx in zip(group, logits_byx, strict=True):
@@ -293,8 +336,10 @@ def _in_order(
                 waiting.append(pool.submit(compute, groups[k + ahead]))
 
 
-def _window_logits(engine: Engine, x_yxc: torch.Tensor, side_px: int, windows: list[Placed]) -> torch.Tensor:
-    """Logits of windows: (b, y, x) float32.
+def _window_logits(
+    engine: Engine, x_yxc: torch.Tensor, side_px: int, view: View | None, windows: list[Placed]
+) -> torch.Tensor:
+    """Logits of windows: (b, y, x) float32, seen in a view and turned back.
 
     Each batch is a new array of one shape, aligned as torch aligns, because the last bits depend on both; what of a
     window is not known, and windows that are not there, are 0.
@@ -312,9 +357,28 @@ def _window_logits(engine: Engine, x_yxc: torch.Tensor, side_px: int, windows: l
             for window_yxc, at in zip(x_byxc, part, strict=False):
                 window_yxc[at.in_rows, at.in_cols] = x_yxc[at.rows, at.cols]
             try:
-                logits_byx = engine.logits(x_byxc.permute(0, 3, 1, 2))
+                logits_byx = engine.logits(_turned(x_byxc, view).permute(0, 3, 1, 2))
             except MemoryError:
                 engine.halve(batch)
                 continue
-            found.extend(logits_byx[: len(part)])
+            found.extend(_turned_back(logits_byx[: len(part)], view))
     return torch.stack(found)
+
+
+def _turned(x_byxc: torch.Tensor, view: View | None) -> torch.Tensor:
+    """Windows as they are seen in a view: a new array, aligned as the one of no view."""
+    import torch  # noqa: PLC0415
+
+    if view is None:
+        return x_byxc
+    seen = x_byxc.flip(2) if view.mirror else x_byxc
+    return torch.rot90(seen, view.quarters, (1, 2)).contiguous()
+
+
+def _turned_back(logits_byx: torch.Tensor, view: View | None) -> torch.Tensor:
+    import torch  # noqa: PLC0415
+
+    if view is None:
+        return logits_byx
+    seen = torch.rot90(logits_byx, -view.quarters, (1, 2))
+    return seen.flip(2) if view.mirror else seen

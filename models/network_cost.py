@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slidecube.models.ensembles import Ensemble
 from slidecube.models.network import Network, network_module
+from slidecube.models.uncertainty import tta_views
 
 if TYPE_CHECKING:
     import torch
@@ -29,23 +30,27 @@ class NetworkCost:
 
     seconds_per_mpx : on one core, every overlap of windows counted; weights_gb : of all members, as read and as built
     window_gb : most that one window holds at once, of the largest member; channels : most that one member reads
+    views : of each window
     """
 
     seconds_per_mpx: float
     weights_gb: float
     window_gb: float
     channels: int
+    views: int = 1
 
 
 def cost_of(model: Network | Ensemble) -> NetworkCost:
     """Count what a model costs. Raises ModelError where a network cannot be built."""
     members = model.members if isinstance(model, Ensemble) else (model,)
     counted = [_counted(member) for member in members]
+    views = len(tta_views(model.card.inputs.names)) if model.tta else 1
     return NetworkCost(
-        seconds_per_mpx=sum(seconds for seconds, _ in counted),
+        seconds_per_mpx=views * sum(seconds for seconds, _ in counted),
         weights_gb=sum(2 * len(member.weights) for member in members) / 1e9,
         window_gb=max(held for _, held in counted),
         channels=max(len(member.about.inputs.names) for member in members),
+        views=views,
     )
 
 

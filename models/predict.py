@@ -95,7 +95,7 @@ class WindowedDetector(Detector, Protocol):
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """What it says of a pixel: "probability" first, and "spread" where it has members."""
+        """What it says of a pixel: "probability" first, and "spread" where it has members or views."""
         ...
 
     @property
@@ -108,7 +108,12 @@ class WindowedDetector(Detector, Protocol):
         """In which numbers, see `backends.Dtype`."""
         ...
 
-    def computed_by(self, backend: Backend | None, dtype: Dtype | None) -> Self:
+    @property
+    def tta(self) -> bool:
+        """Whether it looks at each window turned and mirrored, too."""
+        ...
+
+    def computed_by(self, backend: Backend | None, dtype: Dtype | None, *, tta: bool = False) -> Self:
         """Return it with another backend or dtype; None = as it is. Raises ModelError for what cannot be."""
         ...
 
@@ -127,7 +132,7 @@ class WindowedDetector(Detector, Protocol):
 
 LONG_NAMES = {
     "probability": "landslide probability",
-    "spread": "standard deviation of the probability over the ensemble's members",
+    "spread": "standard deviation of the probability over members, or over the views of a single network",
 }
 
 

@@ -1,17 +1,17 @@
 """How sure a probability is: its entropy, the spread of several, and views of one patch (test-time augmentation).
 
-Axes: m member, v view, b batch, f feature, y row, x column.
+Axes: m member, f feature, y row, x column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.special
 
-from slidecube.models.augment import can_turn, mirrored, turned
+from slidecube.models.augment import can_turn, directions, mirrored, turned
 
 
 def entropy_bits(probability: np.ndarray) -> np.ndarray:
@@ -51,18 +51,28 @@ class View:
     mirror: bool
     quarters: int
 
-    def see(self, x_bfyx: np.ndarray) -> np.ndarray:
-        """Turn patches, square, in the features' units and before they are normalised; a copy."""
-        return np.stack([self._seen(x_fyx) for x_fyx in x_bfyx])
-
-    def _seen(self, x_fyx: np.ndarray) -> np.ndarray:
+    def see(self, x_fyx: np.ndarray) -> np.ndarray:
+        """Turn features, in their units and before they are normalised; a copy."""
         seen = mirrored(x_fyx, self.names) if self.mirror else x_fyx
         return turned(seen, self.names, self.quarters)
 
-    def back(self, map_byx: np.ndarray) -> np.ndarray:
-        """Turn maps of a view back to where they belong."""
-        found = np.rot90(map_byx, -self.quarters, axes=(-2, -1))
+    def back(self, maps: np.ndarray) -> np.ndarray:
+        """Turn maps of a view, (..., y, x), back to where they belong."""
+        found = np.rot90(maps, -self.quarters, axes=(-2, -1))
         return np.ascontiguousarray(found[..., ::-1] if self.mirror else found)
+
+    def in_place(self, planes_yx: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return features with the values that they have in the view, each pixel where it was: directions turn."""
+        planes, turning = list(planes_yx), directions(self.names)
+        if turning:
+            own = View(
+                names=tuple(self.names[i] for i in turning), mirror=self.mirror, quarters=self.quarters
+            )
+            for i, plane_yx in zip(
+                turning, own.back(own.see(np.stack([planes[i] for i in turning]))), strict=True
+            ):
+                planes[i] = plane_yx
+        return planes
 
 
 def tta_views(names: Sequence[str]) -> tuple[View, ...]:
@@ -75,15 +85,3 @@ def tta_views(names: Sequence[str]) -> tuple[View, ...]:
     return tuple(
         View(names=tuple(names), mirror=mirror, quarters=q) for mirror in (False, True) for q in quarters
     )
-
-
-def with_tta(
-    logits_of: Callable[[np.ndarray], np.ndarray], x_bfyx: np.ndarray, views: Sequence[View]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over views of the logits, which are then calibrated as those of one view, and the spread of probabilities.
-
-    logits_of : (b, f, y, x) in the features' units -> (b, y, x) logits. Returns (b, y, x) float32 each.
-    """
-    seen_vbyx = np.stack([view.back(logits_of(view.see(x_bfyx))) for view in views])
-    mean_byx = seen_vbyx.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return mean_byx, spread(scipy.special.expit(seen_vbyx))

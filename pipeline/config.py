@@ -618,6 +618,11 @@ class Detect(_Section):
         description='"float32", "bfloat16" or "float16", in which a network is computed; left out, the profile\'s, '
         'else "float32"',
     )
+    tta: bool = Field(
+        default=False,
+        description="true or false: whether a network looks at each window turned and mirrored, too, which takes four "
+        "or eight times as long; the mean counts, and the spread of a single network is stored",
+    )
     landslide_clusters: (
         dict[
             Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")],
@@ -838,7 +843,7 @@ class Config:
             # whoever names no features and no layers has the keys of before they could be named
             "detect": self.detect.model_dump(
                 mode="json",
-                exclude={k for k in ("features", "backend", "dtype") if not getattr(self.detect, k)},
+                exclude={k for k in ("features", "backend", "dtype", "tta") if not getattr(self.detect, k)},
             )
             | {"model": self._model_terms()},
             **({"layers": self._layer_terms()} if self.layers else {}),

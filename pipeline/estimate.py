@@ -247,6 +247,8 @@ def detect_mem_gb(tile_px: int, card: ModelCard, network: NetworkCost | None = N
     if network is None:
         return tile_px**2 * per_px / 1e9 + (card.window_px > 1) * _NETWORK_GB
     side_px = tile_px + card.window_px - 1
+    if network.views > 1:  # logits and probabilities of each view, and the means of both in float64
+        per_px += network.views * 2 * 4 + 2 * 8
     return side_px**2 * (per_px + network.channels * 4) / 1e9 + _NETWORK_GB + network.weights_gb
 
 

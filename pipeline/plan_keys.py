@@ -233,7 +233,8 @@ def _pool(layer: LayerPlan, scenes: SceneTable) -> list[Scene]:
 def computed_terms(model: Detector, device: Device) -> dict[str, str]:
     """What of the computation decides last digits: a rule on one pixel has none on any device."""
     if isinstance(model, WindowedDetector):
-        return {"backend": model.backend, "dtype": model.dtype, "device": device}
+        views = {"views": "all"} if model.tta else {}
+        return {"backend": model.backend, "dtype": model.dtype, "device": device, **views}
     if model.card.window_px == 1:
         return {"backend": "numpy", "dtype": "float32"}
     return {"backend": "torch", "dtype": "float32", "device": device}

@@ -239,7 +239,9 @@ def model_of(config: Config, network: Detector | None = None) -> Detector:
 def computed_as_configured(model: Detector, config: Config) -> Detector:
     """Return a network with the backend and the dtype of the configuration; other models as they are."""
     detect = config.detect
-    return model.computed_by(detect.backend, detect.dtype) if isinstance(model, WindowedDetector) else model
+    if not isinstance(model, WindowedDetector):
+        return model
+    return model.computed_by(detect.backend, detect.dtype, tta=detect.tta)
 
 
 def compositing(config: Config, *, event_at: WindowEnd | None) -> Compositing:

@@ -20,6 +20,7 @@ from slidecube.models.network import Network, engine_of, network_module, standar
 from slidecube.models.network_card import read_card
 from slidecube.models.predict import predict
 from slidecube.models.registry import load_model, save_ensemble
+from slidecube.models.uncertainty import tta_views
 from slidecube.models.windows import Region, WindowLattice
 
 NAMES = ("rdndvi", "slope_deg")
@@ -75,6 +76,29 @@ def arrays(dataset):
 # --- one value a pixel -------------------------------------------------------------------------------------------
 
 
+def test_in_all_views_the_ground_may_be_turned_and_the_answer_turns_with_it(save_untrained, tmp_path):
+    """A network alone answers otherwise, so that this can fail; directions turn with the ground."""
+    names = ("rdndvi", "aspect_deg")
+    card = save_untrained(tmp_path / "aspect@1", names)
+    network = Network.from_folder(card)
+    side = network.lattice.side_px  # windows lie symmetrically around it
+    rng = np.random.default_rng(1)
+    x = np.stack([rng.uniform(-60, 60, (side, side)), rng.uniform(0, 360, (side, side))]).astype(np.float32)
+
+    def answer(model, planes):
+        return model.predict_region(list(planes), origin_px=(0, 0), margin_px=0)
+
+    both = network.computed_by(None, None, tta=True)
+    want = answer(both, x)
+    for view in tta_views(names)[1:]:
+        seen = view.see(x)
+        np.testing.assert_allclose(view.back(answer(both, seen)), want, atol=1e-4)
+        assert np.abs(view.back(answer(network, seen))[0] - answer(network, x)[0]).max() > 1e-3
+    assert both.variables == ("probability", "spread")
+    assert want[1].max() > 1e-3
+    assert want.shape == (2, side, side)
+
+
 def test_probability_is_between_0_and_1_and_unknown_where_an_input_is(model):
     features = cube()
 
@@ -111,6 +135,16 @@ def test_a_pixel_is_the_same_to_the_bit_whatever_threads_chunks_window_and_origi
     for name in want:
         wanted = want[name][rows.start + c : rows.stop - c, cols.start + c : cols.stop - c]
         np.testing.assert_array_equal(part[name], wanted)
+
+
+def test_views_are_the_same_to_the_bit_whatever_threads_and_chunks(resunet):
+    both, whole = resunet.computed_by(None, None, tta=True), cube(shape=(70, 90), seed=3)
+    want = predict(both, whole, origin_px=(37, -20))
+    assert set(want) == {"probability", "spread"}
+
+    xr.testing.assert_identical(predict(both, whole, origin_px=(37, -20), threads=3), want)
+    lazy = predict(both, whole.chunk(y=40, x=71), origin_px=(37, -20))
+    xr.testing.assert_identical(lazy.compute(scheduler="threads"), want)
 
 
 def test_chunks_of_a_large_cube_are_no_seam(resunet, monkeypatch):
@@ -334,7 +368,9 @@ def test_tensors_of_another_network_are_refused(folders, save_untrained, tmp_pat
 
 
 def test_a_network_that_gives_no_numbers_is_an_error_and_no_hole(resunet, monkeypatch):
-    monkeypatch.setattr(network_code, "_blended", lambda *given: np.full(given[2].planes, np.nan, np.float32))
+    monkeypatch.setattr(
+        network_code, "_blended", lambda *given, **_: np.full(given[2].planes, np.nan, np.float32)
+    )
     with pytest.raises(ModelError, match=r"resunet@1 gives numbers that are not finite in float32"):
         predict(resunet, cube())
 

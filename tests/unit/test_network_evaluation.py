@@ -16,7 +16,7 @@ from slidecube.models.diagrams import Point, f1_curve, write_performance_diagram
 from slidecube.models.errors import ModelError
 from slidecube.models.evaluation import Tally, expected_error, judge
 from slidecube.models.intervals import bootstrap, wilson
-from slidecube.models.uncertainty import entropy_bits, mutual_information_bits, spread, tta_views, with_tta
+from slidecube.models.uncertainty import entropy_bits, mutual_information_bits, spread, tta_views
 
 
 def patches(n=6, side=40, seed=0):
@@ -229,12 +229,12 @@ def test_members_that_agree_leave_nothing_to_disagree_on():
 
 
 def test_views_turn_back_to_where_they_were():
-    x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
     views = tta_views(("a", "b", "c"))
     assert len(views) == 8
     assert len({view.see(x).tobytes() for view in views}) == 8
     for view in views:
-        assert np.array_equal(view.back(view.see(x)[:, 1]), x[:, 1])
+        assert np.array_equal(view.back(view.see(x)[1]), x[1])
 
 
 def test_aspect_turns_with_the_ground():
@@ -246,17 +246,13 @@ def test_aspect_turns_with_the_ground():
 
     row, col = np.mgrid[0:8, 0:8].astype(np.float32)
     z = -3 * col + row
-    x = np.stack([z, aspect_deg(z)])[None].astype(np.float32)
+    x = np.stack([z, aspect_deg(z)]).astype(np.float32)
     for view in tta_views(("elevation", "aspect_deg")):
-        seen = view.see(x)[0]
+        seen = view.see(x)
         assert seen[1] == pytest.approx(aspect_deg(seen[0]), abs=1e-3), view
-
-
-def test_a_network_that_looks_at_single_pixels_gains_nothing_from_views():
-    x = np.random.default_rng(0).normal(size=(2, 2, 8, 8)).astype(np.float32)
-    mean, apart = with_tta(lambda x_bfyx: x_bfyx[:, 0] * 2, x, tta_views(("a", "b")))
-    assert mean == pytest.approx(2 * x[:, 0], abs=1e-6)
-    assert apart == pytest.approx(0, abs=1e-6)
+        where_they_were = view.in_place(list(x))
+        assert np.array_equal(where_they_were[0], x[0])
+        assert np.array_equal(where_they_were[1], view.back(seen[1]))
 
 
 # --- diagram
