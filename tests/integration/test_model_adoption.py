@@ -108,7 +108,9 @@ def test_the_item_of_a_bucket_s_network_leads_to_the_bucket(desk, mine, small, s
         "../../../models/small@1/weights.safetensors",
     }
     assert re.search(
-        rf"^network +small@1, {made.card.content_sha256[:12]}: resunet", plan_summary(made, newest=""), re.MULTILINE
+        rf"^network +small@1, {made.card.content_sha256[:12]}: resunet",
+        plan_summary(made, newest=""),
+        re.MULTILINE,
     )
 
 
