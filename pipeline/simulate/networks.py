@@ -9,6 +9,7 @@ holds is not made again, so a command that was killed goes on.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.evaluate import Evaluation
 from slidecube.pipeline.leaderboard import PARQUET
 from slidecube.pipeline.null_run import NullRun, null_run
-from slidecube.pipeline.run import run
+from slidecube.pipeline.run import RunReport, run
 from slidecube.pipeline.run_plan import RunPlan
 from slidecube.pipeline.simulate.ablation import READING, SAMPLE
 from slidecube.pipeline.simulate.archive import SimulatedArchive
@@ -47,6 +48,8 @@ POST = (*(f"{band}_post" for band in _BANDS), "slope_deg")
 
 SINGLE, ENSEMBLE, SINGLE_IMAGE = "sim-small", "sim-ensemble", "sim-post"
 """Models that ship."""
+DRAWN = ("rdndvi", SINGLE, ENSEMBLE)
+"""Detectors whose maps are drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,40 +114,27 @@ SMALL = Scale(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """A detector on one held-out world, run whole, and before any event.
+    """A detector that is judged on whole maps.
 
-    label : its name in tables
+    label : its name in tables; model : of [detect]; lines : further ones of it
     """
 
     label: str
-    world: World
-    evaluation: Evaluation
-    quiet: NullRun
+    model: str
+    lines: str = ""
 
-    def row(self) -> dict[str, float | str]:
-        """Numbers of it, NaN where undefined."""
-        p, o, e = self.evaluation.pixels, self.evaluation.objects, self.evaluation
-        values = {
-            "px_precision": p.precision,
-            "px_recall": p.recall,
-            "px_f1": p.f1,
-            "object_precision": o.precision,
-            "object_recall": o.recall,
-            "object_f1": o.f1,
-            "false_per_100_km2": e.false_per_100_km2,
-            "null_per_100_km2": self.quiet.per_100_km2,
-            "precision_at_0.1_pct": p.precision_at(0.001),
-        }
-        known = {name: float("nan") if value is None else value for name, value in values.items()}
-        return {"detector": self.label, "world": self.world.name, **known}
+    @property
+    def stem(self) -> str:
+        """Name of its TOML."""
+        return self.label.replace(", ", "-").replace(" ", "-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """All that the document is made of.
 
-    singles, ensembles : rows of the leaderboard; greedy : ensembles of greedy choice; detectors : rows of `Judged`
-    best : of the held-out world that is drawn, label -> evaluation; archive : of that world
+    singles, ensembles : rows of the leaderboard; greedy : ensembles of greedy choice; detectors : a row a detector and
+        held-out world; drawn : label -> evaluation on the first of these; archive, layers : of that world
     models : label -> folder; seconds : of all trainings, of one core each
     """
 
@@ -180,13 +170,10 @@ def networks(folder: Path, scale: Scale = FULL, *, workers: int = 2) -> Outcome:
     models = {SINGLE: small.models[0], ENSEMBLE: small.models[1], SINGLE_IMAGE: post.models[0]}
     if read_card(best.models[0]).weights != read_card(small.models[0]).weights:
         models = {"best single network": best.models[0], **models}
-    drawn, rows = dict[str, Evaluation](), []
-    for world in scale.of("test"):
-        for judged in _judge_all(archives[world], world, scale, models):
-            rows.append(judged.row())
-            if world == scale.of("test")[0]:
-                drawn[judged.label] = judged.evaluation
+    judged = _detectors(scale, models)
+    rows = [_row(archives[world], world, one) for world in scale.of("test") for one in judged]
     first = archives[scale.of("test")[0]]
+    drawn = {one.label: _evaluation(first, one)[1] for one in judged if one.label in DRAWN}
     single = board["kind"] == "single"
     return Outcome(
         scale=scale,
@@ -306,35 +293,57 @@ def training_tables(
     return {**tables, "sweep": dict(sweep)} if sweep else tables
 
 
-def _judge_all(
-    archive: SimulatedArchive, world: World, scale: Scale, models: Mapping[str, Path]
-) -> list[Judged]:
-    """Judge the zoo's detectors and the networks on one world; a network that two labels name is judged once."""
+def _detectors(scale: Scale, models: Mapping[str, Path]) -> list[Judged]:
+    """Detectors of the zoo, and the networks."""
     found = []
     for name, parameters in scale.detectors.items():
         said = ", ".join(f"{key} = {value}" for key, value in parameters.items())
-        lines = f"parameters = {{ {said} }}\n"
-        found.append(_judge(archive, world, label=name, model=name, detect=lines))
-    for label, folder in models.items():
-        found.append(_judge(archive, world, label=label, model=str(folder.resolve())))
-    return found
+        found.append(Judged(label=name, model=name, lines=f"parameters = {{ {said} }}\n"))
+    return found + [Judged(label=label, model=str(path.resolve())) for label, path in models.items()]
 
 
-def _judge(archive: SimulatedArchive, world: World, *, label: str, model: str, detect: str = "") -> Judged:
-    _say(f"{world.name}: {label}")
-    stem = label.replace(", ", "-").replace(" ", "-")
-    quiet = plan_of(archive, QUIET, model=model, detect=detect, name=f"{stem}-{QUIET}")
-    report = run(quiet, stages=("cube", "fit"), progress=False)
-    made = plan_of(archive, EVENT, model=model, detect=detect, name=stem)
-    report = run(made, progress=False) if report.complete else report
+def _evaluation(archive: SimulatedArchive, one: Judged) -> tuple[RunPlan, Evaluation]:
+    """Run a detector across the event, and judge its map."""
+    made = plan_of(archive, EVENT, model=one.model, detect=one.lines, name=one.stem)
+    _complete(run(made, progress=False), one)
+    return made, score(archive, detection_of(archive, made))
+
+
+def _row(archive: SimulatedArchive, world: World, one: Judged) -> dict[str, float | str]:
+    """Scores of a detector on one world and before any event, NaN where undefined; kept beside the world."""
+    quiet = plan_of(archive, QUIET, model=one.model, detect=one.lines, name=f"{one.stem}-{QUIET}")
+    made = plan_of(archive, EVENT, model=one.model, detect=one.lines, name=one.stem)
+    kept = archive.root / "scores" / f"{one.stem}-{made.inventory[-8:]}-{quiet.inventory[-8:]}.json"
+    if not kept.exists():
+        _say(f"{world.name}: {one.label}")
+        _complete(run(quiet, stages=("cube", "fit"), progress=False), one)
+        false = null_run(quiet)
+        _, found = _evaluation(archive, one)
+        kept.parent.mkdir(exist_ok=True)
+        write_whole(kept, json.dumps(_numbers(found, false)).encode())
+    values = json.loads(kept.read_text(encoding="utf-8"))
+    known = {name: float("nan") if value is None else value for name, value in values.items()}
+    return {"detector": one.label, "world": world.name, **known}
+
+
+def _numbers(found: Evaluation, false: NullRun) -> dict[str, float | None]:
+    p, o = found.pixels, found.objects
+    return {
+        "px_precision": p.precision,
+        "px_recall": p.recall,
+        "px_f1": p.f1,
+        "object_precision": o.precision,
+        "object_recall": o.recall,
+        "object_f1": o.f1,
+        "false_per_100_km2": found.false_per_100_km2,
+        "null_per_100_km2": false.per_100_km2,
+        "precision_at_0.1_pct": p.precision_at(0.001),
+    }
+
+
+def _complete(report: RunReport, one: Judged) -> None:
     if not report.complete:
-        raise PipelineError(f"The run of {label} on {world.name} is incomplete: {report.reasons[0]}")
-    return Judged(
-        label=label,
-        world=world,
-        evaluation=score(archive, detection_of(archive, made)),
-        quiet=null_run(quiet, threads=1),
-    )
+        raise PipelineError(f"The run of {one.label} is incomplete: {report.reasons[0]}")
 
 
 def ship(outcome: Outcome, folder: Path) -> None:

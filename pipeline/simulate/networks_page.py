@@ -14,12 +14,11 @@ from slidecube.pipeline.composite import SCALE, SHIFT
 from slidecube.pipeline.evaluate import Evaluation
 from slidecube.pipeline.null_run import MIN_AREA_M2, SLOPES_DEG
 from slidecube.pipeline.pixels import PixelWindow, read_stored
-from slidecube.pipeline.simulate.networks import CHANGE, ENSEMBLE, POST, SINGLE, SINGLE_IMAGE, Outcome
+from slidecube.pipeline.simulate.networks import CHANGE, DRAWN, ENSEMBLE, POST, SINGLE, SINGLE_IMAGE, Outcome
 from slidecube.pipeline.simulate.worlds import World
 
 DIAGRAM, MAPS = "networks-diagram.png", "networks-maps.png"
 
-_SHOWN = ("rdndvi", SINGLE, ENSEMBLE)
 _WHITE = 0.18
 _CROP_PX = 260
 _COLOURS = {"tp": "#1a9850", "fp": "#d73027", "fn": "#ffd92f"}
@@ -240,7 +239,7 @@ def _draw_maps(outcome: Outcome, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  it takes a second
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    shown = [label for label in _SHOWN if label in outcome.drawn]
+    shown = [label for label in DRAWN if label in outcome.drawn]
     figure = Figure(figsize=(4.2 * len(shown), 4.8), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     picture, extent = _picture(outcome)
