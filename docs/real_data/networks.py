@@ -79,10 +79,15 @@ def mapped(model: Detector, found_yx: np.ndarray) -> np.ndarray:
     return without_small(hit, minimum_size_px(model.card.min_area_m2, PIXEL_M))
 
 
-def _counts(model: Detector, found_yx: np.ndarray) -> dict[str, int]:
+def _counts(model: Detector, found_yx: np.ndarray) -> dict[str, float]:
     hit = mapped(model, found_yx)
     _, objects = scipy.ndimage.label(hit, structure=np.ones((3, 3)))
-    return {"px": int(hit.sum()), "objects": int(objects), "known_px": int(np.isfinite(found_yx).sum())}
+    return {
+        "px": int(hit.sum()),
+        "objects": int(objects),
+        "known_px": int(np.isfinite(found_yx).sum()),
+        "highest": float(f"{np.nanmax(found_yx):.1e}"),
+    }
 
 
 def _against(model: Detector, found_yx: np.ndarray, mask: np.ndarray) -> dict[str, int]:
@@ -123,13 +128,13 @@ def _draw_patches(scenes: list[Scene], maps: dict[str, np.ndarray], mask: np.nda
     figure, axes = drawing.panels(2 * len(scenes), rows=4, width=1.9, height=2.1)
     for i, (name, scene) in enumerate(zip(maps, scenes, strict=True)):
         _photo(axes[2 * i], scene.post, name)
-        axes[2 * i + 1].imshow(maps[name], cmap="magma", vmin=0, vmax=1)
+        axes[2 * i + 1].imshow(maps[name], cmap="magma", vmin=0)  # to its own highest: else all is black
         hit = mapped(single, maps[name])
         if hit.any():
             axes[2 * i].contour(hit, levels=[0.5], colors="crimson", linewidths=0.8)
         if name == patches.LABELLED:
             axes[2 * i + 1].contour(mask, levels=[0.5], colors="white", linewidths=0.8)
-        drawing.plain(axes[2 * i + 1], "probability" + (", mask white" if name == patches.LABELLED else ""))
+        drawing.plain(axes[2 * i + 1], f"up to {np.nanmax(maps[name]):.0e}")
     drawing.save(figure, path)
 
 
@@ -139,10 +144,9 @@ def _draw_pair(pair: Scene, maps: dict[str, np.ndarray], path: Path) -> None:
     for axis, layer, i in ((axes[0], pair.pre, PAIR[0]), (axes[1], pair.post, PAIR[1])):
         _photo(axis, layer, slovenia.DATES[i])
     for axis, (name, found_yx) in zip(axes[2:], maps.items(), strict=True):
-        shown = axis.imshow(found_yx, cmap="magma", vmin=0, vmax=1)
+        axis.imshow(found_yx, cmap="magma", vmin=0)
         hit = mapped(detector(name), found_yx)
         if hit.any():
             axis.contour(hit, levels=[0.5], colors="cyan", linewidths=0.8)
-        drawing.plain(axis, f"{name}, probability")
-    figure.colorbar(shown, ax=axes[-1], location="bottom", shrink=0.8)
+        drawing.plain(axis, f"{name}, up to {np.nanmax(found_yx):.0e}")
     drawing.save(figure, path)
