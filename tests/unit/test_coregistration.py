@@ -101,6 +101,7 @@ def test_ground_without_anything_in_common_has_no_shift(two_dates):
     assert measure_shift(pre, post, few) is None  # two chips cannot agree against a third
 
 
+@settings(deadline=None)
 @given(st.floats(-1, 1), st.floats(-1, 1))
 def test_a_quadratic_surface_is_moved_exactly(south, east):
     y, x = np.mgrid[:40, :50]
