@@ -1,7 +1,7 @@
 """What computes a network: torch, torch compiled, or ONNX Runtime, on the CPU or a GPU, in full or half precision.
 
-Every engine takes and gives float32. Against torch in float32 on one thread of the CPU, no probability differs by more
-than `TOLERANCE` says; equal bits are promised only of one backend, dtype, device, CPU and set of libraries.
+Every engine takes and gives float32. `TOLERANCE` says how far they agree with torch in float32 on one thread of the
+CPU; equal bits are promised only of one backend, dtype, device, CPU and set of libraries.
 
 Axes: b batch, c channel, y row, x column.
 """
@@ -30,8 +30,9 @@ BATCH: Mapping[Device, int] = {"cpu": 1, "cuda": 16}
 """Windows that are computed at once. On the CPU one: more gain nothing on one thread, and a window's bits would depend
 on its place among the others."""
 
-TOLERANCE: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.02}
-"""Bound of the difference in probability to float32 by torch on the CPU, for any backend and device."""
+TOLERANCE: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""How far a probability may lie from that of torch in float32 on the CPU. In float32 it holds for any network; in half
+precision it is twice what was measured on the networks that ship, and steeper logits may lie further apart."""
 
 Forward = Callable[["torch.Tensor"], "torch.Tensor"]
 

@@ -166,7 +166,7 @@ class Network:
         if not self.tta:
             probability_vyx[:, ~known_yx] = np.nan
             return probability_vyx
-        mean_yx: np.ndarray = np.mean([logits_yx for logits_yx, _ in seen], axis=0, dtype=np.float64)
+        mean_yx = np.stack([logits_yx for logits_yx, _ in seen]).mean(axis=0, dtype=np.float64)
         found_vyx = np.stack(
             [self._calibrated(mean_yx.astype(np.float32), planes_yx, margin_px), spread(probability_vyx)]
         )

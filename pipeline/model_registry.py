@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from slidecube.models import zoo
 from slidecube.models.card import ModelCard
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import (
@@ -39,7 +40,6 @@ from slidecube.models.registry import (
     verify_files,
     versions_in,
 )
-from slidecube.models.zoo import ZOO
 from slidecube.pipeline.config import Config, is_path
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.feature_sets import require_known
@@ -53,7 +53,7 @@ RESOLUTION_TOLERANCE = 0.01
 
 def is_rule(text: str) -> bool:
     """Tell models of the zoo, which are code alone, from networks."""
-    return text.partition("@")[0] in ZOO
+    return text.partition("@")[0] in zoo.ZOO
 
 
 def roots(workspace: Workspace | None = None) -> dict[str, Place]:
@@ -81,7 +81,7 @@ def find(text: str, workspace: Workspace | None = None) -> Place:
     places = roots(workspace)
     if not is_address(text) and (Path(text) / CARD_FILE).is_file():
         raise ModelError(f"{text!r} is no address of a model; write the path of a folder as './{text}'")
-    root, folder = choose(text, {name: held(place) for name, place in places.items()}, others=ZOO)
+    root, folder = choose(text, {name: held(place) for name, place in places.items()}, others=zoo.ZOO)
     return places[root] / folder
 
 

@@ -241,7 +241,7 @@ def training_tables(
     whole_maps : of a model that ships: with its null run, and windows larger than what it learnt from
     """
     images = "two images" if features == CHANGE else "a single image"
-    network = {"architecture": "resunet", "arguments": {"width": scale.width}}
+    network: dict[str, Any] = {"architecture": "resunet", "arguments": {"width": scale.width}}
     if (
         sweep and scale.encoder is not None
     ):  # ResU-Nets of a sweep then have their own default, the same width

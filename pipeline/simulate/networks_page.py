@@ -142,7 +142,7 @@ def _f1(row: pd.DataFrame, part: str, best: float) -> str:
 
 def ensemble_table(singles: pd.DataFrame, chosen: Mapping[str, pd.DataFrame]) -> str:
     """F1 of ensembles by size, against the single network that is best on validation."""
-    best = singles.loc[singles["validation_f1"].idxmax()]
+    best = singles.iloc[int(singles["validation_f1"].to_numpy().argmax())]
     single = (
         f"| single ({best['architecture']}, {best['loss']}) | 1 | {best['validation_f1']:.3f} | {best['test_f1']:.3f} "
         f"| | {best['test_precision']:.3f}, {best['test_recall']:.3f} |"
@@ -248,7 +248,7 @@ def _draw_maps(outcome: Outcome, path: Path) -> None:
         _outline(axis, outcome.drawn[label])
         axis.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[], xlabel="", ylabel="")
         axis.set_title(f"SIMULATED: {label}", fontsize=10)
-    canvas.print_png(str(path), metadata={"Software": None})
+    canvas.print_png(str(path), metadata={"Software": None})  # type: ignore[no-untyped-call]
 
 
 def _outline(axis: object, found: Evaluation) -> None:

@@ -3,7 +3,8 @@
 The bare loop cuts windows out of standardised planes and computes them, and does nothing else. Then the other backends
 and dtypes, each with its largest difference in probability to torch in float32; and, where it is installed (extra
 `bench`), terratorch's tiled inference around the same module. Bound (issue 6): .9 of the bare loop's throughput or
-more. Noise stands for a cube: no accuracy is in it.
+more. Seconds are of the CPU, because
+a busy machine's clock tells of its other work. Noise stands for a cube: no accuracy is in it.
 Usage: make bench, or python tests/benchmarks/network_detect_speed.py [--side 1024] [--architecture resunet]
 """
 
@@ -25,7 +26,7 @@ import xarray as xr
 from slidecube.models.architectures import build_network, complete_arguments
 from slidecube.models.errors import ModelError
 from slidecube.models.nets.cae import one_thread
-from slidecube.models.network import Network, network_module, standardised
+from slidecube.models.network import Network, engine_of, network_module, standardised
 from slidecube.models.network_card import NetworkCard
 from slidecube.models.predict import predict
 
@@ -63,9 +64,8 @@ def starts(network: Network, side_px: int) -> list[int]:
     return list(range(least, side_px, lattice.stride_px))
 
 
-def bare(network: Network, x_cyx: np.ndarray, side_px: int) -> None:
+def bare(module: torch.nn.Module, network: Network, x_cyx: np.ndarray, side_px: int) -> None:
     """Cut windows out of padded planes and compute them, one at a time."""
-    module = network_module(network.about, network.weights).to(memory_format=torch.channels_last)
     px, pad = network.lattice.side_px, network.lattice.side_px
     planes = torch.from_numpy(x_cyx)
     with one_thread(), torch.inference_mode():
@@ -75,11 +75,10 @@ def bare(network: Network, x_cyx: np.ndarray, side_px: int) -> None:
                 module(window.contiguous(memory_format=torch.channels_last))
 
 
-def terratorch_way(network: Network, x_cyx: np.ndarray, side_px: int) -> None:
+def terratorch_way(module: torch.nn.Module, network: Network, x_cyx: np.ndarray, side_px: int) -> None:
     """Compute terratorch's tiled inference over the same planes, with the same windows and overlaps."""
     from terratorch.tasks.tiled_inference import tiled_inference
 
-    module = network_module(network.about, network.weights).to(memory_format=torch.channels_last)
     px, stride, pad = network.lattice.side_px, network.lattice.stride_px, network.lattice.side_px
     core = torch.from_numpy(x_cyx[None, :, pad : pad + side_px, pad : pad + side_px].copy())
     with one_thread(), torch.inference_mode():
@@ -92,14 +91,31 @@ def detected(network: Network, cube: xr.Dataset) -> np.ndarray:
     return found
 
 
-def timed(what: Callable[[], Any]) -> tuple[float, Any]:
-    """Least of a few times, in seconds, and the last answer."""
-    seconds, found = [], None
+def timed(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Least CPU time of each way in a few rounds, one way after another in each, in seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        began = time.perf_counter()
-        found = what()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds), found
+        for name, what in ways.items():
+            began = time.process_time()
+            what()
+            seconds[name].append(time.process_time() - began)
+    return {name: min(taken) for name, taken in seconds.items()}
+
+
+def others(network: Network, *, compiled: bool) -> dict[str, Network]:
+    """The same network by other backends and in other numbers, as far as they are installed."""
+    found = {}
+    for backend, dtype in (("torch", "bfloat16"), ("torch", "float16"), ("onnx", None), ("compile", None)):
+        if backend == "compile" and not compiled:
+            continue
+        try:
+            other = network.computed_by(backend, dtype)  # type: ignore[arg-type]
+            engine_of(other)
+        except ModelError as error:
+            print(f"{backend}: {error}")
+            continue
+        found[f"detection, {backend} {dtype or 'float32'}"] = other
+    return found
 
 
 def main() -> None:
@@ -119,37 +135,33 @@ def main() -> None:
     planes = [cube[name].to_numpy() for name in NAMES]
     x_cyx = np.moveaxis(standardised(planes, network.about.inputs.mean, network.about.inputs.std), 2, 0)
     x_cyx = np.pad(x_cyx, ((0, 0), (given.window,) * 2, (given.window,) * 2))
-    predict(network, cube.isel(y=slice(64), x=slice(64)))  # whatever is set up once
-    loop_s, _ = timed(lambda: bare(network, x_cyx, given.side))
-    mpx = given.side**2 / 1e6
-    print(f"{given.architecture}, windows of {given.window} px, margins of {given.margin} px, one core")
-    print(f"{'bare torch loop':<24} {loop_s / mpx:8.2f} s/Mpx")
-    taken, found = timed(partial(detected, network, cube))
-    print(
-        f"{'predict, float32':<24} {taken / mpx:8.2f} s/Mpx {loop_s / taken:6.2f} of the bare loop's throughput"
-    )
-    ways = [("torch", "bfloat16"), ("onnx", None), *([("compile", None)] if given.compile else [])]
-    for backend, dtype in ways:
-        try:
-            other = network.computed_by(backend, dtype)  # type: ignore[arg-type]
-            predict(other, cube.isel(y=slice(64), x=slice(64)))
-        except ModelError as error:
-            print(f"{backend}: {error}")
-            continue
-        other_s, p = timed(partial(detected, other, cube))
-        name = f"predict, {backend} {dtype or 'float32'}"
-        apart = float(np.nanmax(np.abs(p - found)))
-        print(
-            f"{name:<24} {other_s / mpx:8.2f} s/Mpx {taken / other_s:6.2f} of float32's; {apart:.1e} apart at most"
-        )
+    module = network_module(network.about, network.weights).to(memory_format=torch.channels_last)
+    made = others(network, compiled=given.compile)
+    want = detected(network, cube)
+    apart = {name: float(np.nanmax(np.abs(detected(one, cube) - want))) for name, one in made.items()}
+    ways: dict[str, Callable[[], Any]] = {
+        "bare torch loop": partial(bare, module, network, x_cyx, given.side),
+        "detection, float32": partial(detected, network, cube),
+        **{name: partial(detected, one, cube) for name, one in made.items()},
+    }
     try:
-        peer_s, _ = timed(lambda: terratorch_way(network, x_cyx, given.side))
-        print(
-            f"{'terratorch, tiled':<24} {peer_s / mpx:8.2f} s/Mpx; detection {peer_s / taken:6.2f} times as fast"
-        )
+        terratorch_way(module, network, x_cyx, given.side)
+        ways["terratorch, tiled"] = partial(terratorch_way, module, network, x_cyx, given.side)
     except ImportError as error:
-        print(f"terratorch is not installed ({error}); pip install -e '.[bench]'")
-    print(f"{'peak memory':<24} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:8.2f} GiB")
+        print(f"terratorch is not installed ({error}): pip install -e '.[bench]'")
+    taken = timed(ways)
+    windows = len(starts(network, given.side)) ** 2
+    print(
+        f"{given.architecture}: {windows} windows of {given.window} px, margins of {given.margin} px, one core"
+    )
+    print(
+        f"{'':<28} {'s/window':>9} {'throughput: of the loop':>24} {'of detection':>13} {'apart at most':>14}"
+    )
+    for name, seconds in taken.items():
+        loop, own = taken["bare torch loop"] / seconds, taken["detection, float32"] / seconds
+        difference = f"{apart[name]:>14.1e}" if name in apart else ""
+        print(f"{name:<28} {seconds / windows:>9.4f} {loop:>24.2f} {own:>13.2f} {difference}")
+    print(f"{'peak memory':<28} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:>9.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ VERBS = [
     "detect",
     "mosaic",
     "submit",
+    "train",
     "evaluate",
     "publish",
     "report",
@@ -39,6 +40,7 @@ VERBS = [
     "demo",
     "cluster",
     "features",
+    "models",
     "doctor",
     "clean",
 ]

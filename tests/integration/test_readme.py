@@ -67,7 +67,7 @@ def check_slidecube(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in {tuple(command) for _, command in ALL} if c[:2] in QUICK], ids=" ".join
+    "command", [c for c in sorted({tuple(command) for _, command in ALL}) if c[:2] in QUICK], ids=" ".join
 )
 def test_the_quick_ones_work(command, tmp_path):
     done = subprocess.run(

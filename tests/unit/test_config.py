@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import inspect
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import pydantic
 import pytest
 
 from slidecube.catalog.scenes import Window
+from slidecube.pipeline import train_config
 from slidecube.pipeline.config import (
     BANDS,
     DEFAULT_BANDS,
@@ -36,6 +38,7 @@ from slidecube.pipeline.config import (
 )
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.keys import content_key
+from slidecube.pipeline.training_tables import DataTable, PatchTable
 
 AREA = "[area]\nbbox = [6.4, 0.0, 6.8, 0.4]\n"
 EPOCH = '[[epoch]]\nname = "iburi-2018"\npre = ["2018-05-01", "2018-09-05"]\npost = ["2018-09-07", "2018-11-15"]\n'
@@ -430,7 +433,7 @@ def documented(title: str, section: type[pydantic.BaseModel]) -> str:
                 shown = f"`{json.dumps(default)}`"
             rows.append(f"| `{name}` | {shown} | {field.description} |")
     return (
-        f"## {title}\n\n{section.__doc__}\n\n| key | default | allowed |\n|---|---|---|\n"
+        f"## {title}\n\n{inspect.cleandoc(section.__doc__ or '')}\n\n| key | default | allowed |\n|---|---|---|\n"
         + "\n".join(rows)
         + "\n"
     )
@@ -459,3 +462,28 @@ def test_the_documented_keys_are_those_of_the_code(repo_root):
     assert text.split("\n## ", 1)[1] == "\n".join(documented(*s) for s in sections.items()).removeprefix(
         "## "
     )
+
+
+def test_the_documented_keys_of_trainings_are_those_of_the_code(repo_root):
+    text = (repo_root / "docs" / "training.md").read_text(encoding="utf-8")
+    sections = {
+        "[[data]]": DataTable,
+        "[patches]": PatchTable,
+        "[features]": train_config.Features,
+        "[network]": train_config.NetworkTable,
+        "[training]": train_config.Training,
+        "[training.augment]": train_config.Augment,
+        "[calibration]": train_config.CalibrationTable,
+        "[threshold]": train_config.Threshold,
+        "[sweep]": train_config.Sweep,
+        "[null_run]": train_config.NullRunTable,
+        "[cluster]": train_config.ClusterTable,
+    }
+
+    assert text.split("\n## ", 1)[1] == "\n".join(documented(*s) for s in sections.items()).removeprefix(
+        "## "
+    )
+    tables = {
+        name for name, field in train_config.TrainSections.model_fields.items() if field.annotation is not str
+    }
+    assert {title.strip("[]").partition(".")[0] for title in sections} == tables - {"version"}
