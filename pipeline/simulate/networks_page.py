@@ -88,7 +88,7 @@ def markdown(outcome: Outcome) -> str:
         f"![Performance diagram](images/{DIAGRAM})",
         "## Beside the other detectors",
         _DETECTORS.format(
-            worlds=", ".join(world.name for world in scale.of("test")), area=MIN_AREA_M2, slope=SLOPES_DEG
+            worlds=", ".join(dict.fromkeys(outcome.detectors["world"])), area=MIN_AREA_M2, slope=SLOPES_DEG
         ),
         detector_table(outcome.detectors),
         _shipped(outcome.detectors),
@@ -246,7 +246,7 @@ def _draw_maps(outcome: Outcome, path: Path) -> None:
     for axis, label in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
         axis.imshow(picture, extent=extent, interpolation="nearest")
         _outline(axis, outcome.drawn[label])
-        axis.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
+        axis.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[], xlabel="", ylabel="")
         axis.set_title(f"SIMULATED: {label}", fontsize=10)
     canvas.print_png(str(path), metadata={"Software": None})  # type: ignore[no-untyped-call]
 
