@@ -90,7 +90,7 @@ def sampled(features, window_px, n, seed=0):
 @pytest.mark.parametrize("name", ["cae-kmeans", "kmeans"])
 def test_it_finds_the_scars_of_a_hillside_as_its_barest_cluster(name):
     features, scars = landscape()
-    # at the paper's rate of .1 so short a training ends elsewhere with each seed and each kind of CPU: of four seeds two
+    # at the rate .1 of the paper so short a training ends elsewhere with each seed and kind of CPU: of four seeds two
     # found the scars; at .01 all four did
     quick = {"epochs": 30.0, "batch": 500.0, "learning_rate": 0.01} if name in DEEP else {}
     model = build_model(name, parameters={"k": 3.0, **quick})
