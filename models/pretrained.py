@@ -49,14 +49,15 @@ def load_pretrained(module: nn.Module, content: bytes) -> Pretrained:
     prefix = max(_PREFIXES, key=lambda prefix: sum(f"{prefix}{name}" in wanted for name in tensors))
     given = {f"{prefix}{name}": tensor for name, tensor in tensors.items() if not _counts(name)}
     loaded = {name: tensor for name, tensor in given.items() if name in wanted}
-    adapted = tuple(name for name in loaded if _other_channels(loaded[name], wanted[name]))
+    # in the network's order: a safetensors file keeps none
+    adapted = tuple(name for name in wanted if name in loaded and _other_channels(loaded[name], wanted[name]))
     for name in adapted:
         loaded[name] = adapt_channels(loaded[name], wanted[name].shape[1])
     report = Pretrained(
-        loaded=tuple(loaded),
+        loaded=tuple(name for name in wanted if name in loaded),
         adapted=adapted,
         fresh=tuple(name for name in wanted if name not in loaded),
-        unused=tuple(name for name in given if name not in wanted),
+        unused=tuple(sorted(name for name in given if name not in wanted)),
     )
     _check(report, loaded, wanted, prefix)
     module.load_state_dict(
