@@ -184,12 +184,11 @@ def _permutation(n: int, seed: int, number: int) -> np.ndarray:
     return order
 
 
-def empty_batch(size: int, features: int, side: int, *, channels_last: bool, pinned: bool) -> Batch:
+def empty_batch(size: int, features: int, side: int, *, layout: torch.memory_format, pinned: bool) -> Batch:
     """Memory of a batch, from torch, whose alignment is always the same: kernels look at it, and so the last bits.
 
     What is not written is the mean, and not observable.
     """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     x_bfyx = torch.empty((size, features, side, side), memory_format=layout, pin_memory=pinned).zero_()
     y_byx = torch.empty((size, side, side), dtype=torch.uint8, pin_memory=pinned).fill_(IGNORE)
     return x_bfyx, y_byx
@@ -222,14 +221,14 @@ def validation_batches(
     std: np.ndarray,
     batch: int,
     device: torch.device,
-    channels_last: bool = True,
+    layout: torch.memory_format = torch.channels_last,
     loaders: int = 2,
 ) -> Iterator[tuple[Sequence[int], Batch]]:
     """Batches of one and the same shape in order; the last one is filled with the mean and not observable labels."""
 
     def make(part: Sequence[int]) -> tuple[Sequence[int], Batch]:
         x_bfyx, y_byx = empty_batch(
-            batch, len(mean), patches.patch_px, channels_last=channels_last, pinned=device.type != "cpu"
+            batch, len(mean), patches.patch_px, layout=layout, pinned=device.type != "cpu"
         )
         for i, index in enumerate(part):
             x_fyx, y_yx = read_patch(patches, index)

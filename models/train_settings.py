@@ -78,7 +78,6 @@ class TrainSettings:
     ema: float = 0.0
     clip_norm: float = 0.0
     dtype: Precision = "fp32"
-    channels_last: bool = False
     compile: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1

@@ -144,10 +144,6 @@ class Training(_Table):
         _DEFAULT.clip_norm, ge=0, description="the largest norm of a gradient; 0: any is taken"
     )
     dtype: Precision = Field(_DEFAULT.dtype, description='"fp32", "bf16" or "fp16" (on cuda)')
-    channels_last: bool = Field(
-        default=_DEFAULT.channels_last,
-        description="true or false: on a GPU faster; on the CPU torch 2.15 has crashed with it in narrow ResU-Nets",
-    )
     compile: bool = Field(default=_DEFAULT.compile, description="true or false: compiled by torch")
     device: Device = Field(_DEFAULT.device, description='"cpu" or "cuda"')
     threads: int | None = Field(

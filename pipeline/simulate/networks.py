@@ -279,8 +279,6 @@ def training_tables(
             "iterations": scale.iterations,
             "epochs": scale.epochs,
             "patience": scale.epochs,
-            # in channels-last order the kernels of some widths write past the end of their memory on the CPU
-            "channels_last": False,
             "threads": 1,
             "loaders": 1,
             "panel": 2,

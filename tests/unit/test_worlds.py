@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tomllib
 
 import numpy as np
 import pandas as pd
@@ -66,7 +65,6 @@ def test_its_trainings_are_valid_and_read_known_features(tmp_path, scale):
 
         assert read.features.names == features
         assert [table.use for table in read.data] == [world.use for world in scale.worlds]
-        assert tomllib.loads(toml.read_text())["training"]["channels_last"] is False
     assert all(feature(name) for name in (*networks.CHANGE, *networks.POST))
 
 
