@@ -4,7 +4,7 @@ Tiles of 1024 and 2048 px, 6 and 24 dates of 10 bands, and 60 dates of 12 bands 
 `slidecube cube` and `slidecube detect` in a fresh process. First 60 dates of Sentinel-2, 12 bands, and 60 of
 Sentinel-1 over one tile: the worker that makes all layers, and two that make the optical and the radar layer alone.
 The dates share six sets of files. Prints predicted, measured and their ratio, and seconds a megapixel. Usage: make
-bench, or python tests/benchmarks/tile_memory.py [OUT] ["both" for the first case alone]
+bench, or python tests/benchmarks/tile_memory.py [OUT] ["both" for the first case alone, "networks" for theirs]
 """
 
 from __future__ import annotations
@@ -63,16 +63,21 @@ def main() -> None:
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="slidecube-bench-"))
     out.mkdir(parents=True, exist_ok=True)
     items = archive(out)
-    both(out, items)
-    if sys.argv[2:] == ["both"]:
+    alone = sys.argv[2:]
+    if alone != ["networks"]:
+        both(out, items)
+    if alone == ["both"]:
         return
     print(
         f"{'model':<12} {'tile':>5} {'dates':>5} {'predicted':>11} {'measured':>10} {'ratio':>6} {'s/Mpx/date':>11}"
     )
-    for composite in ("greenest", "medoid", "geomedian"):
-        many(out, items, composite)
-    cases = [("rdndvi", 1024, 6), ("rdndvi", 1024, 24), ("rdndvi", 2048, 6), ("rdndvi", 2048, 24)]
-    for model, tile_px, dates in [*cases, ("cae-kmeans", 1024, 6), ("cae-kmeans", 2048, 6)]:
+    cases = [("sim-small", 1024, 6), ("sim-small", 2048, 6), ("sim-ensemble", 2048, 6)]
+    if not alone:
+        for composite in ("greenest", "medoid", "geomedian"):
+            many(out, items, composite)
+        rules = [("rdndvi", 1024, 6), ("rdndvi", 1024, 24), ("rdndvi", 2048, 6), ("rdndvi", 2048, 24)]
+        cases = [*rules, ("cae-kmeans", 1024, 6), ("cae-kmeans", 2048, 6), *cases]
+    for model, tile_px, dates in cases:
         made = case(out, items, tile_px, dates, model=model)
         per = made.seconds / (tile_px**2 / 1e6) / dates
         print(f"{model:<12} {tile_px:>5} {dates:>5} {compared(made.predicted, made.measured)} {per:>11.3f}")
