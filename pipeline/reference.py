@@ -137,8 +137,7 @@ def _table(path: Path, layer: str | None) -> gpd.GeoDataFrame:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of drivers, about things that we do not read
             chosen = _layer(path, layer)
-            table: gpd.GeoDataFrame = gpd.read_file(path, layer=chosen, columns=[])
-            return table
+            table = gpd.read_file(path, layer=chosen, columns=[])
     except PipelineError:
         raise
     except Exception as error:  # noqa: BLE001  GDAL, GEOS and Arrow each have errors of their own
@@ -146,6 +145,12 @@ def _table(path: Path, layer: str | None) -> gpd.GeoDataFrame:
             f"Reference {str(path)!r} cannot be read as a vector file ({' '.join(str(error).split())[:160]}); give a "
             "GeoPackage, GeoJSON, shapefile or GeoParquet"
         ) from None
+    if not isinstance(table, gpd.GeoDataFrame):
+        raise PipelineError(
+            f"Reference {str(path)!r} is a table without geometries; give polygons, as a GeoPackage, GeoJSON, "
+            "shapefile or GeoParquet"
+        )
+    return table
 
 
 def _layer(path: Path, layer: str | None) -> str:

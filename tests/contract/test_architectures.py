@@ -110,6 +110,8 @@ def test_a_map_of_logits_for_any_channels_and_sides(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_odd_sides_are_the_corner_of_a_map_filled_with_means(name):
+    if ARCHITECTURES[name].multiple_px == 1:
+        pytest.skip("takes sides of any length as they are")
     module = network(name)
     whole_px = 128
     assert whole_px % ARCHITECTURES[name].multiple_px == 0

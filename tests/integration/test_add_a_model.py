@@ -31,13 +31,14 @@ def page(repo_root):
 @pytest.fixture
 def reader(page, tmp_path, monkeypatch):
     """A reader who has done sections 1 and 2, and has weights, a card and somebody's ONNX in the folder."""
-    the_file, the_line = page("python")
+    the_file, the_builder, the_row = page("python")
     module = types.ModuleType("slidecube.models.nets.plain")
     exec(compile(the_file, "plain.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     line = {"Architecture": architectures.Architecture}
-    exec(compile("from __future__ import annotations\n" + the_line, "architectures.py", "exec"), line)
-    monkeypatch.setitem(architectures.ARCHITECTURES, "plain", line["ROW"])
+    text = f"from __future__ import annotations\n{the_builder}\nROWS = {{{the_row}}}"
+    exec(compile(text, "architectures.py", "exec"), line)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "plain", line["ROWS"]["plain"])
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLIDECUBE_MODELS", str(tmp_path / "mine"))

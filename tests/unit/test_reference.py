@@ -125,6 +125,13 @@ def test_files_that_are_no_reference_are_one_line(tmp_path, write, message):
     assert "known.gpkg" in str(refused.value)
 
 
+def test_a_table_without_geometries_is_one_line(tmp_path):
+    path = tmp_path / "known.csv"
+    path.write_text("name,area\na,1\n", encoding="utf-8")
+    with pytest.raises(PipelineError, match=r"known\.csv' is a table without geometries"):
+        read_polygons(path, area=AREA, grid=GRID)
+
+
 def test_a_shapefile_without_crs_and_a_layer_that_is_not_there(tmp_path):
     path = tmp_path / "known.shp"
     table([HERE]).to_file(path)
