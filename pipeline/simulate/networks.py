@@ -72,7 +72,7 @@ class Scale:
     batch: int = 8
     count: int = 2400
     judged: int = 200
-    iterations: int = 100
+    iterations: int = 200
     epochs: int = 8
     width: int = 16
     encoder: str | None = "mobilenet_v2"

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from slidecube.models.diagrams import Point, write_performance_diagram
+from slidecube.models.network_card import read_card
 from slidecube.pipeline.composite import SCALE, SHIFT
 from slidecube.pipeline.evaluate import Evaluation
 from slidecube.pipeline.null_run import MIN_AREA_M2, SLOPES_DEG
@@ -46,7 +47,7 @@ _ENSEMBLES = (
     "validation F1 of the mean most. Size and order are chosen on validation; the test is read when all is chosen."
 )
 _DETECTORS = (
-    "Run whole on the archives {worlds}: cube, features, detection, objects; mean (least to most) over them. Pixels "
+    "Run whole on {worlds}: cube, features, detection, objects; mean (least to most) of several worlds. Pixels "
     "and objects are judged by [the same evaluation](simulation-report.md) as every detector, at the threshold of the "
     "detector's card. `false` counts objects without a landslide for each 100 km² observed. The *null run* maps the "
     "summer before the event (June to 10 July against 11 July to 6 September), in which fields are harvested and "
@@ -91,7 +92,7 @@ def markdown(outcome: Outcome) -> str:
             worlds=", ".join(dict.fromkeys(outcome.detectors["world"])), area=MIN_AREA_M2, slope=SLOPES_DEG
         ),
         detector_table(outcome.detectors),
-        _shipped(outcome.detectors),
+        f"{_shipped(outcome.detectors)} {_on_patches(outcome.models)}",
         _MAPS.format(world=scale.of("test")[0].name),
         f"![What was found, missed and invented](images/{MAPS})",
     ]
@@ -117,6 +118,18 @@ def _shipped(detectors: pd.DataFrame) -> str:
         silent = detectors.loc[detectors["px_precision"].isna(), "detector"]
         said += f" On some of the worlds nothing was mapped by {', '.join(dict.fromkeys(silent))}."
     return said
+
+
+def _on_patches(models: Mapping[str, Path]) -> str:
+    """F1 of the models that ship on the patches that the tables above are of."""
+    said = []
+    for name in (SINGLE, ENSEMBLE, SINGLE_IMAGE):
+        metrics = read_card(models[name]).metrics
+        low, high = metrics["f1_interval"]
+        said.append(
+            f"`{name}` {metrics['validation']['f1']:.3f} / {metrics['f1']:.3f} ({low:.3f} to {high:.3f})"
+        )
+    return f"On the patches, validation / test (95 %): {', '.join(said)}."
 
 
 def single_table(singles: pd.DataFrame) -> str:
