@@ -43,6 +43,7 @@ from slidecube.pipeline.training import (
     Open,
     TrainContext,
     Work,
+    forget_data,
     ledger_of,
     open_candidate_data,
     train_task,
@@ -148,7 +149,9 @@ class Driver:
         return self.config.tables.training.threads or self._profile().worker.cpus
 
     def works(self, wanted: Iterable[Candidate]) -> list[Work]:
-        """Candidates with their keys; data are opened once for each list of features."""
+        """Candidates with their keys; data are opened once for each list of features, and as they are now."""
+        self._data.clear()
+        forget_data()
         found = [work_of(self.config, one, self.data(one)) for one in wanted]
         keys = [work.key for work in found]
         twice = next((work for work in found if keys.count(work.key) > 1), None)

@@ -83,6 +83,12 @@ _opened: dict[str, Data] = {}
 _opening = threading.Lock()
 
 
+def forget_data() -> None:
+    """Let the next one open its data again: files may have changed since this process opened them."""
+    with _opening:
+        _opened.clear()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """A candidate with its keys. key : of its weights, which names its folder; judged_key : of how it is judged."""
@@ -262,9 +268,23 @@ def _reason(error: BaseException) -> str:
     return text if expected else f"{type(error).__name__}: {text} (its traceback is in trainings.ledger)"
 
 
+def _data_of(context: TrainContext, work: Work) -> Data:
+    """Open the data of a candidate, which are those of its key: what this process kept may be older, or newer."""
+    for _ in range(2):
+        data = context.open(context.config, work.candidate)
+        found = work_of(context.config, work.candidate, data)
+        if (found.key, found.judged_key) == (work.key, work.judged_key):
+            return data
+        forget_data()
+    raise PipelineError(
+        "The data changed since this training was planned, or the worker has other versions of libraries or other "
+        "weights to begin with; start `slidecube train` again"
+    )
+
+
 def make(context: TrainContext, work: Work) -> None:
     """Train and judge a candidate, each unless it is done."""
-    data = context.open(context.config, work.candidate)
+    data = _data_of(context, work)
     folder = folder_of(context.out, work.key)
     if not _read_json(folder / TRAINED):
         _train(context, work, data)

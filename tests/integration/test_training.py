@@ -340,3 +340,41 @@ def test_a_killed_sweep_on_processes_goes_on(tmp_path):
     assert resumed.tables == direct.tables
     for a, b in zip(resumed.models, direct.models, strict=True):
         assert read_card(a).identity == read_card(b).identity
+
+
+QUICK = only(TOML, settings='{ one = ["rdndvi"] }', epochs="1", iterations="1", learning_rates="[0.01]")
+
+
+def test_what_is_recorded_under_a_key_was_learnt_from_the_data_of_that_key(tmp_path, monkeypatch):
+    """A process keeps what it opened; where that is no longer what was planned, it opens again, or refuses."""
+    seeds, opened = [0], []
+
+    def open_all(tables, patches, spec, *, base):
+        opened.append(seeds[0])
+        made = [TinyPatches(names=spec.names, seed=seed, n=6) for seed in (seeds[0], 101, 102)]
+        return Data(training=made[0], validation=made[1], test=made[2])
+
+    monkeypatch.setattr(training, "open_all_data", open_all)
+    driver = driver_of(tmp_path, QUICK)
+    driver.open = training.open_candidate_data
+    first = driver.works(candidates(driver.config, sweep=False))[0]
+    seeds[0] = 7
+    second = driver.works(candidates(driver.config, sweep=False))[0]
+    assert (first.key == second.key, opened) == (False, [0, 7])
+
+    seeds[0] = 8  # after the driver planned: the worker keeps what it opened, which is what was planned
+    context = training.TrainContext(
+        config=driver.config, out=tmp_path / "out", works={}, threads=1, lock=tmp_path, token=""
+    )
+    monkeypatch.setattr(training.TrainContext, "require", lambda _: None)
+    training.make(context, second)
+    assert (
+        training.trained_of(tmp_path / "out", second.key)["data"][0]
+        == TinyPatches(names=("rdndvi", "slope_deg"), seed=7, n=6).digest
+    )
+    seeds[0] = 0  # as in a worker that kept 7 of an earlier plan
+    training.make(context, first)
+    assert opened == [0, 7, 0]
+    seeds[0] = 9
+    with pytest.raises(PipelineError, match="The data changed since this training was planned"):
+        training.make(context, second)
