@@ -110,10 +110,15 @@ def dry_run_text(driver: Driver, *, sweep: bool, leave_one_out: bool) -> str:
 
 def report_text(report: TrainReport) -> str:
     """What was done, in a few lines."""
+    from slidecube.models.network_card import read_card
+
     lines = [report.tables.rstrip()] if report.tables else []
     counts = f"{report.trained} trained, {report.there} done before"
     lines.append(f"{counts}, {len(report.failed)} failed" if report.failed else counts)
     lines += [f"failed: {work.candidate.label}: {reason}" for work, reason in report.failed]
     lines += [f"wrote {path}" for path in report.files]
-    lines += [f'model {folder}; map with it: [detect] model = "{folder}"' for folder in report.models]
+    for folder in report.models:
+        lines.append(f'model {folder}; map with it: [detect] model = "{folder}"')
+        if not read_card(folder).null_run:
+            lines.append(f"no null run: how much {folder.name} maps where nothing happened is not known")
     return "\n".join(lines)

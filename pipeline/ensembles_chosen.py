@@ -25,6 +25,9 @@ from slidecube.pipeline.training import (
 )
 from slidecube.pipeline.training_data import Data
 
+ENSEMBLE_VERSION = 2
+"""Version of how ensembles are chosen, calibrated and judged; a change makes another model of the same candidates."""
+
 
 def ensembles_of(
     done: Sequence[Standing], data: Data, *, out: Path, tables: TrainSections

@@ -33,10 +33,12 @@ from slidecube.pipeline.train_config import (
 )
 from slidecube.pipeline.trained_models import (
     Saving,
-    require_free,
+    is_saved,
+    require_null_run,
     save_chosen_ensemble,
     save_single,
     saving_of,
+    single_key,
     sweep_key,
 )
 from slidecube.pipeline.training import (
@@ -90,13 +92,13 @@ class Driver:
         config = self.config
         check_losses(config.path, config.tables, sweep=False)
         works = self.works(candidates(config, sweep=False))
-        require_free(config, self.out, config.tables.name, works[0].judged_key)
+        name, key = config.tables.name, single_key(works[0], config)
+        if not is_saved(config, self.out, name, key):
+            require_null_run(config, works)
         report = self.train(works)
         if report.failed:
             raise PipelineError(report.failed[0][1])
-        folder = save_single(
-            self._saving(works[0]), works[0], name=config.tables.name, key=works[0].judged_key
-        )
+        folder = save_single(self._saving(works[0]), works[0], name=name, key=key)
         return replace(report, models=(folder,))
 
     def sweep(self) -> TrainReport:
@@ -108,8 +110,9 @@ class Driver:
         names = {
             kind: f"{config.tables.name}{end}" for kind, end in (("single", ""), ("ensemble", "-ensemble"))
         }
-        for name in names.values():
-            require_free(config, self.out, name, key)
+        saved = [is_saved(config, self.out, name, key) for name in names.values()]
+        if not all(saved):
+            require_null_run(config, works)
         report = self.train(works)
         found = standings(self.out, works, {work.key: reason for work, reason in report.failed})
         done = [one for one in found if one.score is not None]

@@ -26,7 +26,7 @@ import numpy as np
 from slidecube.catalog.errors import CatalogError
 from slidecube.cluster.faults import Fault, fault_of
 from slidecube.cluster.runner import TaskResult, TileTask
-from slidecube.models.architectures import complete_arguments
+from slidecube.models.architectures import complete_arguments, libraries_of
 from slidecube.models.calibration import (
     Chosen,
     ScoreHistogram,
@@ -110,6 +110,7 @@ def work_of(config: TrainConfig, candidate: Candidate, data: Data) -> Work:
     key = content_key(
         "training",
         TRAIN_VERSION,
+        libraries_of(candidate.architecture),
         candidate.architecture,
         arguments_of(candidate),
         {name: value for name, value in deciding.items() if name not in _OF_THE_MACHINE},

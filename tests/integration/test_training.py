@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from slidecube.models import architectures
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import read_card
-from slidecube.pipeline import sweep, training
-from slidecube.pipeline.cli_train import dry_run_text
+from slidecube.pipeline import sweep, trained_models, training
+from slidecube.pipeline.cli_train import dry_run_text, report_text
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.leave_one_out import leave_one_out_run
 from slidecube.pipeline.sweep import Driver
@@ -342,7 +343,9 @@ def test_a_killed_sweep_on_processes_goes_on(tmp_path):
         assert read_card(a).identity == read_card(b).identity
 
 
-QUICK = only(TOML, settings='{ one = ["rdndvi"] }', epochs="1", iterations="1", learning_rates="[0.01]")
+QUICK = only(
+    TOML, settings='{ one = ["rdndvi"] }', epochs="1", iterations="1\npanel = 0", learning_rates="[0.01]"
+)
 
 
 def test_what_is_recorded_under_a_key_was_learnt_from_the_data_of_that_key(tmp_path, monkeypatch):
@@ -378,3 +381,67 @@ def test_what_is_recorded_under_a_key_was_learnt_from_the_data_of_that_key(tmp_p
     seeds[0] = 9
     with pytest.raises(PipelineError, match="The data changed since this training was planned"):
         training.make(context, second)
+
+
+def test_a_model_is_what_its_card_says_and_a_null_run_is_asked_for_before_hours_are_spent(
+    tmp_path, monkeypatch
+):
+    """Calibration as it was asked for, also of an ensemble; another card is another version, and trains nothing."""
+    text = QUICK + '[calibration]\nmethod = "isotonic"\n'
+    quiet = '[null_run]\nrun = "quiet.toml"\n'
+    with pytest.raises(PipelineError, match=r"The null run of \[null_run\] cannot be made: .*quiet\.toml"):
+        driver_of(tmp_path, text + quiet).sweep()
+    assert not (tmp_path / "out").exists()
+
+    report = driver_of(tmp_path, text).sweep()
+    assert [read_card(folder).calibration.method for folder in report.models] == ["isotonic", "isotonic"]
+    assert report_text(report).count("no null run: ") == 2
+    assert driver_of(tmp_path, text).sweep().models == report.models
+    for other in (f'licence = "MIT"\n{text}', text.replace("margin_px = 8", "margin_px = 4")):
+        with pytest.raises(PipelineError, match="null run, windows or card"):
+            driver_of(tmp_path, other).sweep()
+
+    seen = []
+
+    def ready(plan, inputs, *, epoch):
+        seen.append((plan, inputs.names, epoch))
+
+    class Quiet:
+        def science(self):
+            return {"name": "quiet"}
+
+        def to_dict(self):
+            return {"epoch": "quiet", "false_objects": 3, "km2": 1.0}
+
+    monkeypatch.setattr(trained_models, "load_config", lambda _: Quiet())
+    monkeypatch.setattr(trained_models, "plan", lambda _: "a plan")
+    monkeypatch.setattr(trained_models, "require_ready", ready)
+    monkeypatch.setattr(trained_models, "null_run", lambda *_, **__: Quiet())
+    with pytest.raises(PipelineError, match="raise version"):
+        driver_of(tmp_path, text + quiet).sweep()
+    report = driver_of(tmp_path, "version = 2\n" + text + quiet).sweep()
+    assert (report.trained, seen) == (0, [("a plan", ("rdndvi",), None)])
+    assert [read_card(folder).null_run["false_objects"] for folder in report.models] == [3, 3]
+    assert "no null run" not in report_text(report)
+    monkeypatch.setattr(trained_models, "ENSEMBLE_VERSION", 0)  # as an older slidecube chose it
+    with pytest.raises(PipelineError, match="raise version"):
+        driver_of(tmp_path, "version = 2\n" + text + quiet).sweep()
+
+
+def test_another_version_of_a_library_is_another_training(tmp_path, monkeypatch):
+    def key(architecture):
+        text = only(TOML, arguments=f'{{}}\narchitecture = "{architecture}"')
+        driver = driver_of(tmp_path, text)
+        return driver.works(candidates(driver.config, sweep=False))[0].key
+
+    before = [key(name) for name in ("resunet", "unet")]
+    version = architectures.metadata.version
+    for library, changed in (
+        ("timm", [False, True]),
+        ("segmentation-models-pytorch", [False, True]),
+        ("torch", [True, True]),
+    ):
+        monkeypatch.setattr(
+            architectures.metadata, "version", lambda name, own=library: "0" if name == own else version(name)
+        )
+        assert [key(name) != old for name, old in zip(("resunet", "unet"), before, strict=True)] == changed
