@@ -57,7 +57,7 @@ def _row(
     mean_nyx, labels_nyx = mean_of(out, members, VALIDATION), labels_of(data.validation)
     calibration = fit_calibration(logits_of(mean_nyx), labels_nyx, method=tables.calibration.method)
     probability_nyx = calibrated(calibration, logits_of(mean_nyx))
-    chosen = chosen_threshold(ScoreHistogram.of(probability_nyx, labels_nyx), tables.threshold, lenient=True)
+    chosen, _ = chosen_threshold(ScoreHistogram.of(probability_nyx, labels_nyx), tables.threshold)
 
     def scores(patches: Patches, found_nyx: np.ndarray, labels_nyx: np.ndarray) -> dict[str, object]:
         tally = judge(

@@ -45,9 +45,11 @@ from slidecube.pipeline.training import (
     Open,
     TrainContext,
     Work,
+    done_keys,
     forget_data,
     ledger_of,
     open_candidate_data,
+    refusal_of,
     train_task,
     work_of,
 )
@@ -98,6 +100,9 @@ class Driver:
         report = self.train(works)
         if report.failed:
             raise PipelineError(report.failed[0][1])
+        refusal = refusal_of(self.out, works[0].key)
+        if refusal:
+            raise PipelineError(refusal)
         folder = save_single(self._saving(works[0]), works[0], name=name, key=key)
         return replace(report, models=(folder,))
 
@@ -203,8 +208,7 @@ class Driver:
         require_landslide(data.validation, "validation")
 
     def _due(self, works: Sequence[Work]) -> list[TileTask]:
-        ledger = ledger_of(self.out)
-        known = ledger.keys()
+        known, done = ledger_of(self.out).keys(), done_keys(self.out, works)
         return [
             TileTask(
                 stage=STAGE,
@@ -215,7 +219,7 @@ class Driver:
                 suspect=work.key in known,
             )
             for work in works
-            if known.get(work.key) != (work.judged_key, True)
+            if work.key not in done
         ]
 
     def _profile(self) -> Profile:
@@ -238,7 +242,6 @@ class Driver:
             works={work.key: work for work in works},
             threads=profile.worker.cpus,
             lock=self.out / "locks" / lock.path.name,
-            lenient=len(works) > 1,
             token=lock.token,
             open=self.open,
             tell=self._line if len(works) == 1 and profile.runner == "threads" else None,

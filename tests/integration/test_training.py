@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -445,3 +446,50 @@ def test_another_version_of_a_library_is_another_training(tmp_path, monkeypatch)
             architectures.metadata, "version", lambda name, own=library: "0" if name == own else version(name)
         )
         assert [key(name) != old for name, old in zip(("resunet", "unet"), before, strict=True)] == changed
+
+
+def test_what_was_asked_for_is_refused_also_after_a_sweep_did_without(tmp_path):
+    """One folder, one judgement: a precision out of reach gives no single model, whoever judged first."""
+    rule = 'min_area_m2 = 0\nrule = "precision"\nprecision = 0.999\nprevalence = 0.0001'
+    text = QUICK.replace("min_area_m2 = 0", rule).replace('["bce", "dice"]', '["bce"]')
+    text = only(text, names='["rdndvi"]', settings='{ features = ["rdndvi"] }')
+    report = driver_of(tmp_path, text).sweep()
+    assert (report.trained, report.complete) == (1, True)
+    with pytest.raises(PipelineError, match=r"No threshold has a precision of 0\.999"):
+        driver_of(tmp_path, f"version = 2\n{text}").single()
+
+    # what a message asks a user to remove is made again, and what is damaged is not taken for done
+    driver = driver_of(tmp_path, text)
+    (work,) = driver.works(candidates(driver.config, sweep=True))
+    folder = training.folder_of(driver.out, work.key)
+    assert training.done_keys(driver.out, [work]) == {work.key}
+    before = (folder / "weights.safetensors").read_bytes()
+    for name in ("weights.safetensors", "trained.json", "judged.json", "validation.npz", "test.npz"):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        assert not training.done_keys(driver.out, [work]), name
+        (folder / name).write_bytes(kept)
+    shutil.rmtree(folder)
+    report = driver.sweep()
+    assert (report.trained, report.failed, report.complete) == (1, (), True)
+    assert (folder / "weights.safetensors").read_bytes() == before
+
+
+def test_a_training_that_diverges_is_a_result_and_costs_no_sweep(tmp_path):
+    text = QUICK.replace('["bce", "dice"]', '["bce"]')
+    text = only(text, learning_rates="[0.01, 1e30]", iterations="3", best="[2]")
+    report = driver_of(tmp_path, text).sweep()
+    assert (report.complete, report.failed, len(report.models)) == (True, (), 1)
+    assert "## Diverged: 1 of 2" in report.tables
+    assert "one resunet bce 1e+30: diverged: The loss is not finite" in report.tables
+    board = pd.read_parquet(tmp_path / "out" / "leaderboard.parquet")
+    assert board["score"].isna().tolist() == [False, True]
+    again = driver_of(tmp_path, text).sweep()
+    assert (again.trained, again.there, again.tables) == (0, 2, report.tables)
+    assert not list((tmp_path / "out").rglob("state.safetensors"))
+
+    alone = only(text, names='["rdndvi"]', learning_rate="1e30")
+    for _ in range(2):
+        with pytest.raises(PipelineError, match="lower learning_rate"):
+            driver_of(tmp_path, f"version = 2\n{alone}").single()
+    assert len(list((tmp_path / "out" / "trainings").iterdir())) == 2
