@@ -172,6 +172,7 @@ def run(job: Job, told: Told, peers: Peers = ALONE) -> Trained:
         unused = state.load(job.folder / STATE_FILE, job.origin)
         if unused and not peers.rank:
             told(Progress(text=f"{unused[0].upper()}{unused[1:]} and not used: the training starts anew"))
+        drawn = state.ended(settings) and (job.folder / PANEL_FILE).exists()  # or it was killed just before
         if not state.ended(settings):
             loop = _Loop(job, state, peers, device)
             while not state.ended(settings):
@@ -179,8 +180,8 @@ def run(job: Job, told: Told, peers: Peers = ALONE) -> Trained:
                 if not peers.rank:
                     told(_news(state, settings))
             loop.save()
-            if settings.panel and not peers.rank:
-                _picture(job, state, device)
+        if settings.panel and not drawn and not peers.rank:
+            _picture(job, state, device)
     return _trained(job, state)
 
 

@@ -18,6 +18,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -116,7 +117,7 @@ def work_of(config: TrainConfig, candidate: Candidate, data: Data) -> Work:
         {name: value for name, value in deciding.items() if name not in _OF_THE_MACHINE},
         list(candidate.features),
         [data.training.digest, data.validation.digest],
-        pretrained_digest(config),
+        pretrained_digest(config, candidate),
     )
     return Work(
         candidate=candidate,
@@ -152,12 +153,28 @@ def settings_of(config: TrainConfig, candidate: Candidate, *, threads: int) -> T
     )
 
 
-def pretrained_digest(config: TrainConfig) -> str:
-    """What a training starts from: "" = fresh weights. Raises ModelError where the file cannot be read."""
+def pretrained_digest(config: TrainConfig, candidate: Candidate) -> str:
+    """Digest of the file that a training starts from: "" = fresh weights. Raises ModelError where it cannot be read."""
     name = config.tables.network.pretrained
-    if name is None or name == HUB_CACHE:
-        return name or ""
-    return hashlib.sha256(_pretrained(config, name)).hexdigest()
+    if name is None:
+        return ""
+    if name == HUB_CACHE:
+        from slidecube.models.pretrained import cached_file  # noqa: PLC0415  torch is slow to import
+
+        path = cached_file(str(arguments_of(candidate).get("encoder", candidate.architecture)))
+    else:
+        path = config.resolve(name)
+    try:
+        found = path.stat()
+    except OSError:
+        found = None
+    # asked for each candidate of a sweep, of a file of some 100 MB
+    return _file_digest(path, (found.st_size, found.st_mtime_ns, found.st_ino) if found else ())
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path, _stamp: tuple[int, ...]) -> str:
+    return hashlib.sha256(read_file(path, "network.pretrained")).hexdigest()
 
 
 def initial_of(config: TrainConfig, candidate: Candidate) -> bytes | None:

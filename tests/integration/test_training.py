@@ -21,7 +21,7 @@ from slidecube.models import architectures
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import read_card
-from slidecube.pipeline import sweep, trained_models, training
+from slidecube.pipeline import ensembles_chosen, sweep, trained_models, training
 from slidecube.pipeline.cli_train import dry_run_text, report_text
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.leave_one_out import leave_one_out_run
@@ -493,3 +493,25 @@ def test_a_training_that_diverges_is_a_result_and_costs_no_sweep(tmp_path):
         with pytest.raises(PipelineError, match="lower learning_rate"):
             driver_of(tmp_path, f"version = 2\n{alone}").single()
     assert len(list((tmp_path / "out" / "trainings").iterdir())) == 2
+
+
+def test_weights_to_begin_with_count_by_content(tmp_path, monkeypatch):
+    """Also those of the hub's cache, which are another file on another day."""
+    monkeypatch.setattr("slidecube.models.pretrained.cached_file", lambda _: tmp_path / "cached")
+
+    def key(pretrained, content):
+        (tmp_path / "cached").write_bytes(content)
+        text = only(TOML, arguments=f'{{}}\narchitecture = "unet"\npretrained = "{pretrained}"')
+        driver = driver_of(tmp_path, text)
+        return driver.works(candidates(driver.config, sweep=False))[0].key
+
+    (tmp_path / "own.safetensors").write_bytes(b"one")
+    assert key("imagenet", b"one") == key("own.safetensors", b"") != key("imagenet", b"another")
+
+
+def test_ensembles_of_all_sizes_read_their_labels_once(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(ensembles_chosen, "labels_of", lambda p: read.append(p.seed) or training.labels_of(p))
+    text = only(QUICK, losses='["bce", "dice", "focal"]')
+    report = driver_of(tmp_path, text).sweep()
+    assert (len(report.models), sorted(read)) == (2, [1, 2])
