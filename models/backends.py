@@ -12,7 +12,7 @@ import io
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -190,7 +190,10 @@ def _session(content: bytes, address: str, device: Device) -> Any:
         raise ModelError(f"Model {address} is no network that ONNX Runtime can compute: {said}") from None
 
 
-_KEPT = 16  # an ensemble's members, so that no tile builds them anew
+_KEPT = 16
+"""Networks of which a process keeps the engines, besides the members of an ensemble that is being computed."""
+
+EngineKey = tuple[str, ...]
 
 
 class EngineCache:
@@ -198,18 +201,34 @@ class EngineCache:
 
     def __init__(self, kept: int = _KEPT) -> None:
         self._kept = kept
-        self._engines: OrderedDict[tuple[str, ...], Engine] = OrderedDict()
+        self._reserved: frozenset[EngineKey] = frozenset()
+        self._engines: OrderedDict[EngineKey, Engine] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[str, ...], build: Callable[[], Engine]) -> Engine:
+    def reserve(self, keys: Iterable[EngineKey]) -> None:
+        """Keep all of these, however many, until other ones are reserved or built.
+
+        An ensemble goes round: with fewer places than members, each would be forgotten just before its turn.
+        """
+        with self._lock:
+            self._reserved = frozenset(keys)
+
+    def get(self, key: EngineKey, build: Callable[[], Engine]) -> Engine:
         """Return the engine of a key; one thread builds it, the others wait."""
         with self._lock:
             if key not in self._engines:
                 self._engines[key] = build()
-                while len(self._engines) > self._kept:
-                    self._engines.popitem(last=False)
+                self._forget(key)
             self._engines.move_to_end(key)
             return self._engines[key]
+
+    def _forget(self, built: EngineKey) -> None:
+        """Forget the least used ones; whoever builds another network is done with the ensemble, or comes back to it."""
+        if built not in self._reserved:
+            self._reserved = frozenset()
+        others = [key for key in self._engines if key not in self._reserved]
+        for key in others[: max(len(others) - self._kept, 0)]:
+            del self._engines[key]
 
 
 ENGINES = EngineCache()

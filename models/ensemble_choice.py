@@ -89,18 +89,6 @@ def greedy(read: Read, labels_n: np.ndarray, scores: Sequence[float], sizes: Seq
     return found
 
 
-def best_choice(choices: Sequence[Choice]) -> Choice:
-    """Return the ensemble of the highest F1 on validation; of equal ones the smallest.
-
-    Raises ModelError where there is none.
-    """
-    if not choices:
-        raise ModelError(
-            "Too few candidates for an ensemble; lower the sizes in [sweep] best, or train more of them"
-        )
-    return min(choices, key=lambda choice: (-choice.f1, len(choice.members)))
-
-
 def _require_sizes(sizes: Sequence[int]) -> None:
     low, high = SIZES
     wrong = [k for k in sizes if not low <= k <= high]

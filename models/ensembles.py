@@ -18,7 +18,7 @@ from slidecube.models.calibration import calibrated
 from slidecube.models.card import ModelCard
 from slidecube.models.devices import Device, require_device
 from slidecube.models.errors import ModelError
-from slidecube.models.network import Network
+from slidecube.models.network import Network, reserve_engines
 from slidecube.models.network_card import NetworkCard, model_card, read_card, read_members
 from slidecube.models.predict import Progress
 
@@ -134,6 +134,7 @@ class Ensemble:
         One member after another, so that memory does not grow with their number.
         Source: Welford 1962, updating of mean and sum of squares
         """
+        reserve_engines(self.members)
         shape = [size - 2 * margin_px for size in planes_yx[0].shape]
         mean_yx, squares_yx = np.zeros(shape), np.zeros(shape)
         place = dict(zip(self.card.inputs.names, planes_yx, strict=True))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import Argument
@@ -32,6 +33,12 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 
 _NAMED = 3
 """Tensors that a refusal names."""
+
+_LONGEST = 80
+"""Characters of a name that are shown."""
+
+_DEEPEST = 4
+"""Wrappers within wrappers that are opened: a dict of a pickle may hold itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +109,7 @@ def _tensors_of(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
 
 
 def _safetensors_of(content: bytes, path: Path) -> dict[str, torch.Tensor]:
-    import safetensors  # noqa: PLC0415
-    import safetensors.torch  # noqa: PLC0415
+    import safetensors.torch  # noqa: PLC0415  torch is slow to import
 
     if content[:2] == b"PK" or content[:1] == b"\x80":
         raise ModelError(
@@ -111,9 +117,12 @@ def _safetensors_of(content: bytes, path: Path) -> dict[str, torch.Tensor]:
             "its tensors are read"
         )
     try:
-        return dict(safetensors.torch.load(content))
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError):
+        tensors = dict(safetensors.torch.load(content))
+    except Exception:  # noqa: BLE001  a damaged header makes numbers and names of any kind, and as many errors
         raise ModelError(f"{path}: is no safetensors file, or a damaged one") from None
+    if not tensors:
+        raise ModelError(f"{path}: holds no tensors")
+    return tensors
 
 
 def _pickled_of(content: bytes, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -130,24 +139,43 @@ def _pickled_of(content: bytes, path: Path) -> tuple[dict[str, torch.Tensor], li
             f"{path}: holds more than tensors, or is damaged, and nothing else is unpickled here; save "
             "`model.state_dict()` where it was made, best as safetensors"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except Exception:  # noqa: BLE001  damaged bytes raise whatever the code they lead to raises
         raise ModelError(f"{path}: is no file of torch, or a damaged one") from None
-    told = []
-    while isinstance(loaded, dict) and (
-        inside := [key for key in _WRAPPERS if isinstance(loaded.get(key), dict)]
-    ):
-        told.append(f"took the weights from {inside[0]!r} of the checkpoint")
-        loaded = loaded[inside[0]]
+    loaded, told = _unwrapped(loaded)
     others = (
-        [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]
+        [str(key) for key, value in loaded.items() if not _is_plain(value)]
         if isinstance(loaded, dict)
         else ["a " + type(loaded).__name__]
     )
     if others or not loaded:
         raise ModelError(
-            f"{path}: is no state dict: it holds {', '.join(others[:_NAMED]) or 'nothing'}; save `model.state_dict()`"
+            f"{path}: is no state dict: it holds {_listed(others) or 'nothing'}; save `model.state_dict()`"
         )
     return {str(key): value for key, value in loaded.items()}, told
+
+
+def _unwrapped(loaded: Any) -> tuple[Any, list[str]]:
+    """Take the weights out of a checkpoint, and tell from where."""
+    told: list[str] = []
+    while isinstance(loaded, dict) and len(told) < _DEEPEST:
+        inside = [key for key in _WRAPPERS if isinstance(loaded.get(key), dict)]
+        if not inside:
+            break
+        told.append(f"took the weights from {inside[0]!r} of the checkpoint")
+        loaded = loaded[inside[0]]
+    return loaded, told
+
+
+def _is_plain(value: object) -> bool:
+    """Tell a tensor of numbers from one that is quantised, sparse, complex, or holds no numbers at all."""
+    import torch  # noqa: PLC0415
+
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_complex())
+    )
 
 
 def _without_prefix(
@@ -169,10 +197,16 @@ def _stripped(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, t
         yield taken, state
 
 
+def _listed(names: Sequence[str]) -> str:
+    """Name the first few; of what is damaged a name may be of any length, and hold what no line can show."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:_NAMED]]
+    return ", ".join(textwrap.shorten(name, _LONGEST, placeholder="...") for name in shown)
+
+
 def _require_names(state: Mapping[str, object], wanted: Mapping[str, object], what: str) -> None:
     missing, unexpected = ([n for n in a if n not in b] for a, b in ((wanted, state), (state, wanted)))
     said = [
-        f"{len(names)} {kind} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+        f"{len(names)} {kind} ({_listed(names)}{', ...' if len(names) > _NAMED else ''})"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]

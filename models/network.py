@@ -6,7 +6,7 @@ Axes: v variable, b batch, f feature, c channel, y row, x column.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ from slidecube.models.backends import (
     Backend,
     Dtype,
     Engine,
+    EngineKey,
     compiled_once,
     onnx_content,
     onnx_forward,
@@ -254,8 +255,16 @@ def network_module(about: NetworkCard, content: bytes) -> nn.Module:
 
 def engine_of(network: Network) -> Engine:
     """Return what computes a network, built once a process."""
-    key = (network.about.identity, network.device, network.backend, network.dtype)
-    return ENGINES.get(key, partial(_engine, network))
+    return ENGINES.get(_engine_key(network), partial(_engine, network))
+
+
+def reserve_engines(networks: Iterable[Network]) -> None:
+    """Let this process keep what computes some networks that take turns."""
+    ENGINES.reserve(_engine_key(network) for network in networks)
+
+
+def _engine_key(network: Network) -> EngineKey:
+    return network.about.identity, network.device, network.backend, network.dtype
 
 
 def _engine(network: Network) -> Engine:

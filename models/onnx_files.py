@@ -73,8 +73,13 @@ def _model_of(path: Path) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # noqa: BLE001  its own class derives from nothing in particular
-        raise ModelError(f"{path}: is no valid ONNX: {' '.join(str(error).split())[:160]}") from None
+        raise ModelError(f"{path}: is no valid ONNX: {_one_line(str(error))}") from None
     return model  # type: ignore[no-any-return]
+
+
+def _one_line(said: str) -> str:
+    """Shorten what others say; they repeat names of the file, in which a damaged one has anything."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(said.split()))[:160]
 
 
 def _onnx() -> Any:
@@ -103,9 +108,8 @@ def _require_input(model: onnx.ModelProto, path: Path, channels: int, window_px:
     weights = {tensor.name for tensor in model.graph.initializer}
     read = [value for value in model.graph.input if value.name not in weights]
     if len(read) != 1 or len(model.graph.output) < 1:
-        raise ModelError(
-            f"{path}: reads {len(read)} arrays ({', '.join(v.name for v in read)}); one is needed"
-        )
+        names = _one_line(", ".join(value.name for value in read))
+        raise ModelError(f"{path}: reads {len(read)} arrays ({names}); one is needed")
     tensor = read[0].type.tensor_type
     if tensor.elem_type != onnx.TensorProto.FLOAT:
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
@@ -249,8 +253,7 @@ def _run(content: bytes, x_bcyx: np.ndarray, path: Path) -> np.ndarray:
             if len(x_bcyx) > 1
             else "cannot be computed"
         )
-        said = " ".join(str(error).split())[:160]
-        raise ModelError(f"{path}: {why} (ONNX Runtime: {said})") from None
+        raise ModelError(f"{path}: {why} (ONNX Runtime: {_one_line(str(error))})") from None
     return found
 
 

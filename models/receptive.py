@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -55,25 +54,6 @@ def _reach_px(module: nn.Module, channels: int, side_px: int) -> int | None:
         if reach >= first:
             return None
     return reach
-
-
-def effective_px(module: nn.Module, channels: int, window_px: int, *, share: float = 0.95) -> int:
-    """Side of the smallest square around a pixel that holds a share of all influence on its logit, in pixels.
-
-    Influence is the absolute gradient of the central logit, summed over channels, for a window of standard normal
-    noise; other than the receptive field it follows from what was learnt.
-    Source: Luo et al. 2016, Understanding the effective receptive field in deep convolutional neural networks.
-    """
-    middle = window_px // 2
-    noise = torch.randn(1, channels, window_px, window_px, generator=torch.Generator().manual_seed(0))
-    with _evaluating(module):
-        x_1cyx = noise.to(next(module.parameters()).device).requires_grad_()
-        (gradient_1cyx,) = torch.autograd.grad(module(x_1cyx)[0, 0, middle, middle], x_1cyx)
-    influence_yx = gradient_1cyx[0].abs().sum(dim=0).double().cpu().numpy()
-    offset = np.abs(np.arange(window_px) - middle)
-    rings = np.bincount(np.maximum.outer(offset, offset).ravel(), weights=influence_yx.ravel())
-    within = np.cumsum(rings)
-    return 2 * int(np.searchsorted(within, share * within[-1])) + 1
 
 
 @contextmanager

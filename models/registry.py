@@ -167,8 +167,7 @@ def save_network(
     def fill(partial: Path) -> None:
         write_whole(partial / file, content)
 
-    _save(folder, made, fill)
-    return made
+    return _save(folder, made, fill)
 
 
 def save_ensemble(folder: Path, members: Sequence[Path], card: Mapping[str, Any]) -> NetworkCard:
@@ -200,8 +199,7 @@ def save_ensemble(folder: Path, members: Sequence[Path], card: Mapping[str, Any]
         for name, source, one in zip(names, members, cards, strict=True):
             copy_model(source, partial / name, files_of(one))
 
-    _save(folder, made, fill)
-    return made
+    return _save(folder, made, fill)
 
 
 def copy_model(source: Path, folder: Path, files: Sequence[str]) -> None:
@@ -218,14 +216,30 @@ def free_version(root: Path, name: str) -> int:
 
 
 def require_same(card: NetworkCard, there: NetworkCard, folder: Path) -> None:
-    """Raise ModelError where a folder holds another model than the one to be saved."""
-    if card.identity == there.identity and card.address == there.address:
+    """Raise ModelError where a folder holds another card than the one to be saved, whenever and by what it was made."""
+    other = _differing(card, there)
+    if not other:
         return
-    free = free_version(folder.parent, card.name)
+    free = max(free_version(folder.parent, card.name), card.version + 1)
     raise ModelError(
-        f"{folder} holds another model already ({there.address}, {there.identity[:12]}...), and a saved version never "
-        f"changes; save this one as {card.name}@{max(free, card.version + 1)}"
+        f"{folder} holds another model already ({there.address}, {there.identity[:12]}...; other {', '.join(other)}), "
+        f"and a saved version never changes; save this one as {card.name}@{free}"
     )
+
+
+def _differing(card: NetworkCard, there: NetworkCard) -> list[str]:
+    """Keys in which two cards differ."""
+    one, two = (_flat(c.model_dump(mode="json", exclude={"created", "slidecube"})) for c in (card, there))
+    return [key for key in dict.fromkeys((*one, *two)) if one.get(key) != two.get(key)]
+
+
+def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a card, and those within its tables."""
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        inner = value if isinstance(value, dict) else None
+        found |= {key: value} if inner is None else {f"{key}.{name}": one for name, one in inner.items()}
+    return found
 
 
 def card_of(fields: Mapping[str, Any], **made: Any) -> NetworkCard:
@@ -237,12 +251,16 @@ def card_of(fields: Mapping[str, Any], **made: Any) -> NetworkCard:
         raise ModelError(f"Card of model {fields.get('name', '')!r}: {card_refusal(error, tables)}") from None
 
 
-def _save(folder: Path, card: NetworkCard, fill: Callable[[Path], None]) -> None:
-    """Make a folder of a card and what `fill` writes; one that holds the same model stays as it is."""
+def _save(folder: Path, card: NetworkCard, fill: Callable[[Path], None]) -> NetworkCard:
+    """Make a folder of a card and what `fill` writes; one that holds the same model stays as it is.
+
+    Returns the card that lies there.
+    """
     while True:
         if (folder / CARD_FILE).is_file():
-            require_same(card, read_card(folder), folder)
-            return
+            there = read_card(folder)
+            require_same(card, there, folder)
+            return there
         with _partial(folder) as partial:
             fill(partial)
             write_card(partial, card)
@@ -254,7 +272,7 @@ def _save(folder: Path, card: NetworkCard, fill: Callable[[Path], None]) -> None
                 raise ModelError(
                     f"{folder} is there already and holds no model; remove it, or name another folder"
                 ) from None
-            return
+            return card
 
 
 @contextmanager

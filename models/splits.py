@@ -128,35 +128,6 @@ def join(sets: Sequence[Patches], *, like: Patches | None = None) -> Joined:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fold:
-    """One turn of leaving out: the region, and the patches of all others and of it."""
-
-    region: str
-    others: Patches
-    held_out: Patches
-
-
-def leave_one_region_out(patches: Patches) -> tuple[Fold, ...]:
-    """Leave each region out in turn; regions in alphabetical order.
-
-    Patches of two regions must not share ground: the caller sees to it.
-    Raises ModelError where there are fewer than two regions.
-    """
-    regions = patches.regions
-    known = sorted(set(regions))
-    if len(known) < 2:
-        raise ModelError(f"Got patches of {len(known)} region; to leave one out at least 2 are needed")
-    return tuple(
-        Fold(
-            region=region,
-            others=Subset(of=patches, indices=tuple(i for i, r in enumerate(regions) if r != region)),
-            held_out=Subset(of=patches, indices=tuple(i for i, r in enumerate(regions) if r == region)),
-        )
-        for region in known
-    )
-
-
 def share_out(
     hash_b: NDArray[np.uint64], holds_b: NDArray[np.bool_], shares: tuple[float, float, float]
 ) -> NDArray[np.int64]:

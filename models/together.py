@@ -7,6 +7,7 @@ has no joined one.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import queue
@@ -218,15 +219,27 @@ def _end_with_the_parent() -> None:
     os._exit(1)
 
 
+def _pipe_of_news() -> IO[str]:
+    """Take standard output for news alone; what libraries print there, such as NCCL, goes to standard error."""
+    news = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # what it says last there is why it ended, and no print of before
+    return news
+
+
 def main(folder: str, rank: str, size: str) -> int:
     """Be one process of a training."""
     from slidecube.models.train import run  # noqa: PLC0415  it imports this module
 
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    pipe = _pipe_of_news()
 
     def say(news: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps(news) + "\n")
-        sys.stdout.flush()
+        pipe.write(json.dumps(news) + "\n")
+        pipe.flush()
 
     job = cloudpickle.loads((Path(folder) / "job").read_bytes())
     try:

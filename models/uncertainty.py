@@ -29,17 +29,6 @@ def spread(probability_m: np.ndarray) -> np.ndarray:
     return np.asarray(np.asarray(probability_m, np.float64).std(axis=0), np.float32)
 
 
-def mutual_information_bits(probability_m: np.ndarray) -> np.ndarray:
-    """What the members disagree on: entropy of their mean less the mean of their entropies, in bits, 0 or more.
-
-    Source: Houlsby et al. 2011, eq. 1.
-    """
-    members = np.asarray(probability_m, np.float64)
-    total = entropy_bits(members.mean(axis=0)).astype(np.float64)
-    own = np.stack([entropy_bits(p) for p in members]).astype(np.float64).mean(axis=0)
-    return np.asarray(np.maximum(total - own, 0), np.float32)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """A patch as it would look from elsewhere: mirrored east to west, then turned by quarters against the clock.

@@ -11,7 +11,9 @@ from typing import Any
 
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import Inputs, NetworkCard, read_members, read_weights
+from slidecube.models.onnx_files import ONNX_FILE
 from slidecube.models.registry import (
+    WEIGHTS_FILE,
     card_of,
     copy_model,
     files_of,
@@ -95,9 +97,7 @@ def import_model(
     root, onnx = user_root(), file.suffix.lower() == ".onnx"
     name = str(tables.get("name", ""))
     fields = {"version": free_version(root, name), **tables}
-    draft = card_of(
-        fields, weights={"file": "model.onnx" if onnx else "weights.safetensors", "sha256": _NO_SHA}
-    )
+    draft = card_of(fields, weights={"file": ONNX_FILE if onnx else WEIGHTS_FILE, "sha256": _NO_SHA})
     architecture = draft.architecture
     assert architecture is not None
     if is_rule(draft.name):

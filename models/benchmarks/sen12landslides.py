@@ -39,12 +39,12 @@ DATA = ("data/data_harmonized", "data")
 
 Modality = Literal["s2", "s1asc", "s1dsc"]
 Pairing = Literal["nearest", "clearest", "greenest"]
-PAIRINGS: Mapping[Pairing, str] = {
-    "nearest": "the last date before the event and the first one after it, as the files name them",
-    "clearest": "on each side the date with the fewest hidden pixels, of equal ones the nearest",
-    "greenest": "on each side, pixel by pixel, the clear date of the highest NDVI; of Sentinel-1 the median",
-}
-"""How a series becomes a pair."""
+"""How a series becomes a pair.
+
+nearest : the last date before the event and the first one after it, as the files name them
+clearest : on each side the date with the fewest hidden pixels, of equal ones the nearest
+greenest : on each side, pixel by pixel, the clear date of the highest NDVI; of Sentinel-1 the median
+"""
 
 _SPLIT_NAMES: dict[Part, str] = {"train": "train", "validation": "val", "test": "test"}
 _SCALE = 10_000.0

@@ -17,7 +17,7 @@ from slidecube.models.backends import BATCH, TOLERANCE, EngineCache
 from slidecube.models.ensembles import Ensemble
 from slidecube.models.errors import ModelError
 from slidecube.models.network import Network, engine_of, network_module, standardised
-from slidecube.models.network_card import read_card
+from slidecube.models.network_card import Calibration, read_card
 from slidecube.models.predict import predict
 from slidecube.models.registry import load_model, save_ensemble, shipped_root
 from slidecube.models.uncertainty import tta_views
@@ -452,6 +452,41 @@ def test_a_network_is_built_once_and_the_least_used_is_forgotten():
         get(key)
 
     assert built == ["a", "b", "c", "b"]
+
+
+def test_members_of_an_ensemble_are_built_once_however_many(folders, monkeypatch):
+    ensemble, built, build = load_model(folders["ensemble"]), [], network_code._engine
+    cards = [ensemble.members[0].about.model_copy(update={"name": f"member-{k}"}) for k in range(5)]
+    cards = [
+        c.model_copy(update={"calibration": Calibration(temperature=k + 1)}) for k, c in enumerate(cards)
+    ]
+    many = replace(ensemble, members=tuple(replace(ensemble.members[0], about=card) for card in cards))
+    monkeypatch.setattr(network_code, "ENGINES", EngineCache(kept=2))
+    monkeypatch.setattr(
+        network_code, "_engine", lambda member: built.append(member.about.name) or build(member)
+    )
+
+    planes = arrays(cube(shape=(32, 32)))
+    for _ in range(3):
+        many.predict_region(planes, origin_px=(0, 0), margin_px=0)
+
+    assert built == [card.name for card in cards]
+
+
+def test_an_ensemble_that_is_left_keeps_no_more_than_its_share():
+    built, cache = [], EngineCache(kept=2)
+
+    def get(keys):
+        for key in keys:
+            cache.get((key,), lambda key=key: built.append(key) or object())
+
+    cache.reserve([("a",), ("b",), ("c",), ("d",)])
+    get("abcd" * 2)
+    assert built == list("abcd")
+    get("x")  # another network: of the ensemble only the last used one stays beside it
+    built.clear()
+    get("xdcba")
+    assert built == list("cba")
 
 
 # --- want of memory ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
-from slidecube.models.splits import Subset, cut_touching, join, leave_one_region_out, share_out
+from slidecube.models.splits import cut_touching, join, share_out
 from slidecube.pipeline.cube_patches import FixedPlaces, RandomCrops, Rooms
 from slidecube.pipeline.sample import pixel_hash
 
@@ -130,23 +130,13 @@ def test_a_crop_is_moved_by_the_seed_alone_and_reaches_every_place():
     assert fixed.at(0, 1) == fixed.at(0, 2) == (4, 9)
 
 
-def test_joined_sets_read_like_their_members_and_regions_are_left_out_whole():
+def test_joined_sets_read_like_their_members():
     whole = join([Numbers("aab"), Numbers(""), Numbers("bc", first=10)])
 
     assert [whole.read(i, seed=1)[0].max() for i in range(len(whole))] == [100, 101, 102, 110, 111]
     assert whole.regions == ("a", "a", "b", "b", "c")
     with pytest.raises(IndexError):
         whole.read(5)
-    folds = leave_one_region_out(whole)
-    assert [fold.region for fold in folds] == ["a", "b", "c"]
-    for fold in folds:
-        assert set(fold.held_out.regions) == {fold.region}
-        assert fold.region not in fold.others.regions
-        assert len(fold.others) + len(fold.held_out) == 5
-    assert [folds[1].held_out.read(i)[0].max() for i in (0, 1)] == [2, 10]
-    assert len({fold.others.digest for fold in folds} | {whole.digest}) == 4
-    with pytest.raises(ModelError, match="at least 2"):
-        leave_one_region_out(Subset(of=whole, indices=(0, 1)))
     assert len(join([], like=whole)) == 0
 
 

@@ -13,6 +13,8 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from slidecube.models.errors import ModelError
@@ -217,6 +219,77 @@ def test_what_is_no_state_dict_says_what_it_holds(tmp_path, take):
         take(tmp_path / "w.pt")
 
 
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_file_of_nothing_is_refused(tmp_path, take, name):
+    if name.endswith("safetensors"):
+        safetensors.torch.save_file({}, tmp_path / name)
+    else:
+        torch.save({}, tmp_path / name)
+    with pytest.raises(ModelError, match=r"holds no(thing| tensors)"):
+        take(tmp_path / name)
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path, take):
+    around: dict = {"epoch": 1}
+    around["model"] = around
+    torch.save(around, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="is no state dict: it holds epoch, model"):
+        take(tmp_path / "w.pt")
+
+
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path, small, take):
+    state = small.module().state_dict()
+    name = next(iter(state))
+    for other in (state[name].to_sparse(), state[name].to(torch.complex64), state[name].to("meta")):
+        torch.save({**state, name: other}, tmp_path / "w.pt")
+        with pytest.raises(ModelError, match=f"is no state dict: it holds {name}"):
+            take(tmp_path / "w.pt")
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """A folder of good files of all kinds."""
+    folder, state = tmp_path_factory.mktemp("whole"), small.module().state_dict()
+    torch.save(state, folder / "zip.pt")
+    torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(state, folder / "w.safetensors")
+    (folder / "m.onnx").write_bytes(onnx_of(Maps()))
+    return folder
+
+
+HEAD = 4000
+"""Bytes at each end of a file, where its structure lies; in between are numbers."""
+
+
+@st.composite
+def damages(draw):
+    """Where from either end, what is written there, and whether the file ends there."""
+    change = st.tuples(st.integers(-HEAD, HEAD - 1), st.binary(min_size=1, max_size=8))
+    return draw(st.lists(change, max_size=4)), draw(st.one_of(st.none(), st.integers(0, HEAD)))
+
+
+@pytest.mark.parametrize("name", ["zip.pt", "old.pt", "w.safetensors", "m.onnx"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damages())
+def test_a_damaged_file_is_taken_or_refused_in_one_line(tmp_path, whole, take, take_onnx, name, damage):
+    changes, end = damage
+    content = bytearray((whole / name).read_bytes())
+    for place, written in changes:
+        at = place % len(content)
+        content[at : at + len(written)] = written
+    (tmp_path / name).write_bytes(content[:end])
+
+    said = ""
+    try:
+        if name.endswith("onnx"):
+            take_onnx(bytes(content[:end]))
+        else:
+            take(tmp_path / name)
+    except ModelError as error:
+        said = str(error)
+    assert said.isprintable()
+
+
 def test_arguments_are_read_as_what_they_look_like():
     text = ["encoder=resnet18", "depth=3", "rate=0.5", "attention=true", "pre=0,2"]
 
@@ -313,9 +386,9 @@ def test_onnx_that_does_not_fit_is_refused(take_onnx):
         ({}, plain[: len(plain) // 2], "is no ONNX file|is no valid ONNX"),
         ({}, pickled({"a": 1}), "is no ONNX file"),
     ]
-    for settings, content, said in cases:
+    for given_as, content, said in cases:
         with pytest.raises(ModelError, match=said) as refused:
-            take_onnx(content, **settings)
+            take_onnx(content, **given_as)
         assert "\n" not in str(refused.value)
 
 

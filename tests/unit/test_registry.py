@@ -99,6 +99,31 @@ def test_a_saved_version_never_changes(tmp_path, small):
     assert names_in(tmp_path) == ["small@1"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"output": {"threshold": 0.9, "min_area_m2": 500.0}}, r"output\.threshold"),
+        ({"output": {"threshold": 0.5, "min_area_m2": 900.0}}, r"output\.min_area_m2"),
+        ({"licence": "CC-BY-4.0"}, "licence"),
+        ({"metrics": {"f1": 0.5, "iou": 0.3}}, r"metrics\.f1, metrics\.iou"),
+    ],
+)
+def test_the_same_weights_under_another_card_are_another_model(tmp_path, small, changes, said):
+    card = small.save(tmp_path)
+    small.save(tmp_path, version=2)
+
+    with pytest.raises(ModelError, match=rf"other {said}\), .*; save this one as small@3$"):
+        small.save(tmp_path, **changes)
+    assert read_card(tmp_path / "small@1") == card
+
+
+def test_who_saves_again_is_given_the_card_that_lies_there(tmp_path, small):
+    first = small.save(tmp_path, created="2026-01-01T00:00:00")
+
+    assert small.save(tmp_path, created="2026-02-02T00:00:00", slidecube="99") == first
+    assert read_card(tmp_path / "small@1") == first
+
+
 def test_a_folder_of_something_else_stays_as_it_is(tmp_path, small):
     (tmp_path / "small@1").mkdir()
     (tmp_path / "small@1" / "thesis.doc").write_text("mine")

@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,6 +32,7 @@ from slidecube.models.errors import ModelError
 from slidecube.models.network import standardised
 from slidecube.models.patches import IGNORE, LANDSLIDE, UNLABELLED
 from slidecube.models.thresholds import best_threshold, histogram
+from slidecube.models.together import run_together
 from slidecube.models.train import (
     HISTORY_FILE,
     STATE_FILE,
@@ -624,6 +627,42 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="device = 'cuda' needs a GPU"):
         go(tmp_path, replace(QUICK, device="cuda"))
+
+
+class Talkative:
+    """A job that prints as libraries do, in Python and below it, while it is unpacked and when it is begun."""
+
+    def __reduce__(self):
+        return Talkative.talk, ()
+
+    @staticmethod
+    def talk():
+        print("INFO of a library")
+        os.write(1, b"node:1 [0] NCCL INFO Bootstrap\n")
+        return Talkative()
+
+    @property
+    def settings(self):
+        print('{"loss": 1}')
+        raise ModelError("its own line")
+
+
+def test_what_libraries_print_in_a_process_of_a_training_is_no_news_of_it(monkeypatch):
+    monkeypatch.setattr(cloudpickle, "dumps", partial(_by_value, cloudpickle.dumps))
+    told = []
+    with pytest.raises(ModelError, match=r"^its own line$"):
+        run_together(Talkative(), 1, told.append)
+    assert told == []
+
+
+def _by_value(dumps, job):
+    """Pickle it so that a process can unpack it that knows nothing of this module."""
+    module = sys.modules[Talkative.__module__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        return dumps(job)
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 # --- its parts ---------------------------------------------------------------------------------------------------
