@@ -49,7 +49,7 @@ from slidecube.pipeline.lock import holds
 from slidecube.pipeline.train_config import HUB_CACHE, Candidate, Threshold, TrainConfig, loss_numbers
 from slidecube.pipeline.training_data import Data, leave_one_out, open_all_data
 
-JUDGE_VERSION = 1
+JUDGE_VERSION = 2
 """Version of how a candidate is judged; a change makes the judgement due, and no training."""
 
 WEIGHTS, TRAINED, JUDGED = "weights.safetensors", "trained.json", "judged.json"
