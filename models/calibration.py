@@ -6,15 +6,24 @@ Everything is numpy: what is applied to a nation gives equal bits whatever compu
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import scipy.special
 
+from slidecube.models.card import THRESHOLDS
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import Calibration
 from slidecube.models.patches import LANDSLIDE, STABLE
+from slidecube.models.thresholds import (
+    STEPS,
+    at_least,
+    best_threshold,
+    empty_histogram,
+    landslide_from,
+    step_histogram,
+)
 
 Method = Literal["none", "temperature", "isotonic"]
 Rule = Literal["max-f1", "precision"]
@@ -25,10 +34,7 @@ TEMPERATURES = (0.05, 20.0)
 MIN_STRATUM_PX = 1_000
 """Judged pixels, with landslides among them, from which on a stratum has a temperature of its own."""
 
-LOGIT_LIMIT = 12.0
-BINS = 4096
-"""Bins of equal width in the logit, so that probabilities near 0 and 1 are told apart as well as those between."""
-
+_ISOTONIC_LIMIT = 12.0  # logits beyond it are as sure as it
 _ISOTONIC_BINS_PER_LOGIT = 16  # points of a card: a file that people read
 _SURE = 1e-6  # what isotonic regression may say at most of its extremes, which are counts of 0
 
@@ -110,7 +116,7 @@ def fit_isotonic(logits: np.ndarray, landslide: np.ndarray) -> tuple[list[float]
     """
     from sklearn.isotonic import IsotonicRegression  # noqa: PLC0415  only who trains needs it
 
-    limit = LOGIT_LIMIT
+    limit = _ISOTONIC_LIMIT
     place = np.round(np.clip(logits, -limit, limit) * _ISOTONIC_BINS_PER_LOGIT).astype(np.int64)
     bins, where = np.unique(place, return_inverse=True)
     n = np.bincount(where).astype(np.float64)
@@ -160,70 +166,48 @@ def calibrated(calibration: Calibration, logits: np.ndarray, strata: np.ndarray 
 class ScoreHistogram:
     """Judged pixels by class and calibrated probability: bounded, and two of them can be added.
 
-    counts_kb : (2, BINS) int64, row 0 stable, row 1 landslide, bins of equal width in the logit of the probability
+    counts_ks : (2, steps + 1) int64, row 0 stable, row 1 landslide, by the steps in which maps keep probabilities
     """
 
-    counts_kb: np.ndarray
+    counts_ks: np.ndarray = field(default_factory=empty_histogram)
 
     @classmethod
     def of(cls, probability: np.ndarray, labels: np.ndarray) -> ScoreHistogram:
         """Count pixels; unknown probabilities and other labels than 0 and 1 are left out."""
-        judged = judged_pixels(probability, labels)
-        at = bin_of(probability[judged]) + BINS * (labels[judged] == LANDSLIDE)
-        return cls(np.bincount(at, minlength=2 * BINS).reshape(2, BINS))
+        return cls(step_histogram(probability, labels))
 
     @classmethod
     def sum_of(cls, parts: Iterable[ScoreHistogram]) -> ScoreHistogram:
         """Add histograms."""
-        total = np.zeros((2, BINS), np.int64)
+        total = empty_histogram()
         for part in parts:
-            total += part.counts_kb
+            total += part.counts_ks
         return cls(total)
-
-    def at_least(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hits and false alarms at the lower edge of each bin, as thresholds."""
-        falling = self.counts_kb[:, ::-1].cumsum(axis=1)[:, ::-1]
-        return falling[1], falling[0]
 
     @property
     def totals(self) -> tuple[int, int]:
         """Pixels of landslides, and stable ones."""
-        return int(self.counts_kb[1].sum()), int(self.counts_kb[0].sum())
+        return int(self.counts_ks[1].sum()), int(self.counts_ks[0].sum())
 
     def average_precision(self) -> float | None:
         """Area under the steps of precision over recall, without interpolation; None without landslides.
 
-        Equal to scikit-learn's but for ties within a bin.
+        Equal to scikit-learn's of the probabilities that a map keeps.
         """
-        hits, false = self.at_least()
+        hits, false = at_least(self.counts_ks)
         if not hits[0]:
             return None
         called = hits + false
         precision = np.where(called > 0, hits / np.maximum(called, 1), 0.0)
-        gained = self.counts_kb[1] / hits[0]
+        gained = self.counts_ks[1] / hits[0]
         return float((precision * gained).sum())
 
     def best_f1(self) -> tuple[float, float]:
-        """Highest F1 of all thresholds and the lowest threshold that gives it; (0, .5) without landslides."""
-        hits, false = self.at_least()
-        if not hits[0]:
+        """Highest F1 of all thresholds and the one of `best_threshold` that gives it; (0, .5) without landslides."""
+        if not self.totals[0]:
             return 0.0, 0.5
-        f1 = 2 * hits / np.maximum(hits + false + hits[0], 1)
-        best = int(np.argmax(f1))
-        return float(f1[best]), threshold_of_bin(best)
-
-
-def bin_of(probability: np.ndarray) -> np.ndarray:
-    """Bin of a probability; what lies beyond the outermost ones is counted there."""
-    x = scipy.special.logit(np.asarray(probability, np.float64))
-    at = np.floor((np.clip(x, -LOGIT_LIMIT, LOGIT_LIMIT) + LOGIT_LIMIT) / (2 * LOGIT_LIMIT) * BINS)
-    return np.asarray(np.minimum(at, BINS - 1), np.int64)
-
-
-def threshold_of_bin(index: int) -> float:
-    """Lower edge of a bin as a probability, rounded to what a card shows, down: what is in the bin counts."""
-    edge = float(scipy.special.expit(2 * LOGIT_LIMIT * index / BINS - LOGIT_LIMIT))
-    return float(np.nextafter(np.float32(edge), np.float32(0)))
+        best = best_threshold(self.counts_ks)
+        return best.f1, best.threshold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +225,7 @@ def choose_threshold(
     precision: float = 0.9,
     prevalence: float = 0.001,
 ) -> Chosen:
-    """Choose on validation the probability from which a pixel is landslide.
+    """Choose on validation the probability from which a pixel is landslide, one of the steps that maps keep.
 
     rule : "max-f1", or "precision": the lowest threshold whose precision, where landslides cover the share
         `prevalence`, is at least `precision`
@@ -252,7 +236,8 @@ def choose_threshold(
     if rule == "max-f1":
         f1, threshold = histogram.best_f1()
         return Chosen(threshold=threshold, chosen=f"highest F1 on validation, {f1:.3f}")
-    hits, false = histogram.at_least()
+    low, high = (landslide_from(value) for value in THRESHOLDS)
+    hits, false = (found[low : high + 1] for found in at_least(histogram.counts_ks))
     recall = hits / landslide
     # no false pixel among n does not prove a rate of 0: it counts as one
     false_rate = np.maximum(false, 1) / stable
@@ -263,11 +248,11 @@ def choose_threshold(
         raise ModelError(
             f"No threshold has a precision of {precision:g} where landslides cover {100 * prevalence:g} % of the land: "
             f"on validation the highest is {share[best]:.3g}, with a recall of {recall[best]:.3g} "
-            f"from {threshold_of_bin(best):.3g}; lower precision in [threshold], or take rule = 'max-f1'"
+            f"from {(best + low) / STEPS:.4g}; lower precision in [threshold], or take rule = 'max-f1'"
         )
     first = int(enough[0])
     return Chosen(
-        threshold=threshold_of_bin(first),
+        threshold=(first + low) / STEPS,
         chosen=f"lowest of a precision of {precision:g} at a prevalence of {100 * prevalence:g} % on validation, "
         f"recall {recall[first]:.3f}",
     )

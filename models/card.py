@@ -9,6 +9,12 @@ import numpy as np
 
 from slidecube.models.errors import ModelError
 
+PROBABILITY_STEP = 1e-4
+"""Steps in which probabilities are kept, downwards."""
+
+THRESHOLDS = (PROBABILITY_STEP, 1 - PROBABILITY_STEP)
+"""The lowest and the highest threshold: of kept probabilities others would call everything a landslide, or nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureSpec:
@@ -53,8 +59,12 @@ class ModelCard:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ModelError(f"threshold={self.threshold} is not allowed; a probability between 0 and 1 is")
+        low, high = THRESHOLDS
+        if not low <= self.threshold <= high:
+            raise ModelError(
+                f"threshold={self.threshold} is not allowed; a probability from {low} to {high} is, in whose steps "
+                "probabilities are kept"
+            )
         if not (self.min_area_m2 >= 0 and np.isfinite(self.min_area_m2)):
             raise ModelError(f"min_area_m2={self.min_area_m2} is not allowed; 0 or more square metres are")
         if not (self.window_px >= 1 and self.window_px % 2):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
-from slidecube.models.calibration import BINS, ScoreHistogram, judged_pixels
+from slidecube.models.calibration import ScoreHistogram, judged_pixels
 from slidecube.models.errors import ModelError
 from slidecube.models.intervals import RESAMPLES, bootstrap, summed, units_of, wilson
 from slidecube.models.patches import LANDSLIDE
@@ -49,7 +49,7 @@ class Tally:
     min_area_px: int = 1
     counts: list[np.ndarray] = field(default_factory=list)
     regions: list[str] = field(default_factory=list)
-    histogram: ScoreHistogram = field(default_factory=lambda: ScoreHistogram(np.zeros((2, BINS), np.int64)))
+    histogram: ScoreHistogram = field(default_factory=ScoreHistogram)
     squares: float = 0.0
     pixel_ece: np.ndarray = field(default_factory=lambda: np.zeros((3, ECE_BINS)))
     object_ece: np.ndarray = field(default_factory=lambda: np.zeros((3, ECE_BINS)))

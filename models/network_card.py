@@ -15,7 +15,7 @@ import pydantic
 import tomli_w
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from slidecube.models.card import FeatureSpec, ModelCard
+from slidecube.models.card import THRESHOLDS, FeatureSpec, ModelCard
 from slidecube.models.errors import ModelError
 from slidecube.models.weights import read_file, write_whole
 
@@ -130,7 +130,7 @@ class Calibration(_Table):
 class Output(_Table):
     """From which probability a pixel is landslide, and how that was chosen."""
 
-    threshold: float = Field(gt=0, lt=1)
+    threshold: float = Field(ge=THRESHOLDS[0], le=THRESHOLDS[1])
     chosen: str = ""
     min_area_m2: float = Field(500.0, ge=0)
 

@@ -1,4 +1,8 @@
-"""The threshold at which a map of logits has its best F1, from histograms that add up over batches and processes."""
+"""Thresholds: the steps in which maps keep probabilities, and where on them F1 is best.
+
+Histograms count pixels by step, so they add up over batches and processes, and what is chosen holds on the map.
+Axes: k class (stable ground, landslide), s step.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,21 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.special
 
+from slidecube.models.card import PROBABILITY_STEP, THRESHOLDS
 from slidecube.models.patches import LANDSLIDE, STABLE
 
-_EDGES = np.arange(-600, 601) * 0.02
-"""Logits from -12 to 12: thresholds of probability from 6e-6 to 1 - 6e-6, .005 apart around .5. What lies outside is
-counted in the last bins."""
+STEPS = round(1 / PROBABILITY_STEP)
+"""Steps from 0 to 1; a histogram has one more bin, of probabilities of 1."""
+
+_FIRST, _LAST = (round(value * STEPS) for value in THRESHOLDS)
+_LOGITS = scipy.special.logit(np.arange(_FIRST, _LAST + 1) / STEPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """The best threshold of a map and what it gives; on a tie, the threshold nearest to .5."""
+    """The best threshold of a map and what it gives."""
 
     threshold: float
     precision: float
@@ -24,39 +32,73 @@ class Judgement:
     f1: float
 
 
+def steps_of(probability: np.ndarray) -> np.ndarray:
+    """Whole steps of known probabilities, downwards, as maps keep them: int64 of the same shape."""
+    return np.floor(probability.astype(np.float64) / PROBABILITY_STEP).astype(np.int64)
+
+
+def landslide_from(threshold: float) -> int:
+    """Step from which a pixel is landslide: the threshold, rounded up."""
+    return math.ceil(threshold / PROBABILITY_STEP - 1e-9)
+
+
+def on_step(threshold: float) -> float:
+    """Return the lowest threshold not below this one that a card may hold, or the highest that it may."""
+    return min(max(landslide_from(threshold), _FIRST), _LAST) / STEPS
+
+
 def empty_histogram() -> np.ndarray:
-    """(2, bins) int64: of stable ground and of landslides."""
-    return np.zeros((2, len(_EDGES) - 1), np.int64)
+    """(2, steps + 1) int64: of stable ground and of landslides."""
+    return np.zeros((2, STEPS + 1), np.int64)
 
 
-def histogram(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Count logits of stable ground and of landslides; all other labels are left out.
+def step_histogram(probability: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Count the probabilities of stable ground and of landslides; other labels, and NaN, are left out.
 
-    logits : finite float32; labels : uint8 of the same shape. Returns (2, bins) int64.
+    labels : uint8 of the same shape. Returns (2, steps + 1) int64.
     """
-    bins = empty_histogram().shape[1]
-    place = np.clip(np.searchsorted(_EDGES, logits.ravel(), side="right") - 1, 0, bins - 1)
-    flat = labels.ravel()
-    return np.stack([np.bincount(place[flat == of], minlength=bins) for of in (STABLE, LANDSLIDE)])
+    known = np.isfinite(probability)
+    return np.stack(
+        [
+            np.bincount(steps_of(probability[known & (labels == of)]), minlength=STEPS + 1)
+            for of in (STABLE, LANDSLIDE)
+        ]
+    )
 
 
-def best_threshold(counts: np.ndarray) -> Judgement:
+def logit_histogram(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Count logits by the step of their probability; logits : finite float32."""
+    return step_histogram(scipy.special.expit(logits.ravel()), labels.ravel())
+
+
+def at_least(counts_ks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hits and false alarms of each step as threshold."""
+    false, hits = counts_ks[:, ::-1].cumsum(axis=1)[:, ::-1]
+    return hits, false
+
+
+def best_threshold(counts_ks: np.ndarray) -> Judgement:
     """Maximise F1 = 2 TP / (2 TP + FP + FN) over the thresholds, a pixel being landslide from the threshold on.
 
-    counts : (2, bins) of `histogram`, with a landslide in it
+    Of thresholds that are equally good it is the middle, in the logit, of the widest stretch of them: as far from the
+    surest stable ground as from the least sure landslide.
+    counts_ks : of `step_histogram`, with a landslide in it
     """
-    above = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1][
-        :, 1:
-    ]  # the first bin also holds what is below its edge
-    fp, tp = above.astype(np.float64)
-    total = float(counts[1].sum())
-    f1 = 2 * tp / (tp + fp + total)
-    logits = _EDGES[1:-1]
-    tied = np.flatnonzero(f1 == f1.max())
-    at = tied[np.argmin(np.abs(logits[tied]))]
+    hits, false = (found[_FIRST : _LAST + 1].astype(np.float64) for found in at_least(counts_ks))
+    total = float(counts_ks[1].sum())
+    f1 = 2 * hits / (hits + false + total)
+    at = _middle(np.flatnonzero(f1 == f1.max()))
     return Judgement(
-        threshold=1 / (1 + math.exp(-logits[at])),
-        precision=float(tp[at] / max(tp[at] + fp[at], 1)),
-        recall=float(tp[at] / total),
+        threshold=(at + _FIRST) / STEPS,
+        precision=float(hits[at] / max(hits[at] + false[at], 1)),
+        recall=float(hits[at] / total),
         f1=float(f1[at]),
     )
+
+
+def _middle(tied: np.ndarray) -> int:
+    """Place in the middle of the widest unbroken stretch of places; of equal ones the first."""
+    stretches = np.split(tied, np.flatnonzero(np.diff(tied) > 1) + 1)
+    widest = max(stretches, key=lambda places: _LOGITS[places[-1]] - _LOGITS[places[0]])
+    middle = (_LOGITS[widest[0]] + _LOGITS[widest[-1]]) / 2
+    return int(widest[np.argmin(np.abs(_LOGITS[widest] - middle))])

@@ -43,7 +43,7 @@ from slidecube.models.errors import DivergedError, ModelError
 from slidecube.models.losses import loss_function
 from slidecube.models.network_card import Argument
 from slidecube.models.patches import Patches
-from slidecube.models.thresholds import best_threshold, empty_histogram, histogram
+from slidecube.models.thresholds import best_threshold, empty_histogram, logit_histogram
 from slidecube.models.together import ALONE, Peers, require_devices, run_together
 from slidecube.models.train_settings import AugmentSettings, TrainSettings
 from slidecube.models.training_state import Row, TrainingState, new_state
@@ -51,7 +51,7 @@ from slidecube.models.weights import tensors_of
 
 __all__ = ["TRAIN_VERSION", "AugmentSettings", "Progress", "TrainSettings", "Trained", "logits_of", "train"]
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Of this loop: part of the key of every training."""
 STATE_FILE, HISTORY_FILE, PANEL_FILE = "state.safetensors", "history.parquet", "panel.png"
 
@@ -305,7 +305,7 @@ class _Loop:
             loaders=s.loaders,
         )
         for part, logits_b1yx, y_byx in _logits(module, batches):
-            counts += histogram(logits_b1yx.cpu().numpy(), y_byx.cpu().numpy())
+            counts += logit_histogram(logits_b1yx.cpu().numpy(), y_byx.cpu().numpy())
             loss += float(self.loss(logits_b1yx, y_byx)) * len(part)
         counts, loss = (self.peers.total(one, self.device) for one in (counts, loss))
         return {"validation_loss": float(loss[0]) / len(job.validation), **asdict(best_threshold(counts))}

@@ -25,6 +25,7 @@ from slidecube.catalog.sources import is_raster
 from slidecube.cluster.errors import ClusterError
 from slidecube.cluster.resources import load_profile
 from slidecube.models.backends import Backend, Dtype
+from slidecube.models.card import THRESHOLDS
 from slidecube.models.devices import Device
 from slidecube.pipeline.composite import METHODS
 from slidecube.pipeline.errors import PipelineError
@@ -584,9 +585,10 @@ class Detect(_Section):
     )
     threshold: float | None = Field(
         None,
-        gt=0,
-        lt=1,
-        description="the probability from which a pixel counts as landslide, above 0, below 1",
+        ge=THRESHOLDS[0],
+        le=THRESHOLDS[1],
+        description="the probability from which a pixel counts as landslide, 0.0001 to 0.9999; they are kept in steps "
+        "of 0.0001",
     )
     min_area_m2: float | None = Field(
         None, ge=0, description="the smallest area of a landslide in square metres, 0 or more"

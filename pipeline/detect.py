@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import scipy.ndimage
 
 from slidecube.catalog.grid import Tile
 from slidecube.cluster.runner import TileTask
 from slidecube.models.predict import Detector, WindowedDetector, predict
+from slidecube.models.thresholds import landslide_from, steps_of
 from slidecube.pipeline import visibility
 from slidecube.pipeline.blocks import by_block
 from slidecube.pipeline.coregistration import shift_numbers
@@ -19,7 +18,6 @@ from slidecube.pipeline.ground import ground_of
 from slidecube.pipeline.inventory import (
     LANDSLIDE_NODATA,
     PROBABILITY_NODATA,
-    PROBABILITY_SCALE,
     Observability,
     Reason,
 )
@@ -76,9 +74,7 @@ def map_tile(
     held = coregistration_of(plan.config, card)
     seen, reason = _observable(layers, probability, exclude_px=held.exclude_px if held else 0.0)
     probability[~(seen & inside)] = PROBABILITY_NODATA
-    hit = (probability != PROBABILITY_NODATA) & (
-        probability >= math.ceil(card.threshold / PROBABILITY_SCALE - 1e-9)
-    )
+    hit = (probability != PROBABILITY_NODATA) & (probability >= landslide_from(card.threshold))
     kept = without_small(hit, minimum_px)
     core = np.s_[halo : halo + tile.geobox.shape[0], halo : halo + tile.geobox.shape[1]]
     spread = np.full(tile.geobox.shape, PROBABILITY_NODATA, np.uint16)  # one member has none
@@ -151,7 +147,7 @@ def _quantised(probability: np.ndarray) -> np.ndarray:
     """
     known = ~np.isnan(probability)
     out = np.full(probability.shape, PROBABILITY_NODATA, np.uint16)
-    out[known] = np.floor(probability[known].astype(np.float64) / PROBABILITY_SCALE).astype(np.uint16)
+    out[known] = steps_of(probability[known])
     return out
 
 

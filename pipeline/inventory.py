@@ -18,10 +18,11 @@ from affine import Affine
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
+from slidecube.models.card import PROBABILITY_STEP
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.storage import Place, zarr_store
 
-PROBABILITY_SCALE = 1e-4
+PROBABILITY_SCALE = PROBABILITY_STEP
 PROBABILITY_NODATA = 65535
 LANDSLIDE_NODATA = 255
 VARIABLES = ("probability", "spread", "landslide", "observability", "reason")

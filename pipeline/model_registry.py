@@ -40,6 +40,7 @@ from slidecube.models.registry import (
     verify_files,
     versions_in,
 )
+from slidecube.models.thresholds import on_step
 from slidecube.pipeline.config import Config, is_path
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.feature_sets import require_known
@@ -243,8 +244,8 @@ def mean_card(cards: Sequence[NetworkCard]) -> dict[str, Any]:
         "simulated": any(card.simulated for card in cards),
         "inputs": united_inputs(cards),
         "output": {
-            "threshold": sum(output.threshold for output in outputs) / len(outputs),
-            "chosen": "mean of the members' thresholds",
+            "threshold": on_step(sum(output.threshold for output in outputs) / len(outputs)),
+            "chosen": "mean of the members' thresholds, rounded up to what maps keep",
             "min_area_m2": max(output.min_area_m2 for output in outputs),
         },
     }

@@ -7,11 +7,14 @@ import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import logit
 from sklearn.isotonic import IsotonicRegression
 
 from slidecube.models import calibration as c
+from slidecube.models.card import THRESHOLDS
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import Calibration
+from slidecube.models.thresholds import landslide_from, on_step, steps_of
 
 
 def drawn(n=40_000, *, temperature=1.0, seed=0):
@@ -126,7 +129,7 @@ def test_histograms_add_up():
     logits, labels = drawn(999)
     p = c.calibrated(Calibration(), logits)
     parts = [c.ScoreHistogram.of(p[i::3], labels[i::3]) for i in range(3)]
-    assert np.array_equal(c.ScoreHistogram.sum_of(parts).counts_kb, c.ScoreHistogram.of(p, labels).counts_kb)
+    assert np.array_equal(c.ScoreHistogram.sum_of(parts).counts_ks, c.ScoreHistogram.of(p, labels).counts_ks)
 
 
 def test_best_f1_is_that_of_all_thresholds():
@@ -167,3 +170,39 @@ def test_no_false_pixel_among_few_proves_no_precision():
     p, labels = np.array([0.1] * 50 + [0.9] * 5, np.float32), np.array([0] * 50 + [1] * 5, np.uint8)
     with pytest.raises(ModelError, match="highest"):
         c.choose_threshold(c.ScoreHistogram.of(p, labels), rule="precision", precision=0.9, prevalence=0.001)
+
+
+@pytest.mark.parametrize(("stable", "landslide"), [(0.88, 0.9975), (0.0, 1.0), (0.99, 1.0), (0.0, 0.02)])
+def test_the_threshold_of_what_is_separated_lies_in_the_middle_of_the_gap(stable, landslide):
+    rng = np.random.default_rng(0)
+    p = np.r_[rng.uniform(0, stable, 500), stable, rng.uniform(landslide, 1, 50), landslide].astype(
+        np.float32
+    )
+    labels = np.r_[np.zeros(501), np.ones(51)].astype(np.uint8)
+    found = c.choose_threshold(c.ScoreHistogram.of(p, labels)).threshold
+    low, high = logit(np.clip([stable, landslide], *THRESHOLDS))
+    assert logit(found) == pytest.approx((low + high) / 2, abs=0.05)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=3, max_size=40), st.sampled_from(["max-f1", "precision"]))
+def test_a_chosen_threshold_means_on_the_map_what_it_meant_when_it_was_chosen(values, rule):
+    """Maps keep probabilities in steps, downwards, and compare those."""
+    p = np.array([*values, 0.99999, 0.00001], np.float32)
+    labels = (np.arange(len(p)) % 2).astype(np.uint8)
+    labels[-2:] = 1, 0
+    histogram = c.ScoreHistogram.of(p, labels)
+    found = c.choose_threshold(histogram, rule=rule, precision=0.3, prevalence=0.5).threshold
+    assert THRESHOLDS[0] <= found <= THRESHOLDS[1]
+    assert on_step(found) == found
+    assert np.array_equal(steps_of(p) >= landslide_from(found), p.astype(np.float64) >= found)
+    if rule == "max-f1":
+        at = sklearn.metrics.f1_score(labels, steps_of(p) >= landslide_from(found))
+        assert at == pytest.approx(histogram.best_f1()[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [(1e-9, 0.0001), (0.99995, 0.9999), (0.12341, 0.1235), (0.3, 0.3)]
+)
+def test_a_threshold_is_rounded_up_to_a_step(value, kept):
+    assert on_step(value) == kept

@@ -214,7 +214,11 @@ REFUSED = {
         MINIMAL + "[cube.mask]\nscl_classes = [3, 12]\n",
         ["cube.mask.scl_classes: got [3, 12]", "0 to 11"],
     ),
-    "per cent": (MINIMAL + "[detect]\nthreshold = 50\n", ["detect.threshold: got 50", "below 1"]),
+    "a threshold between no two kept probabilities": (
+        MINIMAL + "[detect]\nthreshold = 0.99995\n",
+        ["detect.threshold: got 0.99995", "0.0001 to 0.9999"],
+    ),
+    "per cent": (MINIMAL + "[detect]\nthreshold = 50\n", ["detect.threshold: got 50", "0.0001 to 0.9999"]),
     "text parameter": (
         MINIMAL + '[detect]\nparameters = {loss_pct = "25"}\n',
         ["detect.parameters", "numbers"],

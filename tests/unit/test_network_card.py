@@ -162,7 +162,10 @@ BROKEN = {
         "threshold = 0.4",
         "treshold = 0.4",
     ): "output.treshold: unknown key (did you mean 'threshold'?); allowed: thresh",
-    ("threshold = 0.4", "threshold = 1.5"): "output.threshold: got 1.5; allowed: less than 1",
+    (
+        "threshold = 0.4",
+        "threshold = 1.5",
+    ): "output.threshold: got 1.5; allowed: less than or equal to 0.9999",
     ("version = 1\n", "version = 'one'\n"): "version: got 'one'; allowed: a valid integer",
     ('licence = "CC-BY-4.0"\n', ""): "licence: missing",
     ('name = "small"', 'name = "Small Net"'): "name: got 'Small Net'; allowed: ",

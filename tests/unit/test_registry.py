@@ -136,7 +136,8 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path, small):
 
 def test_a_card_that_is_not_allowed_leaves_nothing(tmp_path, small):
     with pytest.raises(
-        ModelError, match=r"Card of model 'small': output\.threshold: got 2; allowed: less than 1"
+        ModelError,
+        match=r"Card of model 'small': output\.threshold: got 2; allowed: less than or equal to 0.9999",
     ):
         small.save(tmp_path, output={"threshold": 2})
     assert names_in(tmp_path) == []
