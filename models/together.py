@@ -245,8 +245,12 @@ def main(folder: str, rank: str, size: str) -> int:
     try:
         with _process_group(Path(folder), int(rank), int(size), job.settings) as peers:
             run(job, lambda news: say(asdict(news)), peers)
-    except ModelError as error:
-        say({"error": str(error)})
+    except Exception as error:
+        if not type(error).__module__.startswith("slidecube."):
+            raise
+        say(
+            {"error": str(error)}
+        )  # patches have errors of their own, of packages that this one does not know
         return 1
     return 0
 
