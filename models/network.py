@@ -253,6 +253,16 @@ def network_module(about: NetworkCard, content: bytes) -> nn.Module:
     return module.eval()
 
 
+def require_computable(networks: Iterable[Network]) -> None:
+    """Say once, before any tile does, that weights are not those of the architecture that a card names.
+
+    Raises ModelError, in one line; an ONNX file has its own architecture, and is left to its backend.
+    """
+    for network in networks:
+        if network.about.architecture is not None and network.about.architecture.name != "onnx":
+            network_module(network.about, network.weights)
+
+
 def engine_of(network: Network) -> Engine:
     """Return what computes a network, built once a process."""
     return ENGINES.get(_engine_key(network), partial(_engine, network))

@@ -245,7 +245,10 @@ def main(folder: str, rank: str, size: str) -> int:
     try:
         with _process_group(Path(folder), int(rank), int(size), job.settings) as peers:
             run(job, lambda news: say(asdict(news)), peers)
-    except ModelError as error:
+    except Exception as error:
+        # patches have errors of their own, of packages that this one does not know
+        if not type(error).__module__.startswith("slidecube."):
+            raise
         say({"error": str(error), "diverged": isinstance(error, DivergedError)})
         return 1
     return 0

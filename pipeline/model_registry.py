@@ -160,14 +160,26 @@ def require_units(inputs: Inputs, address: str) -> None:
 def adopt(workspace: Workspace, folder: Path, card: NetworkCard) -> Place:
     """Copy a model into the workspace, whole or not at all; one that is there already stays.
 
-    Raises PipelineError where the workspace holds another one of this name and version.
+    Raises ModelError for weights that do not fit its architecture, and PipelineError where the workspace holds another
+    one of this name and version.
     """
     place = workspace.models / card.address
     if not _holds(place, card):
+        require_fitting_weights(folder)
         with made_once(place, CARD_FILE) as local:
             copy_model(folder, local, files_of(card, read_members(folder, card)))
         _holds(place, card)  # another one may have been faster
     return place
+
+
+def require_fitting_weights(folder: Path) -> None:
+    """Build what a folder holds, once; every tile would say the same of it later. Raises ModelError."""
+    from slidecube.models.ensembles import Ensemble  # noqa: PLC0415  torch is slow to import
+    from slidecube.models.network import Network, require_computable  # noqa: PLC0415
+
+    detector = load_model(folder)
+    parts = detector.members if isinstance(detector, Ensemble) else (detector,)
+    require_computable(part for part in parts if isinstance(part, Network))
 
 
 def _holds(place: Place, card: NetworkCard) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hypothesis
 import pytest
 import urllib3
 
@@ -26,6 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # of a job that a shell put into the background; tests send it, to themselves and to commands that inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# a busy machine is no failure, and equal code is tested by equal examples
+hypothesis.settings.register_profile("slidecube", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("slidecube")
 
 
 @pytest.fixture(scope="session")

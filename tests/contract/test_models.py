@@ -15,7 +15,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slidecube.models.errors import ModelError
@@ -286,7 +286,6 @@ def rule(change_pct, slope_deg, parameters=None):
     return found.reshape(planes.shape[1:])
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-150, 150, width=32), st.floats(0, 90, width=32)), min_size=1, max_size=50),
     st.sampled_from([(25.0, 10.0), (30.0, 7.5)]),
@@ -317,7 +316,6 @@ def test_it_is_the_smaller_of_two_logistic_memberships():
     np.testing.assert_allclose(rule(change, slope), np.minimum(loss, steep), rtol=1e-5)
 
 
-@settings(deadline=None)
 @given(st.floats(-100, 100), st.floats(0, 80), st.floats(0, 50), st.floats(0, 30))
 def test_more_loss_or_more_slope_is_never_less_likely(change, slope, more_loss, more_slope):
     assert rule(change - more_loss, slope) >= rule(change, slope)

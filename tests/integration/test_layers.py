@@ -179,7 +179,7 @@ def test_a_globe_in_degrees_is_read_where_it_is(tmp_path, tile):
         made(from_zero, layer(), tile)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 999), px=st.sampled_from([1024, 2048]))
 def test_tiles_change_no_pixel(tmp_path_factory, seed, px):
     folder = tmp_path_factory.mktemp("tiles")

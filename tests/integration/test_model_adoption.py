@@ -12,7 +12,7 @@ import pystac
 import pytest
 
 from slidecube.models.network_card import read_card, write_card
-from slidecube.models.registry import verify_files
+from slidecube.models.registry import save_network, verify_files
 from slidecube.pipeline import model_registry, storage
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.errors import PipelineError
@@ -75,6 +75,19 @@ def test_a_network_is_adopted_and_its_own_folder_is_needed_no_more(desk, mine, s
         assert Path(asset.get_absolute_href()).is_file()
     assert item.properties["slidecube:model"]["content_sha256"] == card.identity
     assert "SIMULATED" in item.properties["slidecube:model"]["training"]
+
+
+def test_weights_of_another_architecture_are_refused_before_they_are_adopted(desk, mine, small):
+    """The card vouches for its file, which holds what three features need; no tile is made to find that out."""
+    said = small.fields()
+    save_network(mine / "small@1", said, small.weights(channels=3))
+
+    with pytest.raises(
+        PipelineError, match=r"Weights of model small@1: tensor \S+ has the shape .* and not"
+    ) as refused:
+        plan(naming(desk, "small"))
+    assert "\n" not in str(refused.value)
+    assert held(desk.workspace) == {}
 
 
 def test_a_network_is_adopted_into_a_bucket(desk, mine, small, s3):

@@ -122,7 +122,7 @@ def test_equals_gdaldem(heights, dems, tmp_path, what, ours):
     assert np.ptp(want) > 20
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.floats(5, 70), st.sampled_from([(10.0, 10.0), (10.0, 20.0)]))
 def test_windows_equal_scipys_cell_by_cell(seed, radius_m, cell):
     rng = np.random.default_rng(seed)

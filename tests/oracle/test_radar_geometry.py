@@ -119,7 +119,7 @@ def test_planes_that_face_the_radar_and_that_face_away(slope, want):
     np.testing.assert_allclose(local_incidence_deg(39.0, away), 39 + slope, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.floats(0, 80), st.floats(0, 360), st.floats(0, 360), st.floats(20, 50))
 def test_local_incidence_is_the_angle_of_two_vectors_whatever_turns_both(slope, aspect, look, theta):
     found = float(local_incidence_deg(theta, slope_angles(np.array(slope), np.array(aspect), look)))
@@ -185,7 +185,7 @@ def test_layover_and_shadow_of_a_wedge_are_as_long_as_geometry_says():
     assert s[shadow[0]].min() > 0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(-49, 38), st.floats(25, 48))
 def test_no_plane_gentler_than_the_view_folds_or_hides(slope, theta):
     """A plane lies in layover as a whole where it is steeper than the incidence, in shadow beyond 90 less it."""
@@ -231,7 +231,7 @@ def test_a_block_is_cut_out_of_a_larger_one_with_the_same_masks():
 # --- the correction of slopes ------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(angles, angles, st.floats(25, 48), st.sampled_from(["volume", "surface"]))
 def test_correction_is_the_paper_s_formula_and_one_on_flat_ground(range_deg, azimuth_deg, theta, model):
     # on the very edge of what is defined, the last digit of an angle in radians decides

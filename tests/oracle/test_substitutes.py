@@ -117,7 +117,7 @@ def test_the_digital_numbers_are_those_of_the_first_source(
     dn=arrays("uint16", (5, 7), elements=st.integers(0, 65535)),
     shift=st.sampled_from([-1000, 1000, 0, -70000, 70000]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_what_is_seen_stays_seen_and_nodata_stays_nodata(dn, shift):
     moved = shifted_dn(dn, shift, 0)
     assert moved.dtype == dn.dtype

@@ -24,7 +24,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.medians import median_of_positive, sort_columns, sorting_network
 
 EPOCH = np.datetime64("1970-01-01")
-unhurried = settings(deadline=None, max_examples=60)
+unhurried = settings(max_examples=60)
 START = dt.datetime(2021, 6, 1, 10, 30, tzinfo=dt.UTC)
 
 

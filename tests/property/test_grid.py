@@ -58,7 +58,7 @@ def extent(tile):
 
 
 @given(areas(), sizes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_tiles_cover_the_area_and_none_is_idle(aoi, tile_px):
     grid = TileGrid(crs=aoi.crs, tile_px=tile_px)
     tiles = grid.tiles(aoi)
@@ -69,7 +69,7 @@ def test_tiles_cover_the_area_and_none_is_idle(aoi, tile_px):
 
 
 @given(areas(), sizes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_pixel_lies_in_two_tiles(aoi, tile_px):
     grid = TileGrid(crs=aoi.crs, tile_px=tile_px)
     tiles = grid.tiles(aoi)
@@ -84,7 +84,7 @@ def test_no_pixel_lies_in_two_tiles(aoi, tile_px):
 
 
 @given(crss.flatmap(lambda crs: st.tuples(areas(crs), areas(crs))), sizes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_keys_stay_when_the_area_grows(pair, tile_px):
     aoi, more = pair
     grid = TileGrid(crs=aoi.crs, tile_px=tile_px)
@@ -96,7 +96,7 @@ def test_keys_stay_when_the_area_grows(pair, tile_px):
 
 
 @given(areas(), sizes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_tiles_are_a_sequence_of_tiles_that_are_made_when_asked_for(aoi, tile_px):
     grid = TileGrid(crs=aoi.crs, tile_px=tile_px)
     tiles = grid.tiles(aoi)
@@ -132,7 +132,7 @@ def test_all_tile_sizes_share_one_frame(crs):
 
 
 @given(areas())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_small_tiles_lie_within_large_ones(aoi):
     large = {(t.row, t.col) for t in TileGrid(crs=aoi.crs, tile_px=2048).tiles(aoi)}
     small = {(t.row // 4, t.col // 4) for t in TileGrid(crs=aoi.crs, tile_px=512).tiles(aoi)}
@@ -146,7 +146,7 @@ def test_small_tiles_lie_within_large_ones(aoi):
     st.integers(0, 10**6),
     st.sampled_from([64, 512, 1024]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_lattice_is_a_partition_on_fixed_lines(rows, cols, row0, col0, block):
     times = np.zeros((rows, cols), np.uint8)
     for ys, xs in lattice((rows, cols), (row0, col0), block):
@@ -159,7 +159,7 @@ def test_the_lattice_is_a_partition_on_fixed_lines(rows, cols, row0, col0, block
 
 
 @given(areas(), sizes)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_tile_size_is_cut_into_the_same_blocks(aoi, tile_px):
     """The blocks of all tiles are those of the frame: a block never crosses a tile's edge."""
     grid = TileGrid(crs=aoi.crs, tile_px=tile_px)
@@ -171,7 +171,7 @@ def test_every_tile_size_is_cut_into_the_same_blocks(aoi, tile_px):
 
 
 @given(st.floats(-179, 179), st.floats(-79, 83), st.floats(0.01, 2.5), st.floats(0.01, 1.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_crs_is_found_for_every_place(lon, lat, width, height):
     aoi = Aoi(name="any", geometry=shapely.box(lon, lat, min(180, lon + width), lat + height))
     crs = choose_crs(aoi)

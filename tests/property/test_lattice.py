@@ -51,7 +51,7 @@ windows = {
 }
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(**windows, window_px=st.sampled_from([1, 7]))
 def test_every_pixel_lies_where_the_lattice_puts_it(origin_px, shape, chunks, window_px):
     detector = Made(window_px, place)
@@ -66,7 +66,7 @@ def test_every_pixel_lies_where_the_lattice_puts_it(origin_px, shape, chunks, wi
     assert detector.shapes == {(2, UNIT_PX + window_px - 1, UNIT_PX + window_px - 1)}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(**windows, window_px=st.sampled_from([1, 3, 7, 65, 301]))
 def test_every_pixel_sees_its_own_context_and_nothing_beyond_the_window(origin_px, shape, chunks, window_px):
     def mean(features_fyx):

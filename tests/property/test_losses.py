@@ -45,7 +45,7 @@ def left_out(name, labels):
     return ignored if name == "pu" else ignored | (labels == UNLABELLED)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), name=st.sampled_from([*NAMES, "bce+dice", "pu+lovasz"]))
 def test_what_is_left_out_changes_neither_loss_nor_gradient(seed, name):
     logits, labels = scene(seed)

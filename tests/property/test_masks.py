@@ -35,7 +35,7 @@ from slidecube.pipeline.masks import (
     sun_of,
 )
 
-unhurried = settings(deadline=None, max_examples=40)
+unhurried = settings(max_examples=40)
 BOX = GeoBox((8, 8), Affine(10, 0, 500_000, 0, -10, 5_000_000), "EPSG:32632")
 NO_SHADOWS = {"cloud_heights_m": None, "readmit": False}
 

@@ -17,7 +17,7 @@ from slidecube.pipeline.mnf import Mnf, component_names, fit_mnf
 from slidecube.pipeline.moments import Moments, merge, moments
 
 BANDS = ("B02", "B03", "B04", "B08", "B11")
-unhurried = settings(deadline=None, max_examples=30)
+unhurried = settings(max_examples=30)
 
 
 def scene(seed=0, shape=(90, 70)):

@@ -18,7 +18,7 @@ from slidecube.pipeline import moments as module
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.moments import Moments, block_moments, merge, moments
 
-unhurried = settings(deadline=None, max_examples=60)
+unhurried = settings(max_examples=60)
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
 stored = shapes.flatmap(lambda shape: hnp.arrays(np.uint16, shape, elements=st.integers(0, 65535)))
 

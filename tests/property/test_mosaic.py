@@ -91,7 +91,7 @@ def flood(mask: np.ndarray) -> list[list[tuple[int, int]]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     density=st.sampled_from([0.0, 0.05, 0.3, 0.45, 0.7, 0.97]),
@@ -114,7 +114,7 @@ def test_any_tiling_in_any_order_gives_the_same_bytes(seed, density, shape, row_
     assert got.drop(columns="geometry").equals(expected.drop(columns="geometry"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     density=st.sampled_from([0.1, 0.3, 0.5, 0.8]),

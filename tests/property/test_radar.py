@@ -26,7 +26,7 @@ from slidecube.pipeline.radar import (
     stored_of_power,
 )
 
-unhurried = settings(deadline=None, max_examples=12)
+unhurried = settings(max_examples=12)
 START = dt.datetime(2018, 5, 1, 5, 30, tzinfo=dt.UTC)
 SERIES = "worldcereal_series/site_31UDS/S1_GRD-ASCENDING_20m_00002806639B424A_32631_2017-08-01_2018-11-30.nc"
 powers = hnp.arrays(

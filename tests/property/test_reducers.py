@@ -18,7 +18,7 @@ from slidecube.pipeline.reducers import (
     spread_around,
 )
 
-unhurried = settings(deadline=None, max_examples=60)
+unhurried = settings(max_examples=60)
 
 
 @st.composite

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slidecube.pipeline.seams import edge_steps
 
 LEAST = 0.005
-unhurried = settings(deadline=None, max_examples=30)
+unhurried = settings(max_examples=30)
 
 
 def ground(seed, shape=(256, 96)):

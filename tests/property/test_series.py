@@ -19,7 +19,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.run_plan import series_variables
 from slidecube.pipeline.series import loss_probability, ndvi_series, series_values
 
-unhurried = settings(deadline=None, max_examples=40)
+unhurried = settings(max_examples=40)
 START = np.datetime64("2021-06-01T10:30")
 
 

@@ -35,7 +35,7 @@ def test_sizes_follow_malamud():
 
 
 @given(total=st.floats(2e3, 2e6), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_drawn_areas_sum_to_the_share(total, seed):
     areas = draw_areas(P.landslides, total, np.random.default_rng(seed))
     assert areas.min() >= P.landslides.min_area_m2
@@ -57,7 +57,7 @@ def cone() -> np.ndarray:
 
 
 @given(area=st.floats(25, 60000), seed=st.integers(0, 999))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_landslide_has_its_area_and_runs_downhill(area, seed):
     field = ScarField(P.landslides, cone(), BOX, 0)
     found = field.trace(100, 140, area, np.random.default_rng(seed))
@@ -83,7 +83,7 @@ def test_runout_stops_on_flat_ground():
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_coverage_sums_to_the_area(seed):
     rng = np.random.default_rng(seed)
     x, y = 231000 + rng.uniform(0, 10), 33000 + rng.uniform(0, 10)
@@ -102,7 +102,7 @@ def test_draw_gives_a_shared_pixel_to_the_larger():
 
 
 @given(shift=st.floats(-12, 12), pixel=st.sampled_from([10, 20, 60]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_sampler_keeps_light_and_moves_it_by_the_shift(shift, pixel):
     n = 480
     matrix = sampler(n, 5.0, pixel, spread_px(0.25), shift)

@@ -51,7 +51,7 @@ def test_blocks_are_shared_by_shares_and_landslides_go_to_every_part(n, holding,
     np.testing.assert_array_equal(share_out(hashes[order], holds[order], shares), parts[order])
 
 
-@settings(max_examples=60, deadline=None)  # scipy is imported by the first
+@settings(max_examples=60)  # scipy is imported by the first
 @given(
     n=st.integers(1, 40),
     pairs=st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60),
@@ -74,7 +74,7 @@ def test_a_strip_of_touching_patches_loses_only_those_at_the_cuts():
     assert np.bincount(parts + 1).tolist() == [2, 69, 19, 10]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     px=st.sampled_from([32, 64, 100]),
     gap=st.integers(1, 40),

@@ -26,7 +26,7 @@ from slidecube.pipeline.strata import Strata, blend_weights, read_strata
 BANDS = ("B02", "B03", "B04", "B08", "B11")
 CRS = "EPSG:32632"
 BOX = (500_000.0, 5_000_000.0, 501_000.0, 5_001_000.0)
-unhurried = settings(deadline=None, max_examples=12)
+unhurried = settings(max_examples=12)
 
 
 def scene(seed, shape=(80, 60)):

@@ -79,7 +79,7 @@ ANY = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-90, 90, width=32), min_size=2, max_size=60), st.sampled_from(ANY))
 def test_calibration_never_falls_and_does_not_depend_on_the_place(values, how):
     logits = np.sort(np.array(values, np.float32))

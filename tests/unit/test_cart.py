@@ -21,7 +21,7 @@ def samples(seed, n=200, features=4, classes=3):
     return x, codes * 10
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), min_leaf=st.sampled_from([1, 5]))
 def test_a_tree_answers_as_scikit_learn_s_whose_samples_stand_in_the_same_order(seed, min_leaf):
     x, codes = samples(seed)
@@ -40,7 +40,7 @@ def test_a_tree_answers_as_scikit_learn_s_whose_samples_stand_in_the_same_order(
     np.testing.assert_array_equal(again.predict(asked), tree.predict(asked))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000))
 def test_the_order_of_the_points_decides_nothing(seed):
     x, codes = samples(seed)

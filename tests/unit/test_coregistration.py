@@ -77,7 +77,7 @@ def test_half_a_pixel_as_a_sensor_would_see_it(two_dates):
         assert np.abs(found - (-south / 2, -east / 2)).max() <= 0.1
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(-5, 5), st.integers(-5, 5), st.integers(0, 2**32 - 1))
 def test_whole_pixels_are_found_in_any_texture(south, east, seed):
     ground = scipy.ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(300, 300)), 1.5)
@@ -101,7 +101,6 @@ def test_ground_without_anything_in_common_has_no_shift(two_dates):
     assert measure_shift(pre, post, few) is None  # two chips cannot agree against a third
 
 
-@settings(deadline=None)
 @given(st.floats(-1, 1), st.floats(-1, 1))
 def test_a_quadratic_surface_is_moved_exactly(south, east):
     y, x = np.mgrid[:40, :50]

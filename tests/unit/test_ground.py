@@ -48,7 +48,7 @@ def squares(rng, n):
     return gpd.GeoDataFrame(geometry=parts, crs="EPSG:32632")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 9999))
 def test_what_is_packed_is_told_again_and_each_stratum_is_one_answer(seed):
     _, answers, ground = drawn(seed)
@@ -70,7 +70,7 @@ def test_the_flags_of_the_byte_are_those_of_the_strata():
         np.testing.assert_array_equal(kind.holds(every), every & mask == value)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 9999))
 def test_rows_are_what_counting_one_by_one_gives(seed):
     rng, _, ground = drawn(seed)

@@ -269,7 +269,7 @@ def damages(draw):
 
 
 @pytest.mark.parametrize("name", ["zip.pt", "old.pt", "w.safetensors", "m.onnx"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages())
 def test_a_damaged_file_is_taken_or_refused_in_one_line(tmp_path, whole, take, take_onnx, name, damage):
     changes, end = damage

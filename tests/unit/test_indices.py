@@ -97,7 +97,7 @@ def test_the_tasselled_cap_turns_and_does_not_stretch():
 
 
 @pytest.mark.parametrize("name", INDICES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(values=REFLECTANCES, factor=st.floats(0.01, 100))
 def test_scaling_the_bands_leaves_a_normalised_difference_and_scales_the_tasselled_cap(name, values, factor):
     before, after = of_bands(name, values), of_bands(name, [factor * v for v in values])
@@ -113,7 +113,7 @@ def test_savi_of_a_brighter_scale_is_another():
 
 
 @pytest.mark.parametrize("name", INDICES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(values=st.lists(st.floats(-0.2, 1.5), min_size=6, max_size=6), hole=st.integers(0, 5))
 def test_a_hole_in_any_band_is_a_hole_and_ranges_hold(name, values, hole):
     found = of_bands(name, values)
@@ -154,7 +154,7 @@ def test_the_formula_that_is_shown_is_what_is_computed_on_real_pixels(name, real
     assert np.ptp(want[known]) > 0.3
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(*[st.floats(-0.2, 1.5)] * 4), min_size=1, max_size=20))
 def test_numpy_xarray_and_dask_agree(rows):
     red0, nir0, red1, nir1 = np.array(rows).T

@@ -53,7 +53,7 @@ def in_tiles(features, eligible, tile_px, *, limit, seed=0, first=(1_000, 70_000
     return parts
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sampled_from([8, 16, 32]), st.integers(0, 2**32 - 1), st.integers(1, 3_000), st.randoms())
 def test_tiles_and_their_order_change_nothing(tile_px, seed, patches, shuffle):
     features, eligible = world()

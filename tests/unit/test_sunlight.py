@@ -106,7 +106,7 @@ def test_grid_north_is_turned_by_the_convergence():
     assert grid_azimuth(far_east, 100.0) == pytest.approx(100 - 2.54 * np.sin(np.radians(45.1)), abs=0.02)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(suns)
 def test_a_gentle_cone_throws_no_shadow_and_a_steep_one_throws_it_away_from_the_sun(sun):
     x, y = places(AROUND)
@@ -127,7 +127,7 @@ def test_a_gentle_cone_throws_no_shadow_and_a_steep_one_throws_it_away_from_the_
     assert not dark[np.hypot(bx, by) < 60].any()  # its top
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(suns, st.integers(0, 1000))
 def test_shadow_is_that_of_a_march_towards_the_sun(sun, seed):
     """Against lines of sight that are followed step by step from every pixel of a rough land."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import dask.array as da
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slidecube.pipeline.sunlight import Sun, cos_incidence
@@ -70,7 +70,6 @@ def test_trees_stand_upright(hill):
     assert scs.std() / scs.mean() < 0.03
 
 
-@settings(deadline=None)
 @given(st.floats(500, 3000), st.floats(300, 4000), st.integers(0, 99))
 def test_the_ratio_is_the_papers_formula(intercept, slope_of_line, seed):
     rng = np.random.default_rng(seed)

@@ -42,6 +42,7 @@ from slidecube.models.train import (
     train,
 )
 from slidecube.models.train_settings import TrainSettings as Settings
+from slidecube.pipeline.errors import PipelineError
 
 SIDE = 32
 
@@ -572,15 +573,16 @@ def test_patches_that_are_all_unknown_among_others_change_no_weight(tmp_path):
     assert survey(half, most=100, seed=0).donors == survey(only, most=100, seed=0).donors == tuple(range(6))
 
 
-def test_a_patch_that_cannot_be_read_on_the_way_is_its_own_line(tmp_path):
+@pytest.mark.parametrize("kind", [ModelError, PipelineError])
+def test_a_patch_that_cannot_be_read_on_the_way_is_its_own_line(tmp_path, kind):
     reads = iter(range(10**6))
 
     def spoil(index, x, y):
         if next(reads) > 40:
-            raise ModelError(f"Patch {index} of the file is damaged")
+            raise kind(f"Patch {index} of the file is damaged")
         return x, y
 
-    with pytest.raises(ModelError, match=r"^Patch \d+ of the file is damaged$"):
+    with pytest.raises(kind, match=r"^Patch \d+ of the file is damaged$"):
         go(tmp_path, training=spoilt(spoil))
 
 
@@ -644,10 +646,10 @@ class Talkative:
     @property
     def settings(self):
         print('{"loss": 1}')
-        raise ModelError("its own line")
+        raise PipelineError("its own line")  # as patches of cubes do
 
 
-def test_what_libraries_print_in_a_process_of_a_training_is_no_news_of_it(monkeypatch):
+def test_what_libraries_print_in_a_process_of_a_training_is_no_news_and_its_errors_are_a_line(monkeypatch):
     monkeypatch.setattr(cloudpickle, "dumps", partial(_by_value, cloudpickle.dumps))
     told = []
     with pytest.raises(ModelError, match=r"^its own line$"):

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 import torch
 import xarray as xr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import MiniBatchKMeans
@@ -168,7 +168,6 @@ def test_the_order_of_clusters_does_not_depend_on_how_k_means_numbers_them():
         assert found[1] == want[1]
 
 
-@settings(deadline=None)
 @given(
     hnp.arrays(np.float32, (4, 1, 30), elements=st.floats(0, 1e6, width=32) | st.sampled_from([0.0, 1.0])),
     st.sets(st.integers(0, 3)),
