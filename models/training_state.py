@@ -90,7 +90,7 @@ class TrainingState:
         except (OSError, KeyError, ValueError, safetensors.SafetensorError):
             return "the kept state is damaged"
         if said["origin"] != origin:
-            return "the kept state is of other data, settings or versions"
+            return "the kept state is of other data, settings, versions, threads or device"
         self.module.load_state_dict(_under("network.", tensors))
         if self.average is not None:
             self.average.load_state_dict(_under("average.", tensors))

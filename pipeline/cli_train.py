@@ -120,6 +120,7 @@ def report_text(report: TrainReport) -> str:
     counts = f"{report.trained} trained, {report.there} done before"
     lines.append(f"{counts}, {len(report.failed)} failed" if report.failed else counts)
     lines += [f"failed: {work.candidate.label}: {reason}" for work, reason in report.failed]
+    lines += [f"note: {work.candidate.label}: {text}" for work, text in report.notes]
     lines += [f"wrote {path}" for path in report.files]
     for folder in report.models:
         lines.append(f'model {folder}; map with it: [detect] model = "{folder}"')

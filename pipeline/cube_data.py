@@ -5,7 +5,8 @@ Axes in names: n patch, k pixel, b spatial block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from slidecube.pipeline.features import mnf_images, required_variables
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.lineage import is_simulated
 from slidecube.pipeline.plan_files import Index, read_plan
-from slidecube.pipeline.reference import ReferencePixels, lay_on_pixels, read_polygons
+from slidecube.pipeline.reference import OutsideError, ReferencePixels, lay_on_pixels, read_polygons
 from slidecube.pipeline.run_plan import EpochPlan, RunPlan
 from slidecube.pipeline.sample import pixel_hash
 from slidecube.pipeline.store import Workspace
@@ -45,6 +46,9 @@ SEARCHED_BLOCKS = 48
 CANDIDATES = 64
 """Pixels of one confuser that one lattice block may give."""
 
+LEARNING: tuple[Use, ...] = ("train", "blocks")
+"""Uses of a cube that is learnt from."""
+
 Blocks = frozenset[tuple[int, int]]
 """Spatial blocks by row and column, counted in their sides from the corner of the grid's frame."""
 
@@ -55,6 +59,7 @@ class OpenCube:
 
     base : folder of the training's TOML; made_of : digest of its layers
     landslides : observed pixels of them; facts : counts for people
+    confusers : pixels of each file of confusers that has polygons here, where it is learnt from
     """
 
     table: DataTable
@@ -65,6 +70,7 @@ class OpenCube:
     made_of: str
     landslides: ReferencePixels
     facts: dict[str, int]
+    confusers: Mapping[str, ReferencePixels]
 
     @property
     def used(self) -> Use:
@@ -148,7 +154,18 @@ def open_cube(table: DataTable, features: FeatureSpec, settings: PatchTable, *, 
         made_of=_made_of(view),
         landslides=observed,
         facts=facts | ({"tiles without data": failed} if failed else {}),
+        confusers=dict(_confusing_polygons(view, settings, base)) if table.used in LEARNING else {},
     )
+
+
+def _confusing_polygons(
+    view: RunPlan, settings: PatchTable, base: Path
+) -> Iterator[tuple[str, ReferencePixels]]:
+    """Yield the files of confusers that have polygons in the area: one file may serve several regions."""
+    for name in settings.confusers if settings.hard else ():
+        if is_polygons(name):
+            with suppress(OutsideError):
+                yield name, _polygon_pixels(view, _resolved(name, base))
 
 
 def crops(opened: OpenCube, count: int, *, blocks: Blocks | None = None) -> CubePatches:
@@ -165,15 +182,15 @@ def crops(opened: OpenCube, count: int, *, blocks: Blocks | None = None) -> Cube
         raise PipelineError(
             f"[[data]] {opened.region!r} has no ground to learn from; make the blocks smaller"
         )
-    confusing = _confusing(opened, cells, blocks)
+    confusing, confusers_a = _confusing(opened, cells, blocks)
     wanted = {
         "on landslides": round(count * settings.positive) if len(kept.ids) else 0,
-        "on confusers": round(count * settings.hard) if len(confusing) else 0,
+        "on confusers": round(count * settings.hard) if len(confusers_a) > 1 else 0,
     }
     wanted["anywhere"] = count - sum(wanted.values())
     anchors = [
         (np.stack([kept.rows, kept.cols], axis=1), kept.starts),
-        (confusing, np.arange(len(confusing) + 1)),
+        (confusing, confusers_a),
         (cells, np.arange(len(cells) + 1)),
     ]
     pixels, starts, ends = _chosen(anchors, list(wanted.values()), settings.seed)
@@ -336,7 +353,7 @@ def _polygon_pixels(plan: RunPlan, path: Path, layer: str | None = None) -> Refe
     shapely.prepare(plan.aoi_shape)
     inside = shapely.contains_xy(plan.aoi_shape, x, y)
     if not inside.any():
-        raise PipelineError(f"Reference {str(path)!r} has no pixel in the area of {plan.config.path}")
+        raise OutsideError(f"Reference {str(path)!r} has no pixel in the area of {plan.config.path}")
     return laid.within(inside)
 
 
@@ -383,18 +400,27 @@ def _chosen(
     return np.concatenate([pixels for pixels, _ in anchors]), np.concatenate(starts_n), np.concatenate(ends_n)
 
 
-def _confusing(opened: OpenCube, cells: NDArray[np.int64], blocks: Blocks | None) -> NDArray[np.int64]:
-    """Pixels (k, 2) of confusers that are observed, and no landslide, where patches may hold them."""
-    settings, cube = opened.settings, opened.cube
-    found = [np.zeros((0, 2), np.int64)]
-    for name in settings.confusers if settings.hard else ():
-        if is_polygons(name):
-            laid = _polygon_pixels(cube.plan, _resolved(name, opened.base))
-            found.append(np.stack([laid.rows, laid.cols], axis=1))
-    if _rules(settings):
-        found += list(_by_rules(opened, cells))
-    places = np.concatenate(found)
-    return places[_inside(opened, places, blocks)]
+def _confusing(
+    opened: OpenCube, cells: NDArray[np.int64], blocks: Blocks | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pixels (k, 2) of confusers that are observed, and no landslide, where patches may hold them.
+
+    Beside them where each anchor's begin, and where the last one's end: a polygon is one anchor, as a landslide is, and
+    a pixel on which a rule holds is one.
+    """
+    found, starts, end = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.int64)], 0
+    for laid in opened.confusers.values():
+        near = _within(opened, laid, blocks)
+        kept = near.within(np.isin(opened.cube.labels_at(near), (STABLE, UNLABELLED)))
+        found.append(np.stack([kept.rows, kept.cols], axis=1))
+        starts.append(kept.starts[:-1] + end)
+        end += len(kept.rows)
+    for places in _by_rules(opened, cells) if _rules(opened.settings) else ():
+        inside = places[_inside(opened, places, blocks)]
+        found.append(inside)
+        starts.append(np.arange(len(inside)) + end)
+        end += len(inside)
+    return np.concatenate(found), np.append(np.concatenate(starts), end)
 
 
 def _by_rules(opened: OpenCube, cells: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -142,13 +142,7 @@ class LabelledCube:
     @cached_property
     def _by_block(self) -> dict[tuple[int, int], NDArray[np.int64]]:
         """Positions in `landslides` of the pixels of each lattice block."""
-        side = self.block_px
-        keys = np.stack([self.landslides.rows // side, self.landslides.cols // side], axis=1)
-        blocks, block_k = np.unique(keys, axis=0, return_inverse=True)
-        order = np.argsort(block_k.ravel(), kind="stable")
-        ends = np.cumsum(np.bincount(block_k.ravel(), minlength=len(blocks)))
-        parts = np.split(order, ends[:-1]) if len(blocks) else []
-        return {(int(r), int(c)): part for (r, c), part in zip(blocks, parts, strict=True)}
+        return _positions(self.landslides, self.block_px)
 
     def _read(self, row: int, col: int) -> Block:
         px = self.block_px
@@ -166,13 +160,27 @@ class LabelledCube:
 
     def observed(self) -> NDArray[np.bool_]:
         """Tell of each landslide pixel whether all inputs are known there; reads each block that holds one."""
-        seen_k = np.zeros(len(self.landslides.rows), bool)
-        px = self.block_px
-        for (row, col), inside in self._by_block.items():
-            labels_yx = self.block(row, col)[1]
-            at = self.landslides.rows[inside] - row * px, self.landslides.cols[inside] - col * px
-            seen_k[inside] = labels_yx[at] == LANDSLIDE
+        seen_k: NDArray[np.bool_] = self.labels_at(self.landslides) == LANDSLIDE
         return seen_k
+
+    def labels_at(self, pixels: ReferencePixels) -> NDArray[np.uint8]:
+        """Return the label of each pixel; reads each block that holds one."""
+        labels_k = np.full(len(pixels.rows), IGNORE, np.uint8)
+        px = self.block_px
+        for (row, col), inside in _positions(pixels, px).items():
+            at = pixels.rows[inside] - row * px, pixels.cols[inside] - col * px
+            labels_k[inside] = self.block(row, col)[1][at]
+        return labels_k
+
+
+def _positions(pixels: ReferencePixels, side: int) -> dict[tuple[int, int], NDArray[np.int64]]:
+    """Positions of the pixels that lie in each lattice block."""
+    keys = np.stack([pixels.rows // side, pixels.cols // side], axis=1)
+    blocks, block_k = np.unique(keys, axis=0, return_inverse=True)
+    order = np.argsort(block_k.ravel(), kind="stable")
+    ends = np.cumsum(np.bincount(block_k.ravel(), minlength=len(blocks)))
+    parts = np.split(order, ends[:-1]) if len(blocks) else []
+    return {(int(r), int(c)): part for (r, c), part in zip(blocks, parts, strict=True)}
 
 
 def area_bounds(plan: RunPlan, step_px: int) -> tuple[int, int, int, int]:

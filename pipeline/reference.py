@@ -31,6 +31,10 @@ from slidecube.pipeline.terrain import RASTERIO
 _PARQUET = (".parquet", ".geoparquet")
 
 
+class OutsideError(PipelineError):
+    """A file of polygons has none in the area."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReferencePixels:
     """Pixels of polygons in a grid's frame, object by object.
@@ -98,7 +102,7 @@ def read_polygons(
     inside = shapely.intersects(area, shapes) & (shapely.area(shapes) > 0)
     if not inside.any():
         west, south, east, north = table.to_crs("EPSG:4326").total_bounds
-        raise PipelineError(
+        raise OutsideError(
             f"{what} has no polygon in the area of the run: its {len(shapes)} lie between {west:.3f} and {east:.3f} "
             f"degrees east, {south:.3f} and {north:.3f} north; name another file, or correct its CRS"
         )

@@ -63,12 +63,14 @@ class TrainReport:
     """What a `slidecube train` did.
 
     trained : candidates that were trained now; there : that were done before; failed : the others, with reasons
+    notes : of trainings that are done, what a user should know
     models : folders of what was saved; tables : Markdown; files : that were written beside them
     """
 
     trained: int
     there: int
     failed: tuple[tuple[Work, str], ...] = ()
+    notes: tuple[tuple[Work, str], ...] = ()
     models: tuple[Path, ...] = ()
     tables: str = ""
     files: tuple[Path, ...] = ()
@@ -187,12 +189,13 @@ class Driver:
             due = self._due(works)
             if due:
                 self._require_parts({work.key: work for work in works}[due[0].tile])
-            failed = self._on_workers(works, due, lock) if due else {}
+            failed, notes = self._on_workers(works, due, lock) if due else ({}, {})
         by_key = {work.key: work for work in works}
         return TrainReport(
             trained=len(due) - len(failed),
             there=len(works) - len(due),
             failed=tuple((by_key[key], reason) for key, reason in failed.items()),
+            notes=tuple((by_key[key], text) for key, text in notes.items()),
         )
 
     def _require_parts(self, work: Work) -> None:
@@ -234,7 +237,10 @@ class Driver:
             )
         return replace(found, deadline_min=None)
 
-    def _on_workers(self, works: Sequence[Work], due: list[TileTask], lock: Lock) -> dict[str, str]:
+    def _on_workers(
+        self, works: Sequence[Work], due: list[TileTask], lock: Lock
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Train; returns the reasons of what failed and the notes on what did not, by key."""
         profile = self._profile()
         context = TrainContext(
             config=self.config,
@@ -246,7 +252,7 @@ class Driver:
             open=self.open,
             tell=self._line if len(works) == 1 and profile.runner == "threads" else None,
         )
-        failed = dict[str, str]()
+        failed, notes = dict[str, str](), dict[str, str]()
         with open_runner(profile) as runner:
             lock.set_running(min(len(due), profile.workers))
             lock.set_dashboard(runner.address)
@@ -254,7 +260,9 @@ class Driver:
                 if result.status == "failed":
                     failed[result.task.tile] = result.reason
                     _recorded_failure(context, result)
-        return failed
+                elif result.reason:
+                    notes[result.task.tile] = result.reason
+        return failed, notes
 
     def _results(self, runner: Runner, context: TrainContext, due: list[TileTask]) -> Iterable[TaskResult]:
         """Results as they come. Raises IncompleteError when nothing works, or nobody is left to work."""

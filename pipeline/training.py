@@ -286,8 +286,14 @@ def _recorded(context: TrainContext, task: TileTask) -> Record:
     began = time.monotonic()
     try:
         context.require()
-        make(context, work)
-        record = Record(tile=task.tile, key=task.key, state="done", seconds=time.monotonic() - began)
+        notes = make(context, work)
+        record = Record(
+            tile=task.tile,
+            key=task.key,
+            state="done",
+            reason="; ".join(notes),
+            seconds=time.monotonic() - began,
+        )
     except Exception as error:
         if fault_of(error) == "fenced":
             raise
@@ -326,21 +332,23 @@ def _data_of(context: TrainContext, work: Work) -> Data:
     )
 
 
-def make(context: TrainContext, work: Work) -> None:
-    """Train and judge a candidate, each unless it is done."""
+def make(context: TrainContext, work: Work) -> list[str]:
+    """Train and judge a candidate, each unless it is done; returns what a user should know of it, a line each."""
+    notes: list[str] = []
     data = _data_of(context, work)
     folder = folder_of(context.out, work.key)
     if not _is_trained(folder):
         try:
-            _train(context, work, data)
+            _train(context, work, data, notes)
         except DivergedError as error:  # a result, as any F1 is: the same settings diverge again
             _end_training(context, work, {"diverged": str(error)})
     context.require()
     if not _is_done(folder, work):
         _judge(context, work, data)
+    return notes
 
 
-def _train(context: TrainContext, work: Work, data: Data) -> None:
+def _train(context: TrainContext, work: Work, data: Data, notes: list[str]) -> None:
     from slidecube.models.train import Progress, train  # noqa: PLC0415
 
     candidate, folder = work.candidate, folder_of(context.out, work.key)
@@ -349,6 +357,8 @@ def _train(context: TrainContext, work: Work, data: Data) -> None:
 
     def told(news: Progress) -> None:
         context.require()  # a driver that was given up must not go on for hours
+        if news.row is None:  # of no epoch: a half-done training that cannot go on here, say
+            notes.append(news.text)
         if tell is not None:
             tell(news.text)
 

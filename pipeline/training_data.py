@@ -19,7 +19,8 @@ from slidecube.models.card import FeatureSpec
 from slidecube.models.patches import Patches
 from slidecube.models.splits import PARTS, Joined, Part, Subset, join, share_out
 from slidecube.pipeline.benchmark_patches import DerivedPatches, open_benchmark
-from slidecube.pipeline.cube_data import Blocks, OpenCube, crops, open_cube, side_by_side
+from slidecube.pipeline.confusers import is_polygons
+from slidecube.pipeline.cube_data import LEARNING, Blocks, OpenCube, crops, open_cube, side_by_side
 from slidecube.pipeline.cube_patches import CubePatches
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.sample import pixel_hash
@@ -60,7 +61,8 @@ def open_all_data(
     _require_apart(cubes)
     found: dict[Part, list[Patches]] = {part: [] for part in PARTS}
     shared = _shared_blocks(cubes, patches)
-    learning = [cube for cube in cubes if cube.used in ("train", "blocks")]
+    learning = [cube for cube in cubes if cube.used in LEARNING]
+    _require_confusers(learning, patches)
     for position, cube in enumerate(learning):
         count = patches.count // len(learning) + (position < patches.count % len(learning))
         if count:
@@ -154,6 +156,16 @@ def _require_apart(cubes: Sequence[OpenCube]) -> None:
                 f"[[data]] {one.region!r} ({one.used}) and {other.region!r} ({other.used}) share ground, so what one "
                 "teaches the other would be judged by; put both into one part, both into blocks on one grid, or draw "
                 "their areas apart"
+            )
+
+
+def _require_confusers(learning: Sequence[OpenCube], patches: PatchTable) -> None:
+    """Refuse a file of confusers that has polygons in no cube: nobody would miss them."""
+    for name in patches.confusers if patches.hard and learning else ():
+        if is_polygons(name) and not any(name in cube.confusers for cube in learning):
+            raise PipelineError(
+                f"[patches] confusers: {name!r} has no polygon in the area of any cube that is learnt from; name "
+                "another file, or correct its CRS"
             )
 
 

@@ -515,3 +515,20 @@ def test_ensembles_of_all_sizes_read_their_labels_once(tmp_path, monkeypatch):
     text = only(QUICK, losses='["bce", "dice", "focal"]')
     report = driver_of(tmp_path, text).sweep()
     assert (len(report.models), sorted(read)) == (2, [1, 2])
+
+
+def test_a_half_done_training_that_cannot_go_on_here_is_told_of_also_in_a_sweep(tmp_path, monkeypatch):
+    """Another number of threads gives other last bits, so it begins again: told in the report and in its record."""
+    begun = only(QUICK, epochs="2", losses='["bce"]', best="[2]").replace(
+        "threads = 1\n", "threads = 1\ncheckpoint_min = 0\n"
+    )
+    with monkeypatch.context() as killed:
+        killed.setattr("slidecube.models.curves.write_history", None)
+        assert driver_of(tmp_path, begun).sweep().failed
+    assert list((tmp_path / "out").rglob("state.safetensors"))
+    report = driver_of(tmp_path, begun.replace("threads = 1", "threads = 2")).sweep()
+    assert (report.trained, report.failed) == (1, ())
+    (told,) = [line for line in report_text(report).splitlines() if line.startswith("note: ")]
+    assert "threads or device and not used: the training starts anew" in told
+    (record,) = (training.ledger_of(tmp_path / "out").read(work.key) for work, _ in report.notes)
+    assert record.reason in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import geopandas as gpd
 import numpy as np
@@ -151,6 +152,39 @@ def test_crops_hold_what_they_were_taken_for_whatever_the_seed(made, archive):
             held = [rule.holds({name: values[name].values for name in spec.names}) for rule in rules]
             stable = patches.read(i, seed=seed)[1] == STABLE
             assert (np.any(held, axis=0) & stable).any()
+
+
+def test_polygons_of_confusers_count_as_one_each_where_they_were_seen(made, archive, truth, tmp_path):
+    """A field of many pixels and a track of few are taken equally often, and neither where a landslide lies."""
+    west, south, east, north = shapely.bounds(made.aoi_shape)
+    slide = truth.to_crs(made.grid.crs).geometry.buffer(0).loc[lambda shapes: shapes.area.idxmax()]
+    x, y = (west + east) / 2, (south + north) / 2
+    far = shapely.box(6, 50, 7, 51)
+
+    def opened(shapes, crs, *, count=200):
+        gpd.GeoDataFrame(geometry=shapes, crs=crs).to_file(tmp_path / "confusers.gpkg")
+        settings = PatchTable(
+            px=64, count=count, positive=0.0, hard=1.0, confusers=(str(tmp_path / "confusers.gpkg"),)
+        )
+        return open_data(table(use="train"), settings, FEATURES, base=archive.root).training.members[0]
+
+    large = shapely.box(x - 600, y - 600, x + 600, y + 600)
+    seen = opened([large], made.grid.crs, count=1).places
+    at = made.grid.frame.affine @ (seen.cols_k[seen.starts_n[0]] + 0.5, seen.rows_k[seen.starts_n[0]] + 0.5)
+    small = shapely.Point(at).buffer(8)
+    patches = opened([large, small], made.grid.crs)
+    assert patches.facts["on confusers"] == 200
+    sizes = patches.places.ends_n - patches.places.starts_n
+    assert sorted(np.unique(sizes, return_counts=True)[1]) == [100, 100]
+    rows, cols = patches.places.rows_k, patches.places.cols_k
+    held = patches.cube.labels_at(replace(patches.cube.landslides, rows=rows, cols=cols))
+    assert set(held[patches.places.starts_n.min() : patches.places.ends_n.max()]) == {STABLE}
+    whole_px = round(1200**2 / made.grid.resolution_m**2)
+    assert 0 < sizes.max() < whole_px, "the landslides in it are left out"
+
+    with pytest.raises(PipelineError, match=r"\[patches\] confusers: .* in the area of any cube"):
+        opened([far], 4326)
+    assert opened([slide], made.grid.crs, count=4).facts["on confusers"] == 0
 
 
 def test_equal_seeds_give_equal_bits_also_elsewhere(made, archive, tmp_path):

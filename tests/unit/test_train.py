@@ -503,7 +503,7 @@ def test_a_state_of_another_training_or_a_damaged_one_is_not_used(tmp_path, monk
     path.write_bytes(damaged.get(spoil, content))
 
     assert same(go(folder, progress=said.append), want)
-    why = "of other data, settings or versions" if spoil.startswith("other") else "damaged"
+    why = "of other data, settings, versions, threads or device" if spoil.startswith("other") else "damaged"
     assert said[0].text.endswith("and not used: the training starts anew")
     assert why in said[0].text
     assert len(said) == 4
