@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import ndimage
 
-from slidecube.models.patches import IGNORE, LANDSLIDE, STABLE
+from slidecube.models.patches import IGNORE, LANDSLIDE, STABLE, UNLABELLED
 from slidecube.models.train_settings import AugmentSettings
 
 Sample = tuple[np.ndarray, np.ndarray]
@@ -29,6 +29,8 @@ _SLOPES = ("slope_deg", "l4s_slope")
 _SIMILAR = 0.35
 """A scar is implanted where the slope is like its own: mean difference below this share of its own mean slope."""
 _TRIES = 16
+_FREE = (STABLE, UNLABELLED)
+"""Labels of ground that a scar may be implanted into."""
 
 
 def is_optical(name: str) -> bool:
@@ -194,7 +196,7 @@ def with_scar(
     *,
     donor: Sample,
 ) -> Sample:
-    """Implant a landslide of another patch, feathered, onto stable ground of a similar slope.
+    """Implant a landslide of another patch, feathered, onto ground of a similar slope where none is known.
 
     What sensors see of it is copied; the terrain stays. Where no place is found, nothing changes.
     """
@@ -233,9 +235,9 @@ def _fits(
     *,
     shift: tuple[int, int],
 ) -> bool:
-    """Tell whether a moved scar lies whole on stable ground of a slope like its own."""
+    """Tell whether a moved scar lies whole on ground without a known landslide and of a slope like its own."""
     there = _moved(piece, shift, fill=False)
-    if there.sum() < piece.sum() or not (y_yx[there] == STABLE).all():
+    if there.sum() < piece.sum() or not np.isin(y_yx[there], _FREE).all():
         return False
     if given_slope is None or slope is None:
         return True
@@ -252,7 +254,7 @@ def _implanted(
     share = np.clip(0.5 + (np.where(piece, inside - 0.5, 0.5 - outside)) / 2, 0, 1).astype(np.float32)
     seen = [i for i, name in enumerate(names) if is_optical(name) or is_radar(name)]
     share[~np.isfinite(given_fyx[seen]).all(axis=0)] = 0
-    share[y_yx != STABLE] = 0  # neither another landslide nor what nobody observed is painted over
+    share[~np.isin(y_yx, _FREE)] = 0  # neither another landslide nor what nobody observed is painted over
     out = x_fyx.copy()
     for i in seen:
         mixed = (1 - share) * x_fyx[i] + share * given_fyx[i]

@@ -51,7 +51,7 @@ def fit_calibration(
 
     logits, labels : of equal shape; labels other than 0 and 1, and logits that are not finite, are left out
     by : name of a categorical feature; strata : its values for each pixel, NaN = unknown; of temperatures only
-    Raises ModelError when validation has no landslide, or nothing else.
+    Raises ModelError when validation has no landslide, or nothing else, and for strata that are no whole numbers.
     """
     if method == "none":
         return Calibration()
@@ -129,7 +129,14 @@ def fit_isotonic(logits: np.ndarray, landslide: np.ndarray) -> tuple[list[float]
 def _stratum_temperatures(x: np.ndarray, y: np.ndarray, strata: np.ndarray) -> dict[str, float]:
     """Temperature of each stratum with enough pixels of both kinds; the others keep the general one."""
     found = {}
-    for value in np.unique(strata[np.isfinite(strata)]):
+    values = np.unique(strata[np.isfinite(strata)])
+    wrong = values[values != np.round(values)]
+    if len(wrong):
+        raise ModelError(
+            f"The feature by which probabilities are calibrated has the value {wrong[0]:g}; classes are whole numbers: "
+            "name a layer of classes in by, or leave it out"
+        )
+    for value in values:
         inside = strata == value
         hits = int(y[inside].sum())
         if inside.sum() >= MIN_STRATUM_PX and 0 < hits < inside.sum():
@@ -188,6 +195,12 @@ class ScoreHistogram:
     def totals(self) -> tuple[int, int]:
         """Pixels of landslides, and stable ones."""
         return int(self.counts_ks[1].sum()), int(self.counts_ks[0].sum())
+
+    @property
+    def landslide_share(self) -> float | None:
+        """Share of landslides among the pixels; None without any."""
+        landslide, stable = self.totals
+        return landslide / (landslide + stable) if landslide + stable else None
 
     def average_precision(self) -> float | None:
         """Area under the steps of precision over recall, without interpolation; None without landslides.

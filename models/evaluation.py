@@ -33,6 +33,9 @@ MIN_OVERLAP = 0.2
 MIN_OBSERVED = 0.5
 """Share of an object's pixels that must be judged for it to be judged at all."""
 
+_EIGHT = np.ones((3, 3), int)
+"""Neighbours that belong to one object, as in the inventory."""
+
 _COUNTS = ("tp", "fp", "fn", "tn", "truth_found", "truth_missed", "predicted_right", "predicted_wrong")
 TP, FP, FN, TN, FOUND, MISSED, RIGHT, WRONG = range(len(_COUNTS))
 
@@ -41,20 +44,24 @@ TP, FP, FN, TN, FOUND, MISSED, RIGHT, WRONG = range(len(_COUNTS))
 class Tally:
     """What is known of some patches; filled patch by patch, and two of them can be joined.
 
-    threshold : probability from which a pixel is landslide; min_area_px : smaller predicted objects are not judged, as
-    they are not reported
+    threshold : probability from which a pixel is landslide
+    min_area_px : smaller predicted objects are removed before anything is counted, as detection removes them; but what
+        the edge of a patch cuts may be larger than it shows, so its pixels count, and as an object it is not judged
     """
 
     threshold: float
     min_area_px: int = 1
     counts: list[np.ndarray] = field(default_factory=list)
     regions: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
     histogram: ScoreHistogram = field(default_factory=ScoreHistogram)
     squares: float = 0.0
     pixel_ece: np.ndarray = field(default_factory=lambda: np.zeros((3, ECE_BINS)))
     object_ece: np.ndarray = field(default_factory=lambda: np.zeros((3, ECE_BINS)))
 
-    def add(self, probability_yx: np.ndarray, labels_yx: np.ndarray, *, region: str = "") -> None:
+    def add(
+        self, probability_yx: np.ndarray, labels_yx: np.ndarray, *, region: str = "", block: str = ""
+    ) -> None:
         """Judge a patch. Raises ModelError where probability and labels have other sides."""
         if probability_yx.shape != labels_yx.shape:
             raise ModelError(
@@ -62,32 +69,42 @@ class Tally:
             )
         judged = judged_pixels(probability_yx, labels_yx)
         p, y = probability_yx[judged].astype(np.float64), labels_yx[judged] == LANDSLIDE
-        called = p >= self.threshold
+        with np.errstate(invalid="ignore"):
+            called_yx = self._without_small(probability_yx >= self.threshold)  # NaN is not
+        called = called_yx[judged]
         row = np.zeros(len(_COUNTS), np.int64)
         row[:4] = (called & y).sum(), (called & ~y).sum(), (~called & y).sum(), (~called & ~y).sum()
-        row[4:] = self._objects(probability_yx, labels_yx == LANDSLIDE, judged)
+        row[4:] = self._objects(called_yx, probability_yx, labels_yx == LANDSLIDE, judged)
         self.counts.append(row)
         self.regions.append(region)
+        self.blocks.append(block)
         self.histogram = ScoreHistogram.sum_of((self.histogram, ScoreHistogram.of(p, y.astype(np.uint8))))
         self.squares += float(((p - y) ** 2).sum())
         some = p > ECE_FROM
         _gather(self.pixel_ece, p[some], y[some])
 
     def _objects(
-        self, probability_yx: np.ndarray, truth_yx: np.ndarray, judged_yx: np.ndarray
+        self, called_yx: np.ndarray, probability_yx: np.ndarray, truth_yx: np.ndarray, judged_yx: np.ndarray
     ) -> tuple[int, int, int, int]:
-        with np.errstate(invalid="ignore"):
-            called_yx = probability_yx >= self.threshold  # NaN is not
         _, found = _matches(truth_yx, called_yx, judged_yx, min_px=1)
         objects, right = _matches(called_yx, truth_yx, judged_yx, min_px=self.min_area_px)
         _gather(self.object_ece, objects.means(probability_yx), right)
         return int(found.sum()), int((~found).sum()), int(right.sum()), int((~right).sum())
+
+    def _without_small(self, called_yx: np.ndarray) -> np.ndarray:
+        numbers_yx, n = scipy.ndimage.label(called_yx, structure=_EIGHT)
+        kept = np.bincount(numbers_yx.ravel(), minlength=n + 1) >= self.min_area_px
+        for edge in (numbers_yx[0], numbers_yx[-1], numbers_yx[:, 0], numbers_yx[:, -1]):
+            kept[edge] = True
+        kept[0] = False
+        return np.asarray(kept[numbers_yx])
 
     def join(self, other: Tally) -> None:
         """Take in the patches of another one of the same threshold."""
         assert (self.threshold, self.min_area_px) == (other.threshold, other.min_area_px)
         self.counts += other.counts
         self.regions += other.regions
+        self.blocks += other.blocks
         self.histogram = ScoreHistogram.sum_of((self.histogram, other.histogram))
         self.squares += other.squares
         self.pixel_ece = self.pixel_ece + other.pixel_ece
@@ -96,15 +113,19 @@ class Tally:
     def metrics(self, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
         """Scores with intervals, JSON types, for a card; what is not defined is left out.
 
-        An interval, `<score>_interval`, is the bootstrap's over regions where there are five, or over patches.
+        landslide_share is that of the judged pixels, at which threshold, average precision, Brier score and ECE hold.
+        An interval, `<score>_interval`, is the bootstrap's over what `interval_unit` names, see `units_of`.
         """
         rows_pk = np.array(self.counts, np.int64).reshape(-1, len(_COUNTS))
         total = rows_pk.sum(axis=0)
-        rows_uk = summed(rows_pk, units_of(self.regions))
+        unit, units_p = units_of(self.regions, self.blocks)
+        rows_uk = summed(rows_pk, units_p)
         said: dict[str, Any] = {
             "patches": len(rows_pk),
             "regions": len(set(self.regions)),
+            "interval_unit": unit,
             "threshold": self.threshold,
+            "landslide_share": _number(self.histogram.landslide_share),
             **{name: int(n) for name, n in zip(_COUNTS, total, strict=True)},
         }
         for name, score in SCORES.items():
@@ -144,7 +165,7 @@ def expected_error(bins: np.ndarray) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class _Objects:
-    """Pixels connected over edges. numbers_yx : 0 = none; kept : numbers of those that are judged."""
+    """Pixels connected over edges and corners. numbers_yx : 0 = none; kept : numbers of those that are judged."""
 
     numbers_yx: np.ndarray
     kept: np.ndarray
@@ -164,7 +185,7 @@ def _matches(
 
     Those below `min_px`, and those of which too little is judged, are left out.
     """
-    numbers_yx, n = scipy.ndimage.label(objects_yx)
+    numbers_yx, n = scipy.ndimage.label(objects_yx, structure=_EIGHT)
     sizes = np.bincount(numbers_yx.ravel(), minlength=n + 1)[1:]
     judged = np.bincount(numbers_yx[judged_yx], minlength=n + 1)[1:]
     hit = np.bincount(numbers_yx[judged_yx & others_yx], minlength=n + 1)[1:]
@@ -222,12 +243,14 @@ def judge(
     *,
     threshold: float,
     regions: Sequence[str] = (),
+    blocks: Sequence[str] = (),
     min_area_px: int = 1,
 ) -> Tally:
     """Judge patches: probabilities and labels (p, y, x), read one after the other."""
     tally = Tally(threshold=threshold, min_area_px=min_area_px)
     for i, (probability_yx, labels_yx) in enumerate(zip(probabilities, labels, strict=True)):
-        tally.add(probability_yx, labels_yx, region=regions[i] if regions else "")
+        region, block = regions[i] if regions else "", blocks[i] if blocks else ""
+        tally.add(probability_yx, labels_yx, region=region, block=block)
     return tally
 
 

@@ -1,12 +1,13 @@
 """Intervals of scores: Wilson's of a share, and the bootstrap over whatever samples are independent.
 
-Axes: u unit (a patch or a region), k count, r resample.
+Axes: u unit (a patch, a spatial block or a region), k count, r resample.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import scipy.special
@@ -18,8 +19,12 @@ LEVEL = 0.95
 
 RESAMPLES = 1_000
 
-MIN_REGIONS = 5
-"""Regions from which on they are what is drawn again: pixels of one event are alike. Of fewer a draw says nothing."""
+Unit = Literal["region", "block", "patch"]
+"""What is drawn again."""
+
+MIN_UNITS = 5
+"""Regions, or spatial blocks, from which on they are what is drawn again: pixels of one event, and patches beside each
+other, are alike. Of fewer a draw says nothing."""
 
 
 def wilson(hits: int, trials: int, *, level: float = LEVEL) -> Interval | None:
@@ -63,13 +68,19 @@ def bootstrap(
     return float(low), float(high)
 
 
-def units_of(regions: Sequence[str]) -> np.ndarray:
-    """Number of the independent unit of each patch: its region where there are `MIN_REGIONS`, or itself."""
-    names = sorted(set(regions))
-    if len(names) < MIN_REGIONS:
-        return np.arange(len(regions))
-    numbers = {name: n for n, name in enumerate(names)}
-    return np.array([numbers[region] for region in regions])
+def units_of(regions: Sequence[str], blocks: Sequence[str]) -> tuple[Unit, np.ndarray]:
+    """Say what is independent, and the number of the unit of each patch.
+
+    That is its region where there are `MIN_UNITS`, else its spatial block where all are known and there are as many,
+    else the patch itself: then neighbours count as independent, and intervals are too narrow.
+    """
+    kinds: tuple[tuple[Unit, Sequence[str]], ...] = (("region", regions), ("block", blocks))
+    for unit, names_p in kinds:
+        names = sorted(set(names_p))
+        if len(names) >= MIN_UNITS and all(names_p):
+            numbers = {name: n for n, name in enumerate(names)}
+            return unit, np.array([numbers[name] for name in names_p])
+    return "patch", np.arange(len(regions))
 
 
 def summed(values_pk: np.ndarray, units_p: np.ndarray) -> np.ndarray:

@@ -6,8 +6,10 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -126,6 +128,31 @@ class Calibration(_Table):
     by: str = ""
     strata: dict[str, float] = Field(default_factory=dict)
 
+    @pydantic.model_validator(mode="after")
+    def _a_line(self) -> Calibration:
+        if len(self.logits) != len(self.probabilities):
+            raise ValueError(
+                f"has {len(self.logits)} logits and {len(self.probabilities)} probabilities; points have one of each"
+            )
+        if self.method == "isotonic" and not self.logits:
+            raise ValueError("is isotonic and has no points; logits and probabilities are needed")
+        if any(a >= b for a, b in pairwise(self.logits)):
+            raise ValueError("has logits that do not rise from point to point")
+        if any(a > b for a, b in pairwise((0.0, *self.probabilities, 1.0))):
+            raise ValueError("has probabilities that fall from point to point, or lie outside of 0 to 1")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _of_classes(self) -> Calibration:
+        for name, temperature in self.strata.items():
+            if not re.fullmatch(r"-?(0|[1-9][0-9]{0,8})", name):
+                raise ValueError(f"has a stratum {name!r}; strata are the numbers of classes, such as '40'")
+            if temperature <= 0:
+                raise ValueError(f"has the temperature {temperature:g} in stratum {name}; above 0 is allowed")
+        if self.strata and not self.by:
+            raise ValueError("has strata and no by; by names the feature that holds their classes")
+        return self
+
 
 class Output(_Table):
     """From which probability a pixel is landslide, and how that was chosen."""
@@ -181,6 +208,15 @@ class NetworkCard(_Table):
             raise ValueError("is neither a network (architecture and weights) nor an ensemble (members)")
         if len(self.members) == 1:
             raise ValueError("has one member; an ensemble has two or more")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _calibrated_by_an_input(self) -> NetworkCard:
+        by = self.calibration.by
+        if by and by not in self.inputs.names:
+            raise ValueError(
+                f"is calibrated by {by!r}, which is none of its inputs; allowed: {', '.join(self.inputs.names)}"
+            )
         return self
 
     @property

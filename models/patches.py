@@ -5,7 +5,7 @@ Axes: f feature, y row, x column.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -61,3 +61,18 @@ class Patches(Protocol):
         Raises ModelError for what is damaged or of another shape, naming the patch.
         """
         ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """Patches that know which of them lie near each other."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Spatial block of each patch, "" = not known: patches of one are alike."""
+        ...
+
+
+def blocks_of(patches: Patches) -> tuple[str, ...]:
+    """Spatial block of each patch, "" where the patches do not know."""
+    return patches.blocks if isinstance(patches, Placed) else ("",) * len(patches)

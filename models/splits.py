@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
-from slidecube.models.patches import Patches
+from slidecube.models.patches import Patches, blocks_of
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -61,6 +61,12 @@ class Subset:
         whole = self.of.regions
         return tuple(whole[i] for i in self.indices)
 
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """Spatial block of each patch."""
+        whole = blocks_of(self.of)
+        return tuple(whole[i] for i in self.indices)
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -88,6 +94,11 @@ class Joined:
     def regions(self) -> tuple[str, ...]:
         """Region of each patch."""
         return tuple(region for member in self.members for region in member.regions)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """Spatial block of each patch."""
+        return tuple(block for member in self.members for block in blocks_of(member))
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:

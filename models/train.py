@@ -33,7 +33,7 @@ from slidecube.models.batches import (
     empty_batch,
     normalise,
     read_patch,
-    require_landslide,
+    require_judgeable,
     survey,
     torch_seed,
     validation_batches,
@@ -144,7 +144,7 @@ def train(
     require_device(settings.device)
     require_devices(settings)
     _require_alike(training, validation)
-    require_landslide(validation, "validation")
+    require_judgeable(validation, "validation")
     job = Job(
         architecture=architecture,
         arguments=complete_arguments(architecture, training.features.names, arguments),

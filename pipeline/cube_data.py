@@ -232,6 +232,7 @@ def _patches(opened: OpenCube, places: Places, facts: dict[str, int]) -> CubePat
         region=opened.region,
         patch_px=opened.settings.px,
         made_of=opened.made_of,
+        block_px=opened.settings.side_px,
         facts={**facts, **opened.facts},
     )
 

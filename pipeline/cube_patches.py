@@ -321,7 +321,8 @@ class RandomCrops:
 class CubePatches:
     """Patches of one cube, see `Patches`.
 
-    made_of : digest of the layers; facts : counts for people
+    made_of : digest of the layers; block_px : side of the spatial blocks, in which patches are alike
+    facts : counts for people
     """
 
     cube: LabelledCube
@@ -329,6 +330,7 @@ class CubePatches:
     region: str
     patch_px: int
     made_of: str
+    block_px: int
     facts: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
@@ -365,6 +367,13 @@ class CubePatches:
     def regions(self) -> tuple[str, ...]:
         """Region of each patch."""
         return (self.region,) * len(self)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Spatial block of each patch, by the place that it has without a seed."""
+        first = [self.places.at(index, 0) for index in range(len(self))]
+        side = self.block_px
+        return tuple(f"{self.region} {row // side} {col // side}" for row, col in first)
 
     def __len__(self) -> int:
         return len(self.places)

@@ -11,7 +11,7 @@ import scipy.special
 from slidecube.models.calibration import ScoreHistogram, calibrated, fit_calibration
 from slidecube.models.ensemble_choice import FULL, Choice, greedy, k_best, unpack
 from slidecube.models.evaluation import judge
-from slidecube.models.patches import LANDSLIDE, STABLE, Patches
+from slidecube.models.patches import LANDSLIDE, STABLE, Patches, blocks_of
 from slidecube.pipeline.leaderboard import EnsembleRow, Standing
 from slidecube.pipeline.train_config import TrainSections
 from slidecube.pipeline.training import (
@@ -75,6 +75,7 @@ def _row(
             labels_nyx,
             threshold=chosen.threshold,
             regions=patches.regions,
+            blocks=blocks_of(patches),
             min_area_px=min_area_px(tables.threshold.min_area_m2, patches.resolution_m),
         )
         return tally.metrics()

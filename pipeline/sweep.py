@@ -200,7 +200,7 @@ class Driver:
 
     def _require_parts(self, work: Work) -> None:
         """Refuse data with nothing to learn from or to choose by, before workers are started and 360 of them fail."""
-        from slidecube.models.batches import require_landslide  # noqa: PLC0415  torch is slow to import
+        from slidecube.models.batches import require_judgeable  # noqa: PLC0415  torch is slow to import
 
         data = self.data(work.candidate)
         for part, patches in (("learn from", data.training), ("choose by", data.validation)):
@@ -208,7 +208,7 @@ class Driver:
                 raise PipelineError(
                     f"{self.config.path}: data: no table gives patches to {part}; look at their use and region"
                 )
-        require_landslide(data.validation, "validation")
+        require_judgeable(data.validation, "validation")
 
     def _due(self, works: Sequence[Work]) -> list[TileTask]:
         known, done = ledger_of(self.out).keys(), done_keys(self.out, works)

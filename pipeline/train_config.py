@@ -32,6 +32,7 @@ from slidecube.models.train_settings import (
 )
 from slidecube.pipeline.config import Distinct, FeatureNames, Slug
 from slidecube.pipeline.errors import PipelineError
+from slidecube.pipeline.features import is_built_in
 from slidecube.pipeline.refusals import did_you_mean, refusal
 from slidecube.pipeline.training_tables import DataTable, PatchTable
 
@@ -176,7 +177,7 @@ class CalibrationTable(_Table):
     by: str | None = Field(
         None,
         min_length=1,
-        description="of temperature, a categorical feature among the names, each of whose classes has its own",
+        description="of temperature, a layer of classes among the names, such as 'land_cover'; each class has its own",
     )
 
 
@@ -471,6 +472,10 @@ def _check_calibration(path: Path, tables: TrainSections) -> None:
             raise PipelineError(
                 f"{path}: calibration.by: got {by!r}; allowed: a feature that the network reads: {', '.join(names)}"
             )
+    if is_built_in(by):
+        raise PipelineError(
+            f"{path}: calibration.by: got {by!r}, a quantity; allowed: a layer of classes, such as 'land_cover'"
+        )
 
 
 def _check_pretrained(path: Path, config: TrainConfig) -> None:

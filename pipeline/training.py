@@ -40,7 +40,7 @@ from slidecube.models.ensemble_choice import pack
 from slidecube.models.errors import DivergedError, ModelError
 from slidecube.models.evaluation import Tally, judge
 from slidecube.models.network_card import Argument, Calibration
-from slidecube.models.patches import Patches
+from slidecube.models.patches import Patches, blocks_of
 from slidecube.models.train_settings import TrainSettings
 from slidecube.models.weights import read_file, write_whole
 from slidecube.pipeline.errors import FencedError, PipelineError
@@ -50,7 +50,7 @@ from slidecube.pipeline.lock import holds
 from slidecube.pipeline.train_config import HUB_CACHE, Candidate, Threshold, TrainConfig, loss_numbers
 from slidecube.pipeline.training_data import Data, leave_one_out, open_all_data
 
-JUDGE_VERSION = 2
+JUDGE_VERSION = 3
 """Version of how a candidate is judged; a change makes the judgement due, and no training."""
 
 WEIGHTS, TRAINED, JUDGED = "weights.safetensors", "trained.json", "judged.json"
@@ -430,6 +430,7 @@ def _judge(context: TrainContext, work: Work, data: Data) -> None:
         labels_nyx,
         threshold=chosen.threshold,
         regions=data.validation.regions,
+        blocks=blocks_of(data.validation),
         min_area_px=min_px,
     )
     _write_array(folder / VALIDATION, pack(probability_nyx))
@@ -471,13 +472,13 @@ def chosen_threshold(histogram: ScoreHistogram, table: Threshold) -> tuple[Chose
 def _judge_test(context: TrainContext, work: Work, patches: Patches, how: tuple[Calibration, Tally]) -> Tally:
     """Judge the test part by part, and keep its probabilities; how : calibration, and the tally that takes them."""
     calibration, tally = how
-    regions, kept = patches.regions, []
+    regions, blocks, kept = patches.regions, blocks_of(patches), []
     by = calibration.by
     for part, logits_nyx, labels_nyx in _parts(context, work, patches):
         strata = _plane(patches, by, part) if by else None
         probability_nyx = calibrated(calibration, logits_nyx, strata)
         for i, index in enumerate(part):
-            tally.add(probability_nyx[i], labels_nyx[i], region=regions[index])
+            tally.add(probability_nyx[i], labels_nyx[i], region=regions[index], block=blocks[index])
         kept.append(pack(probability_nyx))
     _write_array(folder_of(context.out, work.key) / TEST, np.concatenate(kept))
     return tally

@@ -133,6 +133,9 @@ def test_one_training_gives_a_model_and_another_threshold_trains_nothing(tmp_pat
     assert card.calibration.method == "temperature"
     assert min(card.metrics["f1"], card.metrics["validation"]["f1"]) > 0.3
     assert card.metrics["patches"] == 6
+    assert card.metrics["interval_unit"] == "patch"
+    assert 0 < card.metrics["landslide_share"] < 1
+    assert 0 < card.metrics["validation"]["landslide_share"] < 1
     low, high = card.metrics["f1_interval"]
     assert low <= card.metrics["f1"] <= high
     assert not list((tmp_path / "out").rglob("state.safetensors"))

@@ -227,6 +227,8 @@ def test_parts_of_blocks_share_no_pixel_nor_a_neighbour(made, archive):
                 row, col = patches.places.at(i, seed)
                 at = {(r, c) for r in range(row - 2, row + 34) for c in range(col - 2, col + 34)}
                 assert all(owner.setdefault(pixel, name) == name for pixel in at)
+    blocks = [set(part.blocks) for part in (data.training, data.validation, data.test)]
+    assert sum(map(len, blocks)) == len(set.union(*blocks))  # each is in one part alone
     text = explain_text(data)
     assert text.count("\n") == 2
     assert "landslides" in text

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
-from slidecube.models.splits import cut_touching, join, share_out
+from slidecube.models.patches import blocks_of
+from slidecube.models.splits import Subset, cut_touching, join, share_out
 from slidecube.pipeline.cube_patches import FixedPlaces, RandomCrops, Rooms
 from slidecube.pipeline.sample import pixel_hash
 
@@ -135,6 +136,10 @@ def test_joined_sets_read_like_their_members():
 
     assert [whole.read(i, seed=1)[0].max() for i in range(len(whole))] == [100, 101, 102, 110, 111]
     assert whole.regions == ("a", "a", "b", "b", "c")
+    assert blocks_of(whole) == ("",) * 5, "none of them knows its place"
+    placed = Numbers("de", first=20)
+    placed.blocks = ("d 0 0", "e 0 1")
+    assert blocks_of(Subset(of=join([whole, placed]), indices=(6, 0, 5))) == ("e 0 1", "", "d 0 0")
     with pytest.raises(IndexError):
         whole.read(5)
     assert len(join([], like=whole)) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -47,10 +47,10 @@ def patch(seed, *, side=SIDE):
     return x, y
 
 
-def all_of(seed, settings):
+def all_of(seed, chosen):
     x, y = patch(seed)
     rng = np.random.default_rng(seed)
-    return augmented(x, y, NAMES, rng, settings=settings, donor=lambda r: patch(int(r.integers(100))))
+    return augmented(x, y, NAMES, rng, settings=chosen, donor=lambda r: patch(int(r.integers(100))))
 
 
 EVERYTHING = AugmentSettings(jitter_gain=0.1, jitter_offset=0.1, clouds=0.7, scars=0.7)
@@ -220,6 +220,7 @@ def scar(*, slope=25.0):
     return x, y
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_a_scar_is_copied_whole_with_soft_edges_and_the_terrain_stays(seed):
     x, y = ground(0.0)
@@ -250,6 +251,18 @@ def test_a_scar_comes_only_onto_stable_ground_of_a_similar_slope():
         np.testing.assert_array_equal(with_scar(x, y, NAMES, rng, donor=ground(1.0))[0], x)
 
 
+@settings(deadline=None)
+@given(seeds)
+def test_a_scar_comes_onto_ground_that_nobody_labelled_too(seed):
+    x, y = ground(0.0)
+    unlabelled = np.full_like(y, UNLABELLED)
+    x_new, y_new = with_scar(x, unlabelled, NAMES, np.random.default_rng(seed), donor=scar())
+    x_stable, y_stable = with_scar(x, y, NAMES, np.random.default_rng(seed), donor=scar())
+    assert (y_new == LANDSLIDE).sum() == 80
+    np.testing.assert_array_equal(x_new, x_stable)
+    np.testing.assert_array_equal(y_new, np.where(y_stable == LANDSLIDE, y_stable, UNLABELLED))
+
+
 # --- all of them -------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +279,7 @@ def test_nothing_unknown_becomes_known_and_nothing_given_is_written_to(seed):
 
     assert np.isnan(x_new[np.isnan(x)]).all()
     assert (y_new[y == IGNORE] == IGNORE).all()
-    assert (np.isin(y_new[y == UNLABELLED], (UNLABELLED, IGNORE))).all()
+    assert (y_new[y == UNLABELLED] != STABLE).all()
     np.testing.assert_array_equal(x, before_x)
     np.testing.assert_array_equal(y, before_y)
 

@@ -72,6 +72,14 @@ def test_each_stratum_has_its_own_temperature():
     assert p[0] == pytest.approx(1 / (1 + np.exp(-logits[0] / found.temperature)), rel=1e-5)
 
 
+def test_strata_that_are_no_classes_are_refused():
+    """Cut to whole numbers, two values would have the same name."""
+    logits, labels = drawn(4_000)
+    strata = np.repeat(np.float32([10.2, 10.7]), 2_000)
+    with pytest.raises(ModelError, match=r"has the value 10\.2; classes are whole numbers"):
+        c.fit_calibration(logits, labels, method="temperature", by="slope", strata=strata)
+
+
 ANY = [
     Calibration(),
     Calibration(method="temperature", temperature=2.5),

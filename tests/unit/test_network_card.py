@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import asdict
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,6 +78,22 @@ MEMBERS = st.lists(
 
 
 @st.composite
+def calibrations(draw: st.DrawFn, names: tuple[str, ...]) -> Calibration:
+    points = draw(st.lists(NUMBER, min_size=1, max_size=4, unique=True).map(sorted))
+    shares = draw(st.lists(st.floats(0, 1), min_size=len(points), max_size=len(points)).map(sorted))
+    by = draw(st.sampled_from(("", *names)))
+    classes = st.integers(-9, 9999).map(str)
+    return Calibration(
+        method=draw(st.sampled_from(["none", "temperature", "isotonic"])),
+        temperature=draw(POSITIVE),
+        logits=points,
+        probabilities=shares,
+        by=by,
+        strata=draw(st.dictionaries(classes, POSITIVE, max_size=2)) if by else {},
+    )
+
+
+@st.composite
 def cards(draw: st.DrawFn) -> NetworkCard:
     single = draw(st.booleans())
     parts = (
@@ -83,6 +101,7 @@ def cards(draw: st.DrawFn) -> NetworkCard:
         if single
         else {"members": tuple(draw(MEMBERS))}
     )
+    read = draw(inputs())
     return NetworkCard(
         name=draw(NAME),
         version=draw(st.integers(1, 99)),
@@ -91,16 +110,8 @@ def cards(draw: st.DrawFn) -> NetworkCard:
         simulated=draw(st.booleans()),
         source=draw(TEXT),
         created=draw(TEXT),
-        inputs=draw(inputs()),
-        calibration=draw(
-            st.builds(
-                Calibration,
-                method=st.sampled_from(["none", "temperature", "isotonic"]),
-                temperature=POSITIVE,
-                logits=st.lists(NUMBER, max_size=3),
-                strata=st.dictionaries(TEXT, POSITIVE, max_size=2),
-            )
-        ),
+        inputs=read,
+        calibration=draw(calibrations(read.names)),
         output=draw(
             st.builds(Output, threshold=st.floats(0.001, 0.999), chosen=TEXT, min_area_m2=st.floats(0, 1e6))
         ),
@@ -196,6 +207,38 @@ def test_a_card_edited_by_hand_is_refused_in_one_line(tmp_path, edit, said):
 
     with pytest.raises(ModelError, match=re.escape(f"{tmp_path / 'card.toml'}: {said}")) as refused:
         read_card(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"method": "isotonic"}, "calibration: is isotonic and has no points"),
+        ({"logits": [0, 1], "probabilities": [0.5]}, "calibration: has 2 logits and 1 probabilities"),
+        ({"logits": [1, 0], "probabilities": [0.1, 0.2]}, "calibration: has logits that do not rise"),
+        ({"logits": [1, 1], "probabilities": [0.1, 0.2]}, "calibration: has logits that do not rise"),
+        ({"logits": [0, 1], "probabilities": [0.2, 0.1]}, "calibration: has probabilities that fall"),
+        ({"logits": [0, 1], "probabilities": [0.2, 1.1]}, "calibration: has probabilities that fall"),
+        ({"logits": [0], "probabilities": [-0.1]}, "calibration: has probabilities that fall"),
+        ({"by": "dndvi", "strata": {"7": 0.0}}, "calibration: has the temperature 0 in stratum 7; above 0"),
+        (
+            {"by": "dndvi", "strata": {"forest": 2.0}},
+            "calibration: has a stratum 'forest'; strata are the numbers",
+        ),
+        ({"by": "dndvi", "strata": {"1.5": 2.0}}, "calibration: has a stratum '1.5'; strata are the numbers"),
+        ({"strata": {"7": 2.0}}, "calibration: has strata and no by"),
+        (
+            {"by": "land_cover"},
+            "is calibrated by 'land_cover', which is none of its inputs; allowed: dndvi, slope_deg",
+        ),
+    ],
+)
+def test_a_calibration_that_is_no_rising_line_or_of_no_classes_is_refused_in_one_line(tables, said):
+    text = card_text(a_card())
+    assert "[calibration]" in text
+    edited = tomllib.loads(text) | {"calibration": tables}
+    with pytest.raises(ModelError, match=re.escape(said)) as refused:
+        parse_card(tomli_w.dumps(edited).encode(), "card.toml")
     assert "\n" not in str(refused.value)
 
 

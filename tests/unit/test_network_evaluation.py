@@ -17,6 +17,7 @@ from slidecube.models.errors import ModelError
 from slidecube.models.evaluation import Tally, expected_error, judge
 from slidecube.models.intervals import bootstrap, wilson
 from slidecube.models.uncertainty import entropy_bits, spread, tta_views
+from slidecube.pipeline.detect import without_small
 
 
 def patches(n=6, side=40, seed=0):
@@ -70,7 +71,8 @@ def test_two_tallies_join_to_the_one_of_all():
     ours, others = whole.metrics(resamples=50), first.metrics(resamples=50)
     assert ours.keys() == others.keys()
     for name, value in ours.items():
-        assert others[name] == pytest.approx(value, rel=1e-6), name
+        same = value if isinstance(value, str) else pytest.approx(value, rel=1e-6)
+        assert others[name] == same, name
 
 
 def test_what_is_not_defined_is_left_out():
@@ -97,6 +99,38 @@ def test_objects_are_matched_by_a_fifth_of_their_own_area():
     assert counts == [1, 1, 1, 1]
     assert found["object_f1"] == 0.5
     assert found["ece_of_objects"] == pytest.approx(abs(0.9 - 0.5), abs=1e-6)
+
+
+def test_objects_hang_together_over_corners_as_in_the_inventory():
+    labels = np.zeros((1, 20, 20), np.uint8)
+    labels[0, 2:5, 2:5] = labels[0, 5:8, 5:8] = 1
+    found = judge(np.where(labels, 0.9, 0.1).astype(np.float32), labels, threshold=0.5).metrics(resamples=20)
+    assert (found["truth_found"], found["predicted_right"]) == (1, 1)
+
+
+def test_pixels_are_judged_after_small_objects_are_removed_as_detection_removes_them():
+    rng = np.random.default_rng(0)
+    p = rng.random((1, 60, 60)).astype(np.float32)
+    p[0, :1] = p[0, -1:] = p[0, :, :1] = p[0, :, -1:] = 0.1
+    labels = (rng.random(p.shape) < 0.3).astype(np.uint8)
+    found = judge(p, labels, threshold=0.8, min_area_px=4).metrics(resamples=20)
+    kept = without_small(p[0] >= 0.8, 4)
+    assert 0 < kept.sum() < (p >= 0.8).sum()
+    assert (found["tp"], found["fp"]) == ((kept & (labels[0] == 1)).sum(), (kept & (labels[0] == 0)).sum())
+
+
+def test_pixels_that_the_edge_of_a_patch_cuts_count_whatever_their_object_is():
+    p = np.full((1, 8, 8), 0.1, np.float32)
+    p[0, 0, 3] = p[0, 4, 4] = 0.9
+    found = judge(p, np.zeros((1, 8, 8), np.uint8), threshold=0.5, min_area_px=4).metrics(resamples=20)
+    assert (found["fp"], found["predicted_wrong"]) == (1, 0)
+
+
+def test_the_share_of_landslides_at_which_scores_hold_is_told():
+    p, labels = patches()
+    known = np.isfinite(p) & (labels <= 1)
+    found = judge(p, labels, threshold=0.5).metrics(resamples=20)
+    assert found["landslide_share"] == pytest.approx(labels[known].mean(), rel=1e-5)
 
 
 def test_expected_calibration_error_is_the_gap_of_its_bins():
@@ -140,6 +174,21 @@ def test_regions_are_the_units_where_there_are_enough():
     all_alone = judge(p, labels, threshold=0.5, regions=["one"] * 40).metrics(resamples=300)
     width = {id(m): m["precision_interval"][1] - m["precision_interval"][0] for m in (own, all_alone)}
     assert width[id(own)] > 1.5 * width[id(all_alone)]
+
+
+def test_patches_beside_each_other_are_one_unit_where_their_place_is_known():
+    p, labels = patches(n=40)
+    p[:20] = 0.5 * p[:20] + 0.4  # blocks differ from each other, patches within them do not
+    near = [f"here {i // 8} 0" for i in range(40)]
+    found = {}
+    for blocks in (near, [], [*near[:-1], ""], ["here 0 0"] * 40):
+        said = judge(p, labels, threshold=0.5, regions=["here"] * 40, blocks=blocks).metrics(resamples=300)
+        low, high = said["precision_interval"]
+        found.setdefault(said["interval_unit"], []).append(high - low)
+    assert {unit: len(widths) for unit, widths in found.items()} == {"block": 1, "patch": 3}
+    assert found["block"][0] > 1.5 * max(found["patch"])
+    many = judge(p, labels, threshold=0.5, regions=[f"r{i % 5}" for i in range(40)], blocks=near)
+    assert many.metrics(resamples=20)["interval_unit"] == "region"
 
 
 # --- ensembles

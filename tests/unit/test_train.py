@@ -30,7 +30,7 @@ from slidecube.models.batches import Sampler, ahead, normalise, survey
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
 from slidecube.models.network import standardised
-from slidecube.models.patches import IGNORE, LANDSLIDE, UNLABELLED
+from slidecube.models.patches import IGNORE, LANDSLIDE, STABLE, UNLABELLED
 from slidecube.models.thresholds import best_threshold, logit_histogram, on_step
 from slidecube.models.together import run_together
 from slidecube.models.train import (
@@ -520,6 +520,10 @@ def unknown(_index, x, y):
     return np.full_like(x, np.nan), y
 
 
+def unlabelled(_index, x, y):
+    return x, np.where(y == STABLE, UNLABELLED, y).astype(np.uint8)
+
+
 def without(_index, x, y):
     return x, np.where(y == LANDSLIDE, 0, y).astype(np.uint8)
 
@@ -534,6 +538,11 @@ def without(_index, x, y):
         ),
         (TRAINING, spoilt(without), "The validation patches hold no landslide pixel whose inputs"),
         (TRAINING, spoilt(unknown), "The validation patches hold no landslide pixel whose inputs"),
+        (
+            TRAINING,
+            spoilt(unlabelled),
+            "The validation patches hold no stable pixel whose inputs are all known",
+        ),
         (spoilt(unknown), VALIDATION, "No training patch knows a value of ndvi_post, slope_deg, aspect_deg"),
         (Simulated(count=0), VALIDATION, "There is no training patch"),
         (TRAINING, Simulated(count=0), "The validation patches hold no landslide"),

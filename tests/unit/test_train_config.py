@@ -86,6 +86,7 @@ REFUSALS = {
     "[training]\nbatch = 3\naccumulate = 2": ("training", "multiple"),
     '[calibration]\nmethod = "platt"': ("calibration.method", "isotonic"),
     '[calibration]\nby = "land_cover"': ("calibration.by", "rdndvi, slope_deg"),
+    '[calibration]\nby = "slope_deg"': ("calibration.by: got 'slope_deg'", "a layer of classes"),
     '[calibration]\nmethod = "isotonic"\nby = "slope_deg"': ("calibration.by", "temperature"),
     "[threshold]\nprecision = 1.0": ("threshold.precision", "below 1"),
     "[sweep]\nbest = [1]": ("sweep.best", "2 to 90"),
