@@ -308,6 +308,24 @@ def test_accumulated_parts_are_one_batch(tmp_path):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow  # it compiles for a minute or two
+def test_compiled_it_learns_the_same(tmp_path):
+    plain, compiled = (
+        curve(
+            train(
+                "resunet",
+                {"width": 4, "depth": 2},
+                TRAINING,
+                VALIDATION,
+                replace(QUICK, compile=compile),
+                folder=tmp_path / str(compile),
+            )
+        )
+        for compile in (False, True)
+    )
+    np.testing.assert_allclose(compiled["loss"], plain["loss"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_each_optimizer_learns(tmp_path, optimizer):
     settings = replace(QUICK, optimizer=optimizer, iterations=15)
