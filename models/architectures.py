@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from slidecube.models.errors import ModelError
@@ -221,6 +222,22 @@ def check_arguments(name: str, arguments: Mapping[str, Argument] | None = None) 
         if wanted is int and value < 1:  # type: ignore[operator]  # an int by the line before
             raise ModelError(f"{name}: {key} = {value!r} is below 1")
     return {**defaults, **(arguments or {})}
+
+
+def libraries_of(name: str) -> dict[str, str]:
+    """Return the versions of the libraries that compute an architecture, "" = not installed; imports none of them.
+
+    What it was built for ("+cpu", "+cu128") is left out: that is of the machine.
+    """
+    wanted = ("torch", "segmentation-models-pytorch", "timm") if ARCHITECTURES[name].extra else ("torch",)
+    return {library: _version(library) for library in wanted}
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def build_network(name: str, channels: int, arguments: Mapping[str, Argument] | None = None) -> nn.Module:

@@ -131,7 +131,12 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
 
 
 def cached_weights(encoder: str) -> bytes:
-    """Return an encoder's ImageNet weights from the user's hub cache, without any network.
+    """Return an encoder's ImageNet weights as `cached_file` finds them. Raises ModelError."""
+    return cached_file(encoder).read_bytes()
+
+
+def cached_file(encoder: str) -> Path:
+    """Find an encoder's ImageNet weights in the user's hub cache, without any network.
 
     Raises ModelError where the encoder is unknown, was never published with weights, or is not in the cache.
     """
@@ -147,7 +152,7 @@ def cached_weights(encoder: str) -> bytes:
             f"Weights of the encoder {encoder!r} ({repository}) are not in the hub cache of this machine, and nothing "
             "is downloaded; fetch them yourself, or name a file"
         ) from None
-    return Path(path).read_bytes()
+    return Path(path)
 
 
 def _published(encoder: str) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from slidecube.models.errors import ModelError
+from slidecube.models.errors import DivergedError, ModelError
 from slidecube.models.train_settings import TrainSettings
 
 _LAST_WORDS_S = 10.0
@@ -166,7 +166,7 @@ def _follow(
         if line is not None:
             news = json.loads(line)
             if "error" in news:
-                raise ModelError(news["error"])
+                raise (DivergedError if news["diverged"] else ModelError)(news["error"])
             told(news)
         elif children[rank].wait() == 0:
             running -= 1
@@ -233,7 +233,7 @@ def main(folder: str, rank: str, size: str) -> int:
         with _process_group(Path(folder), int(rank), int(size), job.settings) as peers:
             run(job, lambda news: say(asdict(news)), peers)
     except ModelError as error:
-        say({"error": str(error)})
+        say({"error": str(error), "diverged": isinstance(error, DivergedError)})
         return 1
     return 0
 

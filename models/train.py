@@ -39,7 +39,7 @@ from slidecube.models.batches import (
     validation_batches,
 )
 from slidecube.models.devices import require_device
-from slidecube.models.errors import ModelError
+from slidecube.models.errors import DivergedError, ModelError
 from slidecube.models.losses import loss_function
 from slidecube.models.network_card import Argument
 from slidecube.models.patches import Patches
@@ -139,7 +139,7 @@ def train(
         settings or versions, or a damaged one, is not used, and `progress` is told so.
     initial : safetensors of weights to start from; progress : told of each epoch
     Raises ModelError, in one line, before it starts: for data that nothing can be learnt from or judged by, settings
-    that do not fit; and on the way: for a damaged patch, and a loss that is not finite.
+    that do not fit; and on the way: for a damaged patch, and DivergedError for a loss that is not finite.
     """
     require_device(settings.device)
     require_devices(settings)
@@ -172,6 +172,7 @@ def run(job: Job, told: Told, peers: Peers = ALONE) -> Trained:
         unused = state.load(job.folder / STATE_FILE, job.origin)
         if unused and not peers.rank:
             told(Progress(text=f"{unused[0].upper()}{unused[1:]} and not used: the training starts anew"))
+        drawn = state.ended(settings) and (job.folder / PANEL_FILE).exists()  # or it was killed just before
         if not state.ended(settings):
             loop = _Loop(job, state, peers, device)
             while not state.ended(settings):
@@ -179,8 +180,8 @@ def run(job: Job, told: Told, peers: Peers = ALONE) -> Trained:
                 if not peers.rank:
                     told(_news(state, settings))
             loop.save()
-            if settings.panel and not peers.rank:
-                _picture(job, state, device)
+        if settings.panel and not drawn and not peers.rank:
+            _picture(job, state, device)
     return _trained(job, state)
 
 
@@ -323,9 +324,9 @@ class _Loop:
             raise _diverged(self.settings, f"iteration {int(bad[0]) + 1} of epoch {len(self.state.rows) + 1}")
 
 
-def _diverged(settings: TrainSettings, where: str) -> ModelError:
+def _diverged(settings: TrainSettings, where: str) -> DivergedError:
     also = "" if settings.dtype == "fp32" else ", or dtype = 'fp32'"
-    return ModelError(
+    return DivergedError(
         f"The loss is not finite in {where}; lower learning_rate ({settings.learning_rate}), or set warmup or "
         f"clip_norm = 1{also}"
     )
@@ -377,7 +378,7 @@ def _logits(
         for part, (x_bfyx, y_byx) in batches:
             logits_b1yx = module(x_bfyx)[: len(part)].float()
             if not torch.isfinite(logits_b1yx).all():
-                raise ModelError(f"The network's logits of patch {part[0]} or one after it are not finite")
+                raise DivergedError(f"The network's logits of patch {part[0]} or one after it are not finite")
             yield part, logits_b1yx, y_byx[: len(part)]
 
 

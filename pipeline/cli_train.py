@@ -43,7 +43,7 @@ def train(
 
     FILE is the TOML of a training; `slidecube init --training` writes one.
     """
-    from slidecube.pipeline.errors import IncompleteError
+    from slidecube.pipeline.errors import IncompleteError, PipelineError
     from slidecube.pipeline.leave_one_out import leave_one_out_run
     from slidecube.pipeline.sweep import Driver
     from slidecube.pipeline.train_config import load_train_config
@@ -63,6 +63,11 @@ def train(
     verb = leave_one_out_run if leave_one_out else Driver.sweep if sweep else Driver.single
     report = verb(driver)
     click.echo(report_text(report))
+    if not report.complete and not report.failed:
+        raise PipelineError(
+            f"{config.path}: every training diverged, so there is nothing to choose from; lower learning_rate, or set "
+            "warmup or clip_norm in [training]"
+        )
     if not report.complete:
         raise IncompleteError(
             f"{len(report.failed)} trainings failed, more than failure_budget = {config.tables.cluster.failure_budget} "
@@ -83,7 +88,7 @@ def dry_run_text(driver: Driver, *, sweep: bool, leave_one_out: bool) -> str:
     from dataclasses import replace
 
     from slidecube.pipeline.train_config import candidates, check_losses
-    from slidecube.pipeline.training import ledger_of
+    from slidecube.pipeline.training import done_keys
     from slidecube.pipeline.training_data import explain_text
     from slidecube.pipeline.training_data import leave_one_out as folds
 
@@ -93,8 +98,7 @@ def dry_run_text(driver: Driver, *, sweep: bool, leave_one_out: bool) -> str:
     if leave_one_out:
         wanted = [replace(wanted[0], held_out=region) for region, _ in folds(config.tables.data)]
     works = driver.works(wanted)
-    known = ledger_of(driver.out).keys() if driver.out.exists() else {}
-    done = sum(known.get(work.key) == (work.judged_key, True) for work in works)
+    done = len(done_keys(driver.out, works))
     training = config.tables.training
     data = driver.data(wanted[0])
     epoch = training.batch * training.iterations or len(data.training)
@@ -110,10 +114,15 @@ def dry_run_text(driver: Driver, *, sweep: bool, leave_one_out: bool) -> str:
 
 def report_text(report: TrainReport) -> str:
     """What was done, in a few lines."""
+    from slidecube.models.network_card import read_card
+
     lines = [report.tables.rstrip()] if report.tables else []
     counts = f"{report.trained} trained, {report.there} done before"
     lines.append(f"{counts}, {len(report.failed)} failed" if report.failed else counts)
     lines += [f"failed: {work.candidate.label}: {reason}" for work, reason in report.failed]
     lines += [f"wrote {path}" for path in report.files]
-    lines += [f'model {folder}; map with it: [detect] model = "{folder}"' for folder in report.models]
+    for folder in report.models:
+        lines.append(f'model {folder}; map with it: [detect] model = "{folder}"')
+        if not read_card(folder).null_run:
+            lines.append(f"no null run: how much {folder.name} maps where nothing happened is not known")
     return "\n".join(lines)

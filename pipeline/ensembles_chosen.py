@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,9 @@ from slidecube.pipeline.training import (
 )
 from slidecube.pipeline.training_data import Data
 
+ENSEMBLE_VERSION = 2
+"""Version of how ensembles are chosen, calibrated and judged; a change makes another model of the same candidates."""
+
 
 def ensembles_of(
     done: Sequence[Standing], data: Data, *, out: Path, tables: TrainSections
@@ -44,19 +47,29 @@ def ensembles_of(
         choices = greedy([read(place) for place in range(len(done))].__getitem__, labels_n, scores, sizes)
     else:
         choices = k_best(read, labels_n, scores, sizes)
-    return [_row(done, choice, data, out=out, tables=tables) for choice in choices]
+    judge_on = {VALIDATION: (data.validation, labels_nyx)}
+    if choices and len(data.test):
+        judge_on[TEST] = (data.test, labels_of(data.test))
+    return [_row(done, choice, judge_on, out=out, tables=tables) for choice in choices]
 
 
 def _row(
-    done: Sequence[Standing], choice: Choice, data: Data, *, out: Path, tables: TrainSections
+    done: Sequence[Standing],
+    choice: Choice,
+    judge_on: Mapping[str, tuple[Patches, np.ndarray]],
+    *,
+    out: Path,
+    tables: TrainSections,
 ) -> EnsembleRow:
+    """Judge an ensemble; judge_on : patches and labels of validation and, where there is one, of the test."""
     members = tuple(done[place].work for place in choice.members)
-    mean_nyx, labels_nyx = mean_of(out, members, VALIDATION), labels_of(data.validation)
+    mean_nyx, labels_nyx = mean_of(out, members, VALIDATION), judge_on[VALIDATION][1]
     calibration = fit_calibration(logits_of(mean_nyx), labels_nyx, method=tables.calibration.method)
     probability_nyx = calibrated(calibration, logits_of(mean_nyx))
-    chosen = chosen_threshold(ScoreHistogram.of(probability_nyx, labels_nyx), tables.threshold, lenient=True)
+    chosen, _ = chosen_threshold(ScoreHistogram.of(probability_nyx, labels_nyx), tables.threshold)
 
-    def scores(patches: Patches, found_nyx: np.ndarray, labels_nyx: np.ndarray) -> dict[str, object]:
+    def scores(part: str, found_nyx: np.ndarray) -> dict[str, object]:
+        patches, labels_nyx = judge_on[part]
         tally = judge(
             found_nyx,
             labels_nyx,
@@ -67,9 +80,9 @@ def _row(
         return tally.metrics()
 
     test = None
-    if len(data.test):
+    if TEST in judge_on:
         probability_test_nyx = calibrated(calibration, logits_of(mean_of(out, members, TEST)))
-        test = scores(data.test, probability_test_nyx, labels_of(data.test))
+        test = scores(TEST, probability_test_nyx)
     return EnsembleRow(
         setting=members[0].candidate.setting,
         members=members,
@@ -77,7 +90,7 @@ def _row(
         calibration=calibration,
         threshold=chosen.threshold,
         chosen=chosen.chosen,
-        validation=scores(data.validation, probability_nyx, labels_nyx),
+        validation=scores(VALIDATION, probability_nyx),
         test=test,
     )
 

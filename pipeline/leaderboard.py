@@ -26,13 +26,21 @@ SHOWN = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """A candidate and what came of it. score : highest F1 on validation, None where it failed, for a reason."""
+    """A candidate and what came of it.
+
+    score : highest F1 on validation, None where it failed or diverged, for a reason
+    """
 
     work: Work
     score: float | None
     trained: Mapping[str, Any]
     judged: Mapping[str, Any]
     reason: str = ""
+
+    @property
+    def diverged(self) -> bool:
+        """True where its numbers did not stay finite: a result, and no failure."""
+        return bool(self.trained.get("diverged"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +69,16 @@ def standings(out: Path, works: Iterable[Work], failed: Mapping[str, str]) -> li
     found = []
     for work in works:
         judged = {} if work.key in failed else judged_of(out, work.key)
+        trained = {} if work.key in failed else trained_of(out, work.key)
+        diverged = f"diverged: {trained['diverged']}" if trained.get("diverged") else ""
         done = judged.get("judged_key") == work.judged_key
         found.append(
             Standing(
                 work=work,
                 score=judged["score"] if done else None,
-                trained=trained_of(out, work.key) if done else {},
+                trained=trained if done or diverged else {},
                 judged=judged if done else {},
-                reason=failed.get(work.key, "" if done else "not trained"),
+                reason=failed.get(work.key) or diverged or ("" if done else "not trained"),
             )
         )
     settings = list(dict.fromkeys(one.work.candidate.setting for one in found))
@@ -157,12 +167,12 @@ def markdown(found: Sequence[Standing], ensembles: Sequence[EnsembleRow], *, tit
             "## Ensembles against the single network that is best on validation",
             _versus(found, ensembles),
         ]
-    failed = [one for one in found if one.score is None]
-    if failed:
-        parts += [
-            f"## Failed: {len(failed)} of {len(found)}",
-            "\n".join(f"- {one.work.candidate.label}: {one.reason}" for one in failed),
-        ]
+    diverged = [one for one in found if one.diverged]
+    failed = [one for one in found if one.score is None and not one.diverged]
+    for name, rows in (("Diverged", diverged), ("Failed", failed)):
+        if rows:
+            lines = [f"- {one.work.candidate.label}: {one.reason}" for one in rows]
+            parts += [f"## {name}: {len(rows)} of {len(found)}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -125,7 +125,13 @@ def shown(name: str, workspace: str | None) -> dict[str, Any]:
         card_of = read_card(folder)
         tables = tomllib.loads(card_text(card_of))
         members = [one.address for one in read_members(folder, card_of)]
-    return {**tables, "folder": str(place), "identity": card_of.identity, "members_are": members}
+    return {
+        "null_run": {},
+        **tables,
+        "folder": str(place),
+        "identity": card_of.identity,
+        "members_are": members,
+    }
 
 
 def shown_text(card: dict[str, Any]) -> str:
@@ -135,6 +141,8 @@ def shown_text(card: dict[str, Any]) -> str:
     for key, value in card.items():
         if key not in {"name", "version", "schema", "simulated", "members"} and value not in ("", {}, []):
             lines += _lines(key, value)
+    if card.get("null_run") == {}:
+        lines.append("null_run     no null run: how much it maps where nothing happened is not known")
     return "\n".join(lines)
 
 

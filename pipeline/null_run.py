@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from slidecube.catalog.grid import Tile
+from slidecube.models.card import FeatureSpec
 from slidecube.models.predict import Detector
 from slidecube.pipeline.config import Epoch
 from slidecube.pipeline.detect import map_tile
@@ -84,7 +85,7 @@ def null_run(
     Raises PipelineError when there is no such epoch, an event lies in its windows, or layers or statistics are missing.
     """
     made = plan if detector is None else _with_detector(plan, detector)
-    chosen = _epoch_of(made, epoch)
+    chosen = _epoch_of(made, epoch, made.model.card.inputs)
     _require_done(made, chosen)
     slopes = _Slopes()
     objects = label_objects(
@@ -99,6 +100,15 @@ def null_run(
         km2=slopes.observed_px * made.grid.resolution_m**2 / 1e6,
         epoch=chosen.name,
     )
+
+
+def require_ready(plan: RunPlan, inputs: FeatureSpec, *, epoch: str | None = None) -> None:
+    """Refuse what `null_run` will refuse of a network that is not yet trained; inputs : that it will read.
+
+    Raises PipelineError.
+    """
+    _require_held(plan, inputs, "The network")
+    _require_done(_unfitted(plan), _epoch_of(_unfitted(plan), epoch, inputs))
 
 
 @dataclass(slots=True)
@@ -131,7 +141,7 @@ def _stored_slope(plan: RunPlan, epoch: EpochPlan, tile: Tile) -> np.ndarray:
     return np.asarray(found["slope_deg"].values)
 
 
-def _epoch_of(plan: RunPlan, name: str | None) -> EpochPlan:
+def _epoch_of(plan: RunPlan, name: str | None, inputs: FeatureSpec) -> EpochPlan:
     """Find the epoch, and refuse one that an event may show in."""
     if name is None and len(plan.epochs) > 1:
         raise PipelineError(
@@ -141,7 +151,7 @@ def _epoch_of(plan: RunPlan, name: str | None) -> EpochPlan:
         raise PipelineError(f"{plan.config.path}: no epoch {name!r}; epochs: {', '.join(plan.by_epoch)}")
     chosen = plan.epochs[0] if name is None else plan.by_epoch[name]
     settings = next(e for e in plan.config.epochs if e.name == chosen.name)
-    event = _event_in(plan, settings)
+    event = _event_in(plan, settings, inputs)
     if event is not None:
         raise PipelineError(
             f"{plan.config.path}: epoch {chosen.name!r} looks until {settings.post.end}, and epoch {event.name!r} has "
@@ -150,12 +160,12 @@ def _epoch_of(plan: RunPlan, name: str | None) -> EpochPlan:
     return chosen
 
 
-def _event_in(plan: RunPlan, settings: Epoch) -> Epoch | None:
+def _event_in(plan: RunPlan, settings: Epoch, inputs: FeatureSpec) -> Epoch | None:
     """Find an epoch whose event lies before the end of the windows; where two images are compared, and after the
     start of the first: what slid before both is no change.
     """
     first = settings.before.start if settings.before is not None else None
-    compares = bool(required_variables(plan.model.card.inputs)["pre"])
+    compares = bool(required_variables(inputs)["pre"])
     for other in plan.config.epochs:
         if other.event is None or other.event > settings.post.end:
             continue
@@ -185,7 +195,22 @@ def _with_detector(plan: RunPlan, detector: Detector) -> RunPlan:
         raise PipelineError(
             f"Model {card.address} learns from a cube; name it as [detect] model of the run whose null run is wanted"
         )
-    needed = required_variables(card.inputs)
+    _require_held(plan, card.inputs, f"Model {card.address}")
+    made = _unfitted(plan)
+    made.__dict__["model"] = (
+        detector  # what a plan otherwise builds from its configuration, when it is first asked
+    )
+    return made
+
+
+def _unfitted(plan: RunPlan) -> RunPlan:
+    """Return the plan without statistics that are fitted to its cube."""
+    return replace(plan, epochs=tuple(replace(e, stat_key="") for e in plan.epochs))
+
+
+def _require_held(plan: RunPlan, inputs: FeatureSpec, who: str) -> None:
+    """Refuse layers that do not hold what a detector reads."""
+    needed = required_variables(inputs)
     epoch = plan.epochs[0]  # the layers of one hold what those of the others do
     held = {
         "pre": plan.optical_variables() if epoch.pre else (),
@@ -198,11 +223,6 @@ def _with_detector(plan: RunPlan, detector: Detector) -> RunPlan:
         missing = sorted(set(names) - set(held.get(side, radar)))
         if missing:
             raise PipelineError(
-                f"Model {card.address} reads {', '.join(missing)} ({side}), which the layers of run {plan.run} do not "
-                "hold; name it as [detect] model, and run `slidecube cube`"
+                f"{who} reads {', '.join(missing)} ({side}), which the layers of run {plan.run} do not "
+                "hold; let its model read them, and run `slidecube cube`"
             )
-    made = replace(plan, epochs=tuple(replace(e, stat_key="") for e in plan.epochs))
-    made.__dict__["model"] = (
-        detector  # what a plan otherwise builds from its configuration, when it is first asked
-    )
-    return made

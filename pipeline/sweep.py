@@ -33,18 +33,23 @@ from slidecube.pipeline.train_config import (
 )
 from slidecube.pipeline.trained_models import (
     Saving,
-    require_free,
+    is_saved,
+    require_null_run,
     save_chosen_ensemble,
     save_single,
     saving_of,
+    single_key,
     sweep_key,
 )
 from slidecube.pipeline.training import (
     Open,
     TrainContext,
     Work,
+    done_keys,
+    forget_data,
     ledger_of,
     open_candidate_data,
+    refusal_of,
     train_task,
     work_of,
 )
@@ -89,13 +94,16 @@ class Driver:
         config = self.config
         check_losses(config.path, config.tables, sweep=False)
         works = self.works(candidates(config, sweep=False))
-        require_free(config, self.out, config.tables.name, works[0].judged_key)
+        name, key = config.tables.name, single_key(works[0], config)
+        if not is_saved(config, self.out, name, key):
+            require_null_run(config, works)
         report = self.train(works)
         if report.failed:
             raise PipelineError(report.failed[0][1])
-        folder = save_single(
-            self._saving(works[0]), works[0], name=config.tables.name, key=works[0].judged_key
-        )
+        refusal = refusal_of(self.out, works[0].key)
+        if refusal:
+            raise PipelineError(refusal)
+        folder = save_single(self._saving(works[0]), works[0], name=name, key=key)
         return replace(report, models=(folder,))
 
     def sweep(self) -> TrainReport:
@@ -107,8 +115,9 @@ class Driver:
         names = {
             kind: f"{config.tables.name}{end}" for kind, end in (("single", ""), ("ensemble", "-ensemble"))
         }
-        for name in names.values():
-            require_free(config, self.out, name, key)
+        saved = [is_saved(config, self.out, name, key) for name in names.values()]
+        if not all(saved):
+            require_null_run(config, works)
         report = self.train(works)
         found = standings(self.out, works, {work.key: reason for work, reason in report.failed})
         done = [one for one in found if one.score is not None]
@@ -148,7 +157,9 @@ class Driver:
         return self.config.tables.training.threads or self._profile().worker.cpus
 
     def works(self, wanted: Iterable[Candidate]) -> list[Work]:
-        """Candidates with their keys; data are opened once for each list of features."""
+        """Candidates with their keys; data are opened once for each list of features, and as they are now."""
+        self._data.clear()
+        forget_data()
         found = [work_of(self.config, one, self.data(one)) for one in wanted]
         keys = [work.key for work in found]
         twice = next((work for work in found if keys.count(work.key) > 1), None)
@@ -197,8 +208,7 @@ class Driver:
         require_landslide(data.validation, "validation")
 
     def _due(self, works: Sequence[Work]) -> list[TileTask]:
-        ledger = ledger_of(self.out)
-        known = ledger.keys()
+        known, done = ledger_of(self.out).keys(), done_keys(self.out, works)
         return [
             TileTask(
                 stage=STAGE,
@@ -209,7 +219,7 @@ class Driver:
                 suspect=work.key in known,
             )
             for work in works
-            if known.get(work.key) != (work.judged_key, True)
+            if work.key not in done
         ]
 
     def _profile(self) -> Profile:
@@ -232,7 +242,6 @@ class Driver:
             works={work.key: work for work in works},
             threads=profile.worker.cpus,
             lock=self.out / "locks" / lock.path.name,
-            lenient=len(works) > 1,
             token=lock.token,
             open=self.open,
             tell=self._line if len(works) == 1 and profile.runner == "threads" else None,

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import datetime as dt
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slidecube.catalog.errors import CatalogError
+from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import CARD_FILE, NetworkCard, read_card
 from slidecube.models.registry import load_model, save_ensemble, save_network
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.cube_patches import CubePatches
+from slidecube.pipeline.ensembles_chosen import ENSEMBLE_VERSION
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.keys import content_key
 from slidecube.pipeline.leaderboard import EnsembleRow
 from slidecube.pipeline.lineage import is_simulated
-from slidecube.pipeline.null_run import null_run
+from slidecube.pipeline.null_run import null_run, require_ready
 from slidecube.pipeline.plan import plan
 from slidecube.pipeline.train_config import TrainConfig
 from slidecube.pipeline.training import Work, arguments_of, judged_of, network_of, settings_of, trained_of
 from slidecube.pipeline.training_data import Data, explain
+
+MODEL_VERSION = 1
+"""Version of what the card of a trained model says; a change makes another model of the same training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,18 +69,43 @@ def is_simulated_data(data: Data) -> bool:
     )
 
 
-def require_free(config: TrainConfig, out: Path, name: str, key: str) -> None:
-    """Refuse a version that is saved already and of another training, before hours are spent on it."""
+def is_saved(config: TrainConfig, out: Path, name: str, key: str) -> bool:
+    """Tell whether a model is saved already.
+
+    Raises PipelineError where its version is another one's, before hours are spent on it.
+    """
     folder = out / "models" / f"{name}@{config.tables.version}"
-    if (folder / CARD_FILE).is_file() and read_card(folder).training.get("key") != key:
+    if not (folder / CARD_FILE).is_file():
+        return False
+    if read_card(folder).training.get("key") != key:
         raise PipelineError(
-            f"{folder} holds a model of another training, and a saved version never changes; raise version in "
-            f"{config.path.name}"
+            f"{folder} holds another model (of another training, null run, windows or card), and a saved version never "
+            f"changes; raise version in {config.path.name}, which trains nothing that is trained already"
         )
+    return True
 
 
-def save_single(saving: Saving, work: Work, *, name: str, key: str, finished: bool = True) -> Path:
-    """Save a candidate as a model; finished : with its null run, and not as a member of an ensemble alone.
+def require_null_run(config: TrainConfig, works: Iterable[Work]) -> None:
+    """Refuse a [null_run] that cannot be made of these candidates, before hours are spent on them."""
+    table = config.tables.null_run
+    if table is None:
+        return
+    with _of_null_run():
+        made = plan(load_config(config.resolve(table.run)))
+        for names in dict.fromkeys(work.candidate.features for work in works):
+            require_ready(made, FeatureSpec(names=names), epoch=table.epoch)
+
+
+@contextmanager
+def _of_null_run() -> Iterator[None]:
+    try:
+        yield
+    except (ModelError, PipelineError, CatalogError) as error:
+        raise PipelineError(f"The null run of [null_run] cannot be made: {error}") from None
+
+
+def save_single(saving: Saving, work: Work, *, name: str, key: str) -> Path:
+    """Save a candidate as a model, with its null run.
 
     key : of the training that chose it. Returns its folder, which stays as it is where it holds this very model.
     """
@@ -82,7 +114,7 @@ def save_single(saving: Saving, work: Work, *, name: str, key: str, finished: bo
         return folder
     fields = _single_fields(saving, work, name=name, key=key)
     weights = network_of(saving.out, work.key).weights
-    if finished and saving.config.tables.null_run is not None:
+    if saving.config.tables.null_run is not None:
         with tempfile.TemporaryDirectory(prefix="slidecube-") as scratch:
             trial = Path(scratch) / folder.name
             save_network(trial, fields, weights)
@@ -205,15 +237,28 @@ def _ensemble_fields(
 def _null_run(saving: Saving, folder: Path) -> dict[str, Any]:
     table = saving.config.tables.null_run
     assert table is not None
-    made = plan(load_config(saving.config.resolve(table.run)))
-    try:
-        found = null_run(made, load_model(folder), epoch=table.epoch, threads=saving.threads)
-    except (ModelError, PipelineError) as error:
-        raise PipelineError(f"The null run of [null_run] cannot be made: {error}") from None
-    return found.to_dict()
+    with _of_null_run():
+        made = plan(load_config(saving.config.resolve(table.run)))
+        return null_run(made, load_model(folder), epoch=table.epoch, threads=saving.threads).to_dict()
+
+
+def single_key(work: Work, config: TrainConfig) -> str:
+    """Key of the model of one candidate."""
+    return _model_key(config, work.judged_key)
 
 
 def sweep_key(works: Sequence[Work], config: TrainConfig) -> str:
-    """Key of what is chosen from the candidates of a sweep."""
-    table = config.tables.sweep
-    return content_key("chosen", [work.judged_key for work in works], sorted(table.best), table.choose)
+    """Key of the models that are chosen from the candidates of a sweep."""
+    table, judged = config.tables.sweep, [work.judged_key for work in works]
+    return _model_key(config, "chosen", ENSEMBLE_VERSION, judged, sorted(table.best), table.choose)
+
+
+def _model_key(config: TrainConfig, *chosen: Any) -> str:
+    """Key of a saved model: of what it was chosen from, and of all else that its card holds."""
+    tables = config.tables
+    null, quiet = tables.null_run, None
+    if null is not None:
+        with _of_null_run():
+            quiet = [load_config(config.resolve(null.run)).science(), null.epoch]
+    windows = [tables.network.window_px, tables.network.margin_px]
+    return content_key("model", MODEL_VERSION, chosen, windows, tables.description, tables.licence, quiet)

@@ -16,8 +16,9 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ import numpy as np
 from slidecube.catalog.errors import CatalogError
 from slidecube.cluster.faults import Fault, fault_of
 from slidecube.cluster.runner import TaskResult, TileTask
-from slidecube.models.architectures import complete_arguments
+from slidecube.models.architectures import complete_arguments, libraries_of
 from slidecube.models.calibration import (
     Chosen,
     ScoreHistogram,
@@ -36,7 +37,7 @@ from slidecube.models.calibration import (
 )
 from slidecube.models.card import FeatureSpec
 from slidecube.models.ensemble_choice import pack
-from slidecube.models.errors import ModelError
+from slidecube.models.errors import DivergedError, ModelError
 from slidecube.models.evaluation import Tally, judge
 from slidecube.models.network_card import Argument, Calibration
 from slidecube.models.patches import Patches
@@ -49,7 +50,7 @@ from slidecube.pipeline.lock import holds
 from slidecube.pipeline.train_config import HUB_CACHE, Candidate, Threshold, TrainConfig, loss_numbers
 from slidecube.pipeline.training_data import Data, leave_one_out, open_all_data
 
-JUDGE_VERSION = 1
+JUDGE_VERSION = 2
 """Version of how a candidate is judged; a change makes the judgement due, and no training."""
 
 WEIGHTS, TRAINED, JUDGED = "weights.safetensors", "trained.json", "judged.json"
@@ -83,6 +84,12 @@ _opened: dict[str, Data] = {}
 _opening = threading.Lock()
 
 
+def forget_data() -> None:
+    """Let the next one open its data again: files may have changed since this process opened them."""
+    with _opening:
+        _opened.clear()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """A candidate with its keys. key : of its weights, which names its folder; judged_key : of how it is judged."""
@@ -104,12 +111,13 @@ def work_of(config: TrainConfig, candidate: Candidate, data: Data) -> Work:
     key = content_key(
         "training",
         TRAIN_VERSION,
+        libraries_of(candidate.architecture),
         candidate.architecture,
         arguments_of(candidate),
         {name: value for name, value in deciding.items() if name not in _OF_THE_MACHINE},
         list(candidate.features),
         [data.training.digest, data.validation.digest],
-        pretrained_digest(config),
+        pretrained_digest(config, candidate),
     )
     return Work(
         candidate=candidate,
@@ -145,12 +153,28 @@ def settings_of(config: TrainConfig, candidate: Candidate, *, threads: int) -> T
     )
 
 
-def pretrained_digest(config: TrainConfig) -> str:
-    """What a training starts from: "" = fresh weights. Raises ModelError where the file cannot be read."""
+def pretrained_digest(config: TrainConfig, candidate: Candidate) -> str:
+    """Digest of the file that a training starts from: "" = fresh weights. Raises ModelError where it cannot be read."""
     name = config.tables.network.pretrained
-    if name is None or name == HUB_CACHE:
-        return name or ""
-    return hashlib.sha256(_pretrained(config, name)).hexdigest()
+    if name is None:
+        return ""
+    if name == HUB_CACHE:
+        from slidecube.models.pretrained import cached_file  # noqa: PLC0415  torch is slow to import
+
+        path = cached_file(str(arguments_of(candidate).get("encoder", candidate.architecture)))
+    else:
+        path = config.resolve(name)
+    try:
+        found = path.stat()
+    except OSError:
+        found = None
+    # asked for each candidate of a sweep, of a file of some 100 MB
+    return _file_digest(path, (found.st_size, found.st_mtime_ns, found.st_ino) if found else ())
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path, _stamp: tuple[int, ...]) -> str:
+    return hashlib.sha256(read_file(path, "network.pretrained")).hexdigest()
 
 
 def initial_of(config: TrainConfig, candidate: Candidate) -> bytes | None:
@@ -181,7 +205,6 @@ class TrainContext:
     """What a worker needs for any candidate of a sweep; sent to other processes.
 
     out : folder of the trainings; threads : of one; lock, token : of the driver that may write
-    lenient : a candidate of whom no threshold is what [threshold] asks for is judged at its highest F1, and says so
     tell : told of each epoch, in this process only
     """
 
@@ -191,7 +214,6 @@ class TrainContext:
     threads: int
     lock: Path
     token: str
-    lenient: bool = False
     open: Open = open_candidate_data
     tell: Say | None = None
 
@@ -213,6 +235,34 @@ def folder_of(out: Path, key: str) -> Path:
     return out / "trainings" / key
 
 
+def done_keys(out: Path, works: Iterable[Work]) -> set[str]:
+    """Keys of the candidates of which nothing is left to do: their record and their files say so."""
+    known = ledger_of(out).keys() if out.exists() else {}
+    return {
+        work.key
+        for work in works
+        if known.get(work.key) == (work.judged_key, True) and _is_done(folder_of(out, work.key), work)
+    }
+
+
+def _is_done(folder: Path, work: Work) -> bool:
+    trained, judged = _read_json(folder / TRAINED), _read_json(folder / JUDGED)
+    if not _is_trained(folder) or trained.get("diverged"):
+        return _is_trained(folder)
+    files = (VALIDATION, TEST) if judged.get("test_patches") else (VALIDATION,)
+    return (
+        judged.get("judged_key") == work.judged_key
+        and judged.get("weights_sha256") == trained["weights_sha256"]
+        and all((folder / name).is_file() for name in files)
+    )
+
+
+def _is_trained(folder: Path) -> bool:
+    """Tell whether a training ended: with weights, or with none because it diverged."""
+    trained = _read_json(folder / TRAINED)
+    return bool(trained) and (bool(trained.get("diverged")) or (folder / WEIGHTS).is_file())
+
+
 def train_task(context: TrainContext, task: TileTask) -> TaskResult:
     """Do one training, and record it; never raises for one that fails."""
     began = time.monotonic()
@@ -231,7 +281,7 @@ def train_task(context: TrainContext, task: TileTask) -> TaskResult:
 
 def _recorded(context: TrainContext, task: TileTask) -> Record:
     ledger, work = ledger_of(context.out), context.works[task.tile]
-    if ledger.complete(task.tile, task.key):  # its worker died after the record and before the answer
+    if done_keys(context.out, [work]):  # its worker died after the record and before the answer
         return cast("Record", ledger.read(task.tile))
     began = time.monotonic()
     try:
@@ -262,19 +312,36 @@ def _reason(error: BaseException) -> str:
     return text if expected else f"{type(error).__name__}: {text} (its traceback is in trainings.ledger)"
 
 
+def _data_of(context: TrainContext, work: Work) -> Data:
+    """Open the data of a candidate, which are those of its key: what this process kept may be older, or newer."""
+    for _ in range(2):
+        data = context.open(context.config, work.candidate)
+        found = work_of(context.config, work.candidate, data)
+        if (found.key, found.judged_key) == (work.key, work.judged_key):
+            return data
+        forget_data()
+    raise PipelineError(
+        "The data changed since this training was planned, or the worker has other versions of libraries or other "
+        "weights to begin with; start `slidecube train` again"
+    )
+
+
 def make(context: TrainContext, work: Work) -> None:
     """Train and judge a candidate, each unless it is done."""
-    data = context.open(context.config, work.candidate)
+    data = _data_of(context, work)
     folder = folder_of(context.out, work.key)
-    if not _read_json(folder / TRAINED):
-        _train(context, work, data)
+    if not _is_trained(folder):
+        try:
+            _train(context, work, data)
+        except DivergedError as error:  # a result, as any F1 is: the same settings diverge again
+            _end_training(context, work, {"diverged": str(error)})
     context.require()
-    if _read_json(folder / JUDGED).get("judged_key") != work.judged_key:
+    if not _is_done(folder, work):
         _judge(context, work, data)
 
 
 def _train(context: TrainContext, work: Work, data: Data) -> None:
-    from slidecube.models.train import STATE_FILE, Progress, train  # noqa: PLC0415
+    from slidecube.models.train import Progress, train  # noqa: PLC0415
 
     candidate, folder = work.candidate, folder_of(context.out, work.key)
     settings = settings_of(context.config, candidate, threads=context.threads)
@@ -300,8 +367,6 @@ def _train(context: TrainContext, work: Work, data: Data) -> None:
     context.require()
     write_whole(folder / WEIGHTS, found.weights)
     said = {
-        **_candidate_json(candidate),
-        "key": work.key,
         "mean": found.mean,
         "std": found.std,
         "epoch": found.epoch,
@@ -316,7 +381,16 @@ def _train(context: TrainContext, work: Work, data: Data) -> None:
         "validation_patches": len(data.validation),
         "data": [data.training.digest, data.validation.digest],
     }
-    _write_json(folder / TRAINED, said)
+    _end_training(context, work, said)
+
+
+def _end_training(context: TrainContext, work: Work, said: Mapping[str, Any]) -> None:
+    """Write down what came of a training."""
+    from slidecube.models.train import STATE_FILE  # noqa: PLC0415  torch is slow to import
+
+    context.require()
+    folder = folder_of(context.out, work.key)
+    _write_json(folder / TRAINED, {**_candidate_json(work.candidate), "key": work.key, **said})
     # twice the weights and more, of hundreds of candidates
     (folder / STATE_FILE).unlink(missing_ok=True)
 
@@ -330,6 +404,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
 
 def _judge(context: TrainContext, work: Work, data: Data) -> None:
     tables, folder = context.config.tables, folder_of(context.out, work.key)
+    (folder / JUDGED).unlink(missing_ok=True)  # what lies beside it is about to change
     logits_nyx, labels_nyx = _all_logits(context, work, data.validation)
     by = tables.calibration.by or ""
     strata = _plane(data.validation, by) if by else None
@@ -338,7 +413,7 @@ def _judge(context: TrainContext, work: Work, data: Data) -> None:
     )
     probability_nyx = calibrated(calibration, logits_nyx, strata)
     histogram = ScoreHistogram.of(probability_nyx, labels_nyx)
-    chosen = chosen_threshold(histogram, tables.threshold, lenient=context.lenient)
+    chosen, unmet = chosen_threshold(histogram, tables.threshold)
     min_px = min_area_px(tables.threshold.min_area_m2, data.validation.resolution_m)
     validation = judge(
         probability_nyx,
@@ -355,9 +430,11 @@ def _judge(context: TrainContext, work: Work, data: Data) -> None:
     said = {
         "judged_key": work.judged_key,
         "key": work.key,
+        "weights_sha256": trained_of(context.out, work.key)["weights_sha256"],
         "score": histogram.best_f1()[0],
         "threshold": chosen.threshold,
         "chosen": chosen.chosen,
+        "unmet": unmet,
         "calibration": calibration.model_dump(mode="json"),
         "validation": validation.metrics(),
         "test": test,
@@ -367,17 +444,18 @@ def _judge(context: TrainContext, work: Work, data: Data) -> None:
     _write_json(folder / JUDGED, said)
 
 
-def chosen_threshold(histogram: ScoreHistogram, table: Threshold, *, lenient: bool) -> Chosen:
-    """Choose the threshold that [threshold] asks for; lenient : or that of the highest F1, where there is none."""
+def chosen_threshold(histogram: ScoreHistogram, table: Threshold) -> tuple[Chosen, str]:
+    """Choose the threshold that [threshold] asks for, or that of the highest F1 where there is none, and say why."""
     try:
-        return choose_threshold(
+        found = choose_threshold(
             histogram, rule=table.rule, precision=table.precision, prevalence=table.prevalence
         )
     except ModelError as error:
-        if not lenient or table.rule == "max-f1":
+        if table.rule == "max-f1":
             raise
         found = choose_threshold(histogram)
-        return replace(found, chosen=f"{found.chosen}, because: {error}")
+        return replace(found, chosen=f"{found.chosen}, because: {error}"), str(error)
+    return found, ""
 
 
 def _judge_test(context: TrainContext, work: Work, patches: Patches, how: tuple[Calibration, Tally]) -> Tally:
@@ -435,6 +513,11 @@ def network_of(out: Path, key: str) -> Any:
 def trained_of(out: Path, key: str) -> dict[str, Any]:
     """What is known of a finished training."""
     return _read_json(folder_of(out, key) / TRAINED)
+
+
+def refusal_of(out: Path, key: str) -> str:
+    """Why a finished training gives no model by itself: it diverged, or has no threshold as asked for; "" = it does."""
+    return str(trained_of(out, key).get("diverged") or judged_of(out, key).get("unmet") or "")
 
 
 def judged_of(out: Path, key: str) -> dict[str, Any]:

@@ -223,7 +223,8 @@ def _train(
     driver = Driver(config=load_train_config(toml), out=folder / "training", say=sys.stderr)
     report = driver.single() if sweep is None else driver.sweep()
     if not report.complete:
-        raise PipelineError(f"{toml}: {report.failed[0][0].candidate.label}: {report.failed[0][1]}")
+        why = [f"{work.candidate.label}: {reason}" for work, reason in report.failed]
+        raise PipelineError(f"{toml}: {why[0] if why else 'every training diverged'}")
     return report
 
 

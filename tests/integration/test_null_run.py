@@ -11,7 +11,7 @@ from slidecube.models.zoo import build_model
 from slidecube.pipeline.config import load_config
 from slidecube.pipeline.demo import archive_toml
 from slidecube.pipeline.errors import PipelineError
-from slidecube.pipeline.null_run import NullRun, null_run
+from slidecube.pipeline.null_run import NullRun, null_run, require_ready
 from slidecube.pipeline.open import open_inventory
 from slidecube.pipeline.pixels import PixelWindow, read_stored
 from slidecube.pipeline.plan import plan
@@ -142,6 +142,20 @@ def test_a_detector_of_what_the_layers_do_not_hold_is_refused(made):
         null_run(made, build_model("aldi"))
     with pytest.raises(PipelineError, match=r"kmeans@\d+ learns from a cube; name it as \[detect\] model"):
         null_run(made, build_model("kmeans"))
+
+
+def test_it_is_known_before_a_training_whether_its_null_run_can_be_made(archive, made):
+    reads = build_model("rdndvi").card.inputs
+    require_ready(made, reads)
+    with pytest.raises(
+        PipelineError, match=r"The network reads ndvi_mean, ndvi_std \(pre\), which the layers"
+    ):
+        require_ready(made, build_model("aldi").card.inputs)
+    with pytest.raises(PipelineError, match=r"no epoch 'calm'"):
+        require_ready(made, reads, epoch="calm")
+    unmade = plan(write(archive, "unmade", ("[cube]\n", "[cube]\ngreenest_of = 0\n")))
+    with pytest.raises(PipelineError, match=r"is not done on \d+ of \d+ tiles"):
+        require_ready(unmade, reads)
 
 
 def test_no_slope_has_no_rate():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from slidecube.models import architectures
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import read_card
-from slidecube.pipeline import sweep, training
-from slidecube.pipeline.cli_train import dry_run_text
+from slidecube.pipeline import ensembles_chosen, sweep, trained_models, training
+from slidecube.pipeline.cli_train import dry_run_text, report_text
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.leave_one_out import leave_one_out_run
 from slidecube.pipeline.sweep import Driver
@@ -340,3 +342,176 @@ def test_a_killed_sweep_on_processes_goes_on(tmp_path):
     assert resumed.tables == direct.tables
     for a, b in zip(resumed.models, direct.models, strict=True):
         assert read_card(a).identity == read_card(b).identity
+
+
+QUICK = only(
+    TOML, settings='{ one = ["rdndvi"] }', epochs="1", iterations="1\npanel = 0", learning_rates="[0.01]"
+)
+
+
+def test_what_is_recorded_under_a_key_was_learnt_from_the_data_of_that_key(tmp_path, monkeypatch):
+    """A process keeps what it opened; where that is no longer what was planned, it opens again, or refuses."""
+    seeds, opened = [0], []
+
+    def open_all(tables, patches, spec, *, base):
+        opened.append(seeds[0])
+        made = [TinyPatches(names=spec.names, seed=seed, n=6) for seed in (seeds[0], 101, 102)]
+        return Data(training=made[0], validation=made[1], test=made[2])
+
+    monkeypatch.setattr(training, "open_all_data", open_all)
+    driver = driver_of(tmp_path, QUICK)
+    driver.open = training.open_candidate_data
+    first = driver.works(candidates(driver.config, sweep=False))[0]
+    seeds[0] = 7
+    second = driver.works(candidates(driver.config, sweep=False))[0]
+    assert (first.key == second.key, opened) == (False, [0, 7])
+
+    seeds[0] = 8  # after the driver planned: the worker keeps what it opened, which is what was planned
+    context = training.TrainContext(
+        config=driver.config, out=tmp_path / "out", works={}, threads=1, lock=tmp_path, token=""
+    )
+    monkeypatch.setattr(training.TrainContext, "require", lambda _: None)
+    training.make(context, second)
+    assert (
+        training.trained_of(tmp_path / "out", second.key)["data"][0]
+        == TinyPatches(names=("rdndvi", "slope_deg"), seed=7, n=6).digest
+    )
+    seeds[0] = 0  # as in a worker that kept 7 of an earlier plan
+    training.make(context, first)
+    assert opened == [0, 7, 0]
+    seeds[0] = 9
+    with pytest.raises(PipelineError, match="The data changed since this training was planned"):
+        training.make(context, second)
+
+
+def test_a_model_is_what_its_card_says_and_a_null_run_is_asked_for_before_hours_are_spent(
+    tmp_path, monkeypatch
+):
+    """Calibration as it was asked for, also of an ensemble; another card is another version, and trains nothing."""
+    text = QUICK + '[calibration]\nmethod = "isotonic"\n'
+    quiet = '[null_run]\nrun = "quiet.toml"\n'
+    with pytest.raises(PipelineError, match=r"The null run of \[null_run\] cannot be made: .*quiet\.toml"):
+        driver_of(tmp_path, text + quiet).sweep()
+    assert not (tmp_path / "out").exists()
+
+    report = driver_of(tmp_path, text).sweep()
+    assert [read_card(folder).calibration.method for folder in report.models] == ["isotonic", "isotonic"]
+    assert report_text(report).count("no null run: ") == 2
+    assert driver_of(tmp_path, text).sweep().models == report.models
+    for other in (f'licence = "MIT"\n{text}', text.replace("margin_px = 8", "margin_px = 4")):
+        with pytest.raises(PipelineError, match="null run, windows or card"):
+            driver_of(tmp_path, other).sweep()
+
+    seen = []
+
+    def ready(plan, inputs, *, epoch):
+        seen.append((plan, inputs.names, epoch))
+
+    class Quiet:
+        def science(self):
+            return {"name": "quiet"}
+
+        def to_dict(self):
+            return {"epoch": "quiet", "false_objects": 3, "km2": 1.0}
+
+    monkeypatch.setattr(trained_models, "load_config", lambda _: Quiet())
+    monkeypatch.setattr(trained_models, "plan", lambda _: "a plan")
+    monkeypatch.setattr(trained_models, "require_ready", ready)
+    monkeypatch.setattr(trained_models, "null_run", lambda *_, **__: Quiet())
+    with pytest.raises(PipelineError, match="raise version"):
+        driver_of(tmp_path, text + quiet).sweep()
+    report = driver_of(tmp_path, "version = 2\n" + text + quiet).sweep()
+    assert (report.trained, seen) == (0, [("a plan", ("rdndvi",), None)])
+    assert [read_card(folder).null_run["false_objects"] for folder in report.models] == [3, 3]
+    assert "no null run" not in report_text(report)
+    monkeypatch.setattr(trained_models, "ENSEMBLE_VERSION", 0)  # as an older slidecube chose it
+    with pytest.raises(PipelineError, match="raise version"):
+        driver_of(tmp_path, "version = 2\n" + text + quiet).sweep()
+
+
+def test_another_version_of_a_library_is_another_training(tmp_path, monkeypatch):
+    def key(architecture):
+        text = only(TOML, arguments=f'{{}}\narchitecture = "{architecture}"')
+        driver = driver_of(tmp_path, text)
+        return driver.works(candidates(driver.config, sweep=False))[0].key
+
+    before = [key(name) for name in ("resunet", "unet")]
+    version = architectures.metadata.version
+    for library, changed in (
+        ("timm", [False, True]),
+        ("segmentation-models-pytorch", [False, True]),
+        ("torch", [True, True]),
+    ):
+        monkeypatch.setattr(
+            architectures.metadata, "version", lambda name, own=library: "0" if name == own else version(name)
+        )
+        assert [key(name) != old for name, old in zip(("resunet", "unet"), before, strict=True)] == changed
+
+
+def test_what_was_asked_for_is_refused_also_after_a_sweep_did_without(tmp_path):
+    """One folder, one judgement: a precision out of reach gives no single model, whoever judged first."""
+    rule = 'min_area_m2 = 0\nrule = "precision"\nprecision = 0.999\nprevalence = 0.0001'
+    text = QUICK.replace("min_area_m2 = 0", rule).replace('["bce", "dice"]', '["bce"]')
+    text = only(text, names='["rdndvi"]', settings='{ features = ["rdndvi"] }')
+    report = driver_of(tmp_path, text).sweep()
+    assert (report.trained, report.complete) == (1, True)
+    with pytest.raises(PipelineError, match=r"No threshold has a precision of 0\.999"):
+        driver_of(tmp_path, f"version = 2\n{text}").single()
+
+    # what a message asks a user to remove is made again, and what is damaged is not taken for done
+    driver = driver_of(tmp_path, text)
+    (work,) = driver.works(candidates(driver.config, sweep=True))
+    folder = training.folder_of(driver.out, work.key)
+    assert training.done_keys(driver.out, [work]) == {work.key}
+    before = (folder / "weights.safetensors").read_bytes()
+    for name in ("weights.safetensors", "trained.json", "judged.json", "validation.npz", "test.npz"):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        assert not training.done_keys(driver.out, [work]), name
+        (folder / name).write_bytes(kept)
+    shutil.rmtree(folder)
+    report = driver.sweep()
+    assert (report.trained, report.failed, report.complete) == (1, (), True)
+    assert (folder / "weights.safetensors").read_bytes() == before
+
+
+def test_a_training_that_diverges_is_a_result_and_costs_no_sweep(tmp_path):
+    text = QUICK.replace('["bce", "dice"]', '["bce"]')
+    text = only(text, learning_rates="[0.01, 1e30]", iterations="3", best="[2]")
+    report = driver_of(tmp_path, text).sweep()
+    assert (report.complete, report.failed, len(report.models)) == (True, (), 1)
+    assert "## Diverged: 1 of 2" in report.tables
+    assert "one resunet bce 1e+30: diverged: The loss is not finite" in report.tables
+    board = pd.read_parquet(tmp_path / "out" / "leaderboard.parquet")
+    assert board["score"].isna().tolist() == [False, True]
+    again = driver_of(tmp_path, text).sweep()
+    assert (again.trained, again.there, again.tables) == (0, 2, report.tables)
+    assert not list((tmp_path / "out").rglob("state.safetensors"))
+
+    alone = only(text, names='["rdndvi"]', learning_rate="1e30")
+    for _ in range(2):
+        with pytest.raises(PipelineError, match="lower learning_rate"):
+            driver_of(tmp_path, f"version = 2\n{alone}").single()
+    assert len(list((tmp_path / "out" / "trainings").iterdir())) == 2
+
+
+def test_weights_to_begin_with_count_by_content(tmp_path, monkeypatch):
+    """Also those of the hub's cache, which are another file on another day."""
+    monkeypatch.setattr("slidecube.models.pretrained.cached_file", lambda _: tmp_path / "cached")
+
+    def key(pretrained, content):
+        (tmp_path / "cached").write_bytes(content)
+        text = only(TOML, arguments=f'{{}}\narchitecture = "unet"\npretrained = "{pretrained}"')
+        driver = driver_of(tmp_path, text)
+        return driver.works(candidates(driver.config, sweep=False))[0].key
+
+    (tmp_path / "own.safetensors").write_bytes(b"one")
+    assert key("imagenet", b"one") == key("own.safetensors", b"") != key("imagenet", b"another")
+
+
+def test_ensembles_of_all_sizes_read_their_labels_once(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(ensembles_chosen, "labels_of", lambda p: read.append(p.seed) or training.labels_of(p))
+    text = only(QUICK, losses='["bce", "dice", "focal"]')
+    report = driver_of(tmp_path, text).sweep()
+    assert (len(report.models), sorted(read)) == (2, [1, 2])

@@ -236,6 +236,18 @@ def test_its_panel_and_its_events_lie_beside_its_history(tmp_path):
     assert said == go(tmp_path, replace(QUICK, iterations=20)), "neither decides a bit"
 
 
+def test_a_panel_that_a_kill_left_out_is_drawn(tmp_path, monkeypatch):
+    settings = replace(QUICK, iterations=2, epochs=1, panel=1)
+    go(tmp_path, settings)
+    drawn = (tmp_path / "panel.png").read_bytes()
+    (tmp_path / "panel.png").unlink()
+    monkeypatch.setattr(training_loop._Loop, "_step", None)
+    go(tmp_path, settings)
+    assert (tmp_path / "panel.png").read_bytes() == drawn
+    monkeypatch.setattr(training_loop, "_picture", None)
+    go(tmp_path, settings)
+
+
 def test_initial_weights_are_where_it_starts(tmp_path):
     first = go(tmp_path / "a")
     still = replace(QUICK, epochs=1, iterations=1, learning_rate=1e-12)
