@@ -141,9 +141,9 @@ def train(
     Raises ModelError, in one line, before it starts: for data that nothing can be learnt from or judged by, settings
     that do not fit; and on the way: for a damaged patch, and DivergedError for a loss that is not finite.
     """
-    require_device(settings.device)
+    require_device(settings.device, table="[training]")
     require_devices(settings)
-    _require_alike(training, validation)
+    require_alike(training, validation)
     require_landslide(validation, "validation")
     job = Job(
         architecture=architecture,
@@ -411,7 +411,7 @@ def _layout(module: nn.Module, device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if narrow else torch.channels_last
 
 
-def _require_alike(training: Patches, validation: Patches) -> None:
+def require_alike(training: Patches, validation: Patches) -> None:
     """Raise ModelError unless both kinds of patches have the same features, pixels and side."""
     for what in ("features", "units", "resolution_m", "patch_px"):
         ours, theirs = getattr(training, what), getattr(validation, what)
