@@ -304,7 +304,7 @@ def complete_arguments(
 
 def _near(name: str, known: Mapping[str, object]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _all(known: Mapping[str, object]) -> str:

@@ -23,9 +23,10 @@ from slidecube.models.registry import (
 from slidecube.models.weights import write_whole
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.feature_sets import require_known
-from slidecube.pipeline.features import feature
+from slidecube.pipeline.features import FEATURES, feature, is_built_in
 from slidecube.pipeline.model_registry import find, is_rule, require_units
 from slidecube.pipeline.published import FEATURE_SETS
+from slidecube.pipeline.refusals import did_you_mean
 from slidecube.pipeline.storage import fetched
 from slidecube.pipeline.store import Workspace
 
@@ -124,6 +125,12 @@ def require_known_features(inputs: Inputs, layers: Sequence[str] = ()) -> None:
     """Refuse features that this build does not make; layers : names of those that a TOML brings."""
     from slidecube.models.card import FeatureSpec  # noqa: PLC0415
 
+    for name in inputs.names:
+        if not is_built_in(name) and name not in layers:
+            raise PipelineError(
+                f"No feature {name!r}{did_you_mean(name, FEATURES)}: `slidecube features` lists those of this build; "
+                f"of a [[layer]] of the runs that will use the network, say --layer {name}"
+            )
     require_known(FeatureSpec(names=inputs.names, version=inputs.version), tuple(layers))
 
 
