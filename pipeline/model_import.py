@@ -136,19 +136,24 @@ def require_known_features(inputs: Inputs, layers: Sequence[str] = ()) -> None:
 
 def _state(file: Path, card: NetworkCard, output: str | None) -> tuple[bytes, Sequence[str], dict[str, Any]]:
     from slidecube.models.importing import import_state  # noqa: PLC0415  torch is slow to import
+    from slidecube.models.judging import windows_of  # noqa: PLC0415
 
     if output is not None:
         raise ModelError(
             f"{file}: output says what an ONNX gives; networks of slidecube give logits, leave it out"
         )
-    assert card.architecture is not None
-    found = import_state(
-        file,
-        architecture=card.architecture.name,
-        channels=len(card.inputs.names),
-        arguments=card.architecture.arguments,
-    )
-    return found.content, found.told, {}
+    own = card.architecture
+    assert own is not None
+    channels = len(card.inputs.names)
+    found = import_state(file, architecture=own.name, channels=channels, arguments=own.arguments)
+    _, _, field = windows_of(own.name, own.arguments, channels, patch_px=own.window_px)
+    told = list(found.told)
+    if own.margin_px < field // 2:
+        told.append(
+            f"warning: margin_px = {own.margin_px} is below half of the receptive field that was measured, {field} px: "
+            f"windows may show in the map; say --margin-px {field // 2} or more"
+        )
+    return found.content, told, {"receptive_px": field}
 
 
 def _onnx(file: Path, card: NetworkCard, output: str | None) -> tuple[bytes, Sequence[str], dict[str, Any]]:
