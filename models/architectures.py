@@ -251,6 +251,24 @@ def build_network(name: str, channels: int, arguments: Mapping[str, Argument] | 
     return ARCHITECTURES[name].build(channels, **complete)
 
 
+def stride_px(name: str, arguments: Mapping[str, Argument]) -> int:
+    """Side of the pixels of an architecture's coarsest map, in pixels of its input; arguments : complete ones."""
+    if "stride" in arguments:
+        return int(arguments["stride"])
+    return 2 ** int(arguments["depth"]) if "depth" in arguments else ARCHITECTURES[name].multiple_px
+
+
+def check_stride(name: str, arguments: Mapping[str, Argument], px: int) -> None:
+    """Raise ModelError where patches are smaller than one pixel of an architecture's coarsest map."""
+    stride = stride_px(name, arguments)
+    if stride > px:
+        what = f"depth = {arguments['depth']}" if "depth" in arguments else f"{name}"
+        raise ModelError(
+            f"network.arguments: {what} halves down to steps of {stride} px, and patches have px = {px}; lower depth, "
+            f"or raise px in [patches] to {stride} or more"
+        )
+
+
 def pre_post_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
     """Find the channels before and after of the same thing: names `<thing>_pre` and `<thing>_post`.
 
@@ -286,7 +304,7 @@ def complete_arguments(
 
 def _near(name: str, known: Mapping[str, object]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _all(known: Mapping[str, object]) -> str:

@@ -96,9 +96,14 @@ def survey(training: Patches, *, most: int, seed: int) -> Survey:
     return Survey(mean=mean, std=std, donors=tuple(donors))
 
 
+def require_landslide(patches: Patches, what: str) -> None:
+    """Raise ModelError unless patches hold a landslide pixel that is observable."""
+    _first_with_landslide(patches, range(len(patches)), what)
+
+
 def require_judgeable(patches: Patches, what: str) -> None:
     """Raise ModelError unless patches hold both a landslide pixel and a stable one that are observable."""
-    _first_with_landslide(patches, range(len(patches)), what)
+    require_landslide(patches, what)
     if not any((read_patch(patches, index)[1] == STABLE).any() for index in range(len(patches))):
         raise ModelError(
             f"The {what} patches hold no stable pixel whose inputs are all known; F1 says nothing there: say complete "

@@ -91,11 +91,15 @@ def f1_of_patches(logits_byx: np.ndarray, labels_byx: np.ndarray, threshold: flo
     return np.where(either > 0, 2 * both / np.maximum(either, 1), np.nan)
 
 
-def best_and_worst(f1: np.ndarray, count: int) -> tuple[list[int], list[int]]:
-    """Places of the best and of the worst patches, never one in both; the first one wins a tie."""
+def best_and_worst(f1: np.ndarray, holds: np.ndarray, count: int) -> tuple[list[int], list[int]]:
+    """Places of the best and of the worst patches, never one in both; the first one wins a tie.
+
+    holds : which patches hold a landslide; where none is, nothing can be found well, and only false alarms are worst
+    """
     order = [int(i) for i in np.argsort(-f1, kind="stable") if np.isfinite(f1[i])]
-    count = min(count, -(-len(order) // 2))
-    return order[:count], order[count:][::-1][:count]
+    with_landslides = [i for i in order if holds[i]]
+    best = with_landslides[: min(count, -(-len(order) // 2))]
+    return best, [i for i in reversed(order) if i not in best][:count]
 
 
 def write_panel(path: Path, rows: Sequence[Pictured], names: Sequence[str], threshold: float) -> None:
@@ -116,7 +120,8 @@ def write_panel(path: Path, rows: Sequence[Pictured], names: Sequence[str], thre
         if known.any() and probability_yx.min() < threshold <= probability_yx.max():
             probability.contour(probability_yx, [threshold], colors="white", linewidths=0.7)
         figure.colorbar(shown, ax=probability, shrink=0.8)
-    for axes, title in zip(grid[0, 1:], ("reference", f"probability, line at {threshold:.2f}"), strict=True):
+    figure.supxlabel("grey: unknown, or not labelled", fontsize=8)
+    for axes, title in zip(grid[0, 1:], ("reference", f"probability, line at {threshold:.2g}"), strict=True):
         axes.set_title(title, loc="left", fontsize=8)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)

@@ -9,8 +9,8 @@ from slidecube.models.errors import ModelError
 Device = Literal["cpu", "cuda"]
 
 
-def require_device(device: str) -> None:
-    """Raise ModelError, in one line, when torch cannot compute on a device here."""
+def require_device(device: str, *, table: str = "[detect]") -> None:
+    """Raise ModelError, in one line, when torch cannot compute on a device here. table : of the TOML that names it."""
     if device == "cpu":
         return
     import torch  # noqa: PLC0415  it takes seconds
@@ -19,5 +19,5 @@ def require_device(device: str) -> None:
         why = "finds no NVIDIA GPU" if torch.version.cuda else "was built without CUDA"
         raise ModelError(
             f"device = {device!r} needs a GPU, and torch {torch.__version__} {why} on this worker; "
-            "set device = 'cpu' in [detect], or run where there is one, such as profile 'dask-cuda'"
+            f"set device = 'cpu' in {table}, or run where there is one, such as profile 'dask-cuda'"
         )

@@ -6,10 +6,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slidecube.models.weights import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _BIASES = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0)
 _F1S = tuple(np.round(np.arange(0.1, 1.0, 0.1), 1))
@@ -55,18 +59,43 @@ def write_performance_diagram(path: Path, points: Sequence[Point], *, title: str
                 label=group if main == any(p.main for p in own) else None,
                 edgecolors="black" if main else "none",
                 zorder=3 + main,
+                clip_on=False,  # a point at an edge is as true as others
             )
-        for p in (p for p in own if p.main):
-            axes.annotate(
-                p.label, (p.precision, p.recall), xytext=(5, 5), textcoords="offset points", fontsize=7
-            )
+    _name_points(axes, [p for p in points if p.main])
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title, xlabel="precision (success ratio)")
     axes.set_ylabel("recall (probability of detection)")
-    if points:
-        axes.legend(loc="lower left", fontsize=7, framealpha=0.9)
+    axes.plot(
+        [], [], color="0.6", linewidth=0.7, linestyle="--", label="equal frequency bias, recall / precision"
+    )
+    axes.plot([], [], color="0.75", linewidth=0.8, label="equal F1")
+    if any(not p.main for p in points):
+        axes.scatter([], [], s=18, alpha=0.5, color="0.4", label="small: other candidates; large: named")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     buffer = io.BytesIO()
     canvas.print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
     write_whole(path, buffer.getvalue())
+
+
+def _name_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Write names beside points; those of points that lie together stand one below the other."""
+    placed: list[tuple[float, float]] = []
+    for p in sorted(points, key=lambda p: -p.recall):
+        near = sum(abs(p.precision - x) < _NAME_WIDE and abs(p.recall - y) < _NAME_HIGH for x, y in placed)
+        placed.append((p.precision, p.recall))
+        left = p.precision > 1 - _NAME_WIDE
+        axes.annotate(
+            p.label,
+            (p.precision, p.recall),
+            xytext=(-6 if left else 6, 5 - 9 * near),
+            textcoords="offset points",
+            fontsize=7,
+            ha="right" if left else "left",
+            zorder=6,
+        )
+
+
+_NAME_WIDE, _NAME_HIGH = 0.2, 0.03
+"""Room that a name takes, in units of the axes."""
 
 
 def f1_curve(f1: float, precision: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slidecube.models.errors import ModelError
 from slidecube.models.network_card import Argument
-from slidecube.models.weights import read_file
+from slidecube.models.weights import is_pickle, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def _tensors_of(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
 def _safetensors_of(content: bytes, path: Path) -> dict[str, torch.Tensor]:
     import safetensors.torch  # noqa: PLC0415  torch is slow to import
 
-    if content[:2] == b"PK" or content[:1] == b"\x80":
+    if is_pickle(content):
         raise ModelError(
             f"{path}: is a pickle that is called safetensors; if you trust where it comes from, name it .pt, and only "
             "its tensors are read"

@@ -138,7 +138,7 @@ def check_loss(
     for part in parts:
         if part not in LOSSES:
             near = difflib.get_close_matches(part, LOSSES, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ModelError(f"No loss {part!r}{hint}; losses, which + adds: {', '.join(LOSSES)}")
     if len(set(parts)) < len(parts):
         raise ModelError(f"Loss {name!r} names one twice")

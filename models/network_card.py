@@ -352,8 +352,12 @@ def _problem(problem: Any, tables: Mapping[str, Any]) -> str:
     if problem["type"] == "value_error":
         return f"{where}: {problem['ctx']['error']}"
     got, allowed = repr(_value_at(tables, loc)), problem["msg"].removeprefix("Input should be ")
+    allowed = _NAMES if where == "name" and problem["type"] == "string_pattern_mismatch" else allowed
     got = got if len(got) <= _SHOWN_CHARACTERS else f"{got[: _SHOWN_CHARACTERS - 3]}..."
     return f"{where}: got {got}; allowed: {allowed[:1].lower()}{allowed[1:]}"
+
+
+_NAMES = "lower-case letters, digits, '-' and '_', at most 63, the first a letter or digit"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

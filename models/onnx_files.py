@@ -47,7 +47,8 @@ def import_onnx(path: Path, *, channels: int, output: Meaning, window_px: int) -
     takes one window at a time, or gives other maps than `output` says.
     """
     model = _model_of(path)
-    told = [f"opset {_opset(model, path)}"]
+    _require_opset(model, path)
+    told: list[str] = []
     side_px = _require_input(model, path, channels, window_px)
     _free_batch(model)
     told += _try(model.SerializeToString(), path, (channels, side_px or window_px), output)
@@ -91,12 +92,11 @@ def _onnx() -> Any:
     return onnx
 
 
-def _opset(model: onnx.ModelProto, path: Path) -> int:
+def _require_opset(model: onnx.ModelProto, path: Path) -> None:
     versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     if not versions or versions[0] < _OLDEST_OPSET:
         got = f"opset {versions[0]}" if versions else "no opset of ONNX"
         raise ModelError(f"{path}: is of {got}; export it with opset {_OLDEST_OPSET} or later")
-    return int(versions[0])
 
 
 _OLDEST_OPSET = 11

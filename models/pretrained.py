@@ -16,6 +16,7 @@ from torch import nn
 
 from slidecube.models.errors import ModelError
 from slidecube.models.nets.segmentation import check_encoder, segmentation_library
+from slidecube.models.weights import is_pickle
 
 _PREFIXES = ("", "encoder.", "encoder.model.")
 """Where a file's names may belong: to the whole network, to smp's encoder, or to timm's inside it."""
@@ -78,6 +79,11 @@ def _tensors(content: bytes) -> dict[str, torch.Tensor]:
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError):
+        if is_pickle(content):
+            raise ModelError(
+                "pretrained weights are a pickle that is called safetensors; if you trust where it comes from, save "
+                "its tensors with safetensors.torch.save_file"
+            ) from None
         raise ModelError("pretrained weights are no safetensors file, or a damaged one") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -42,7 +42,7 @@ from slidecube.models.devices import require_device
 from slidecube.models.errors import DivergedError, ModelError
 from slidecube.models.losses import loss_function
 from slidecube.models.network_card import Argument
-from slidecube.models.patches import Patches
+from slidecube.models.patches import LANDSLIDE, Patches
 from slidecube.models.thresholds import best_threshold, empty_histogram, logit_histogram
 from slidecube.models.together import ALONE, Peers, require_devices, run_together
 from slidecube.models.train_settings import AugmentSettings, TrainSettings
@@ -141,9 +141,9 @@ def train(
     Raises ModelError, in one line, before it starts: for data that nothing can be learnt from or judged by, settings
     that do not fit; and on the way: for a damaged patch, and DivergedError for a loss that is not finite.
     """
-    require_device(settings.device)
+    require_device(settings.device, table="[training]")
     require_devices(settings)
-    _require_alike(training, validation)
+    require_alike(training, validation)
     require_judgeable(validation, "validation")
     job = Job(
         architecture=architecture,
@@ -411,7 +411,7 @@ def _layout(module: nn.Module, device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if narrow else torch.channels_last
 
 
-def _require_alike(training: Patches, validation: Patches) -> None:
+def require_alike(training: Patches, validation: Patches) -> None:
     """Raise ModelError unless both kinds of patches have the same features, pixels and side."""
     for what in ("features", "units", "resolution_m", "patch_px"):
         ours, theirs = getattr(training, what), getattr(validation, what)
@@ -492,12 +492,18 @@ def _picture(job: Job, state: TrainingState, device: torch.device) -> None:
         )
 
     parts = [range(i, min(i + 64, len(patches))) for i in range(0, len(patches), 64)]
-    f1 = np.concatenate([curves.f1_of_patches(*logits(part), threshold) for part in parts])
-    best, worst = curves.best_and_worst(f1, s.panel)
+    scored = []
+    for part in parts:
+        logits_nyx, labels_nyx = logits(part)
+        holds = (labels_nyx == LANDSLIDE).any(axis=(1, 2))
+        scored.append((curves.f1_of_patches(logits_nyx, labels_nyx, threshold), holds))
+    f1, holds = (np.concatenate(column) for column in zip(*scored, strict=True))
+    best, worst = curves.best_and_worst(f1, holds, s.panel)
     rows = []
     for i in best + worst:
         (logits_yx,), (labels_yx,) = logits([i])
-        title = f"{'best' if i in best else 'worst'}: patch {i} of {patches.regions[i]}, F1 {f1[i]:.2f}"
+        how = f"F1 {f1[i]:.2f}" if holds[i] else "no landslide"
+        title = f"{'best' if i in best else 'worst'}: patch {i} of {patches.regions[i]}, {how}"
         probability_yx = 1 / (1 + np.exp(-logits_yx.astype(np.float64)))
         x_fyx, _ = read_patch(patches, i)
         rows.append(curves.Pictured(title=title, x_fyx=x_fyx, y_yx=labels_yx, probability_yx=probability_yx))

@@ -29,6 +29,11 @@ def read_file(path: Path, what: str) -> bytes:
         raise ModelError(f"{what} cannot be read from {path}: {error.strerror}") from None
 
 
+def is_pickle(content: bytes) -> bool:
+    """Tell whether a file is what torch.save writes, by its first bytes."""
+    return content[:2] == b"PK" or content[:1] == b"\x80"
+
+
 def tensors_of(content: bytes, what: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Take tensors out of a safetensors file, and exactly these.
 

@@ -35,14 +35,16 @@ def models_list(*, workspace: str | None, as_json: bool) -> None:
 
 @models.command("show")
 @click.argument("name")
+@click.option("--all", "whole", is_flag=True, help="Print everything that the card says.")
 @_workspace
 @_as_json
-def models_show(name: str, *, workspace: str | None, as_json: bool) -> None:
+def models_show(name: str, *, whole: bool, workspace: str | None, as_json: bool) -> None:
     """Print the card of a model: NAME, NAME@VERSION or a folder."""
-    from slidecube.pipeline.model_summaries import shown, shown_text
+    from slidecube.pipeline.model_summaries import short_text, shown, shown_text
 
     card = shown(name, workspace)
-    click.echo(json.dumps(card, indent=2) if as_json else shown_text(card))
+    text = shown_text if whole or ("weights" not in card and "members" not in card) else short_text
+    click.echo(json.dumps(card, indent=2) if as_json else text(card))
 
 
 @models.command("verify")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from slidecube.models.network_card import NetworkCard
     from slidecube.pipeline.sweep import Driver, TrainReport
     from slidecube.pipeline.train_config import TrainConfig
 
@@ -57,6 +58,8 @@ def train(
         profile=profile,
         say=None if quiet else sys.stderr,
     )
+    if driver.say is not None:
+        print("reading data", file=driver.say, flush=True)
     if dry_run:
         click.echo(dry_run_text(driver, sweep=sweep, leave_one_out=leave_one_out))
         return
@@ -84,30 +87,31 @@ def _folder(config: TrainConfig, out: Path | None) -> Path:
 
 
 def dry_run_text(driver: Driver, *, sweep: bool, leave_one_out: bool) -> str:
-    """Say what would be trained: data, number of trainings, what of it is done, and their keys."""
-    from dataclasses import replace
+    """Say what would be trained: data, number of trainings, what of it is done, networks, keys, and what looks wrong.
 
-    from slidecube.pipeline.train_config import candidates, check_losses
+    Raises what the run would refuse before it trains.
+    """
+    from slidecube.pipeline.leave_one_out import planned_folds
     from slidecube.pipeline.training import done_keys
+    from slidecube.pipeline.training_checks import network_sizes, warnings_of
     from slidecube.pipeline.training_data import explain_text
-    from slidecube.pipeline.training_data import leave_one_out as folds
 
-    config = driver.config
-    check_losses(config.path, config.tables, sweep=sweep)
-    wanted = candidates(config, sweep=sweep)
-    if leave_one_out:
-        wanted = [replace(wanted[0], held_out=region) for region, _ in folds(config.tables.data)]
-    works = driver.works(wanted)
+    works = planned_folds(driver) if leave_one_out else driver.planned(sweep=sweep)
     done = len(done_keys(driver.out, works))
-    training = config.tables.training
-    data = driver.data(wanted[0])
+    config, training = driver.config, driver.config.tables.training
+    data = driver.data(works[0].candidate)
     epoch = training.batch * training.iterations or len(data.training)
     lines = [
         "data of the first training:",
         explain_text(data),
         f"trainings: {len(works)}, of which {done} are done in {driver.out}",
         f"each: {epoch:,} patches an epoch, {training.epochs} epochs, fewer after {training.patience} without gain",
+        *(
+            f"{architecture} of {features} feature{'s' * (features != 1)}: {n:,} weights"
+            for (architecture, features), n in network_sizes(works).items()
+        ),
         *(f"{work.key}  {work.candidate.label}" for work in works),
+        *(f"warning: {line}" for line in warnings_of(config, works, driver.data)),
     ]
     return "\n".join(lines)
 
@@ -122,8 +126,43 @@ def report_text(report: TrainReport) -> str:
     lines += [f"failed: {work.candidate.label}: {reason}" for work, reason in report.failed]
     lines += [f"note: {work.candidate.label}: {text}" for work, text in report.notes]
     lines += [f"wrote {path}" for path in report.files]
-    for folder in report.models:
-        lines.append(f'model {folder}; map with it: [detect] model = "{folder}"')
-        if not read_card(folder).null_run:
+    lines += [f"warning: {line}" for line in report.warnings]
+    cards = [read_card(folder) for folder in report.models]
+    best = max((_validation_f1(card) for card in cards), default=0.0)
+    for folder, card in zip(report.models, cards, strict=True):
+        lines.append(f"model {folder}")
+        lines.append(f"{folder.name}: {scores_line(card)}")
+        if not card.null_run:
             lines.append(f"no null run: how much {folder.name} maps where nothing happened is not known")
+        if _validation_f1(card) < best:
+            lines.append(
+                f"{folder.name} is worse on validation than the other one (F1 {_validation_f1(card):.3f} against "
+                f"{best:.3f}): not recommended"
+            )
+        else:
+            lines.append(f'map with it: [detect] model = "{folder}"')
     return "\n".join(lines)
+
+
+def _validation_f1(card: NetworkCard) -> float:
+    return float(card.metrics.get("validation", {}).get("f1", 0.0))
+
+
+def scores_line(card: NetworkCard) -> str:
+    """F1 of the test, or of validation where there is none, its interval, the threshold, and on how many landslides."""
+    part, scores = (
+        ("test", card.metrics) if "f1" in card.metrics else ("validation", card.metrics.get("validation", {}))
+    )
+    pair = scores.get("f1_interval")
+    f1 = f"{scores['f1']:.3f}" if "f1" in scores else "not defined"
+    said = [
+        f"{part} F1 {f1}{f' ({pair[0]:.3f} to {pair[1]:.3f})' if pair else ''}",
+        f"threshold {card.output.threshold:.2g}",
+    ]
+    counts = [
+        row["landslides"]
+        for row in card.training.get("patches", ())
+        if row.get("part") == part and "landslides" in row
+    ]
+    said += [f"{sum(counts)} landslide{'s' * (sum(counts) != 1)}"] if counts else []
+    return f"{', '.join(said)}{' (simulated)' * card.simulated}"

@@ -104,6 +104,13 @@ class OpenCube:
         hit = shapely.intersects(area, boxes) & ~shapely.touches(area, boxes)
         return rows[hit], cols[hit]
 
+    @property
+    def percent_landslide(self) -> int:
+        """Share of the area of interest under known landslides that are observed, in whole percent."""
+        pixel_m2 = self.cube.plan.grid.resolution_m**2
+        places = np.unique(np.stack([self.landslides.rows, self.landslides.cols]), axis=1).shape[1]
+        return round(100 * float(places) * pixel_m2 / float(shapely.area(self.cube.plan.aoi_shape)))
+
     def blocks(self) -> dict[tuple[int, int], bool]:
         """Spatial blocks that hold a patch of it, and whether one of those holds a landslide."""
         cells = np.stack(self.cells(), axis=1)
@@ -203,7 +210,9 @@ def crops(opened: OpenCube, count: int, *, blocks: Blocks | None = None) -> Cube
         ends_n=ends,
         seed=settings.seed,
     )
-    return _patches(opened, places, {**_counted(kept), **wanted})
+    return _patches(
+        opened, places, {**_counted(kept), **wanted, "percent landslide": opened.percent_landslide}
+    )
 
 
 def side_by_side(opened: OpenCube, *, blocks: Blocks | None = None) -> CubePatches:

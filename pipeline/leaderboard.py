@@ -213,21 +213,32 @@ def _versus(found: Sequence[Standing], ensembles: Sequence[EnsembleRow]) -> str:
         any_known = False
         for setting in dict.fromkeys(one.setting for one in ensembles):
             best = next(one for one in found if one.work.candidate.setting == setting)
-            single = (best.judged.get(pick) or {}).get("f1")
+            single = best.judged.get(pick) or {}
             by_size = {len(one.members): one for one in ensembles if one.setting == setting}
             cells = [_against(getattr(by_size[k], pick) if k in by_size else None, single) for k in sizes]
-            any_known |= single is not None
-            lines.append(_line(setting, _cell(single), *cells))
+            any_known |= "f1" in single
+            lines.append(_line(setting, _cell(single.get("f1")), *cells))
         if any_known:
-            parts += [f"F1 on {name}:", "\n".join(lines)]
+            parts += [
+                f"F1 on {name} (a difference in percent only where the intervals lie apart):",
+                "\n".join(lines),
+            ]
     return "\n\n".join(parts)
 
 
-def _against(scores: Mapping[str, Any] | None, single: float | None) -> str:
-    f1 = (scores or {}).get("f1")
+def _against(scores: Mapping[str, Any] | None, single: Mapping[str, Any]) -> str:
+    """F1 of an ensemble, and by how much it differs from the single's where that is more than chance."""
+    scores = scores or {}
+    f1, other = scores.get("f1"), single.get("f1")
     if f1 is None:
         return "-"
-    return f"{f1:.3f}" if not single else f"{f1:.3f} ({100 * (f1 / single - 1):+.0f} %)"
+    return f"{f1:.3f} ({100 * (f1 / other - 1):+.0f} %)" if other and _apart(scores, single) else f"{f1:.3f}"
+
+
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether the intervals of two F1 share nothing; unknown ones may."""
+    ours, theirs = one.get("f1_interval"), other.get("f1_interval")
+    return bool(ours and theirs and (ours[0] > theirs[1] or theirs[0] > ours[1]))
 
 
 def points(found: Sequence[Standing], ensembles: Sequence[EnsembleRow]) -> list[Point]:

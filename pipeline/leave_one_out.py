@@ -15,6 +15,7 @@ from slidecube.models.weights import write_whole
 from slidecube.pipeline.leaderboard import Standing, standings, table
 from slidecube.pipeline.sweep import Driver, TrainReport
 from slidecube.pipeline.train_config import candidates, check_losses
+from slidecube.pipeline.training import Work
 from slidecube.pipeline.training_data import leave_one_out
 
 PARQUET, MARKDOWN = "leave-one-out.parquet", "leave-one-out.md"
@@ -27,11 +28,7 @@ def leave_one_out_run(driver: Driver) -> TrainReport:
 
     Raises PipelineError where there are too few regions.
     """
-    config = driver.config
-    check_losses(config.path, config.tables, sweep=False)
-    regions = [region for region, _ in leave_one_out(config.tables.data)]
-    one = candidates(config, sweep=False)[0]
-    works = driver.works([replace(one, held_out=region) for region in regions])
+    config, works = driver.config, planned_folds(driver)
     report = driver.train(works)
     found = standings(driver.out, works, {work.key: reason for work, reason in report.failed})
     text = markdown(sorted(found, key=lambda s: s.work.candidate.held_out), title=config.tables.name)
@@ -42,6 +39,20 @@ def leave_one_out_run(driver: Driver) -> TrainReport:
         write_whole(Path(path), content)
     complete = len(report.failed) <= config.tables.cluster.failure_budget
     return replace(report, complete=complete, files=files, tables=text)
+
+
+def planned_folds(driver: Driver) -> list[Work]:
+    """A candidate for each region that is left out, after every check that needs no training.
+
+    Raises PipelineError where there are too few regions, and for what would be refused later.
+    """
+    config = driver.config
+    check_losses(config.path, config.tables, sweep=False)
+    regions = [region for region, _ in leave_one_out(config.tables.data)]
+    one = candidates(config, sweep=False)[0]
+    works = driver.works([replace(one, held_out=region) for region in regions])
+    driver.check(works)
+    return works
 
 
 def markdown(found: Sequence[Standing], *, title: str) -> str:

@@ -25,9 +25,10 @@ from slidecube.models.registry import (
 from slidecube.models.weights import write_whole
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.feature_sets import require_known
-from slidecube.pipeline.features import feature
+from slidecube.pipeline.features import FEATURES, feature, is_built_in
 from slidecube.pipeline.model_registry import find, is_rule, require_units
 from slidecube.pipeline.published import FEATURE_SETS
+from slidecube.pipeline.refusals import did_you_mean
 from slidecube.pipeline.storage import fetched
 from slidecube.pipeline.store import Workspace
 
@@ -124,24 +125,35 @@ def require_known_features(inputs: Inputs, layers: Sequence[str] = ()) -> None:
     """Refuse features that this build does not make; layers : names of those that a TOML brings."""
     from slidecube.models.card import FeatureSpec  # noqa: PLC0415
 
+    for name in inputs.names:
+        if not is_built_in(name) and name not in layers:
+            raise PipelineError(
+                f"No feature {name!r}{did_you_mean(name, FEATURES)}: `slidecube features` lists those of this build; "
+                f"of a [[layer]] of the runs that will use the network, say --layer {name}"
+            )
     require_known(FeatureSpec(names=inputs.names, version=inputs.version), tuple(layers))
 
 
 def _state(file: Path, card: NetworkCard, output: str | None) -> tuple[bytes, Sequence[str], dict[str, Any]]:
     from slidecube.models.importing import import_state  # noqa: PLC0415  torch is slow to import
+    from slidecube.models.judging import windows_of  # noqa: PLC0415
 
     if output is not None:
         raise ModelError(
             f"{file}: output says what an ONNX gives; networks of slidecube give logits, leave it out"
         )
-    assert card.architecture is not None
-    found = import_state(
-        file,
-        architecture=card.architecture.name,
-        channels=len(card.inputs.names),
-        arguments=card.architecture.arguments,
-    )
-    return found.content, found.told, {}
+    own = card.architecture
+    assert own is not None
+    channels = len(card.inputs.names)
+    found = import_state(file, architecture=own.name, channels=channels, arguments=own.arguments)
+    _, _, field = windows_of(own.name, own.arguments, channels, patch_px=own.window_px)
+    told = list(found.told)
+    if own.margin_px < field // 2:
+        told.append(
+            f"warning: margin_px = {own.margin_px} is below half of the receptive field that was measured, {field} px: "
+            f"windows may show in the map; say --margin-px {field // 2} or more"
+        )
+    return found.content, told, {"receptive_px": field}
 
 
 def _onnx(file: Path, card: NetworkCard, output: str | None) -> tuple[bytes, Sequence[str], dict[str, Any]]:

@@ -134,6 +134,81 @@ def shown(name: str, workspace: str | None) -> dict[str, Any]:
     }
 
 
+def short_text(card: dict[str, Any]) -> str:
+    """Lay out what a user asks first of a network's card."""
+    simulated = "trained on simulated scenes; its scores say nothing about real ones"
+    null, metrics, output = card["null_run"], card.get("metrics", {}), card["output"]
+    said = [
+        ("model", f"{card['name']}@{card['version']}"),
+        ("SIMULATED", simulated if card.get("simulated") else ""),
+        ("", card["description"]),
+        ("reads", ", ".join(card["inputs"]["names"])),
+        ("resolution", f"{card['inputs']['resolution_m']:g} m"),
+        *_computes(card),
+        *_learnt(card.get("training", {})),
+        ("F1 test", _f1(metrics)),
+        ("F1 valid.", _f1(metrics.get("validation", {}))),
+        ("threshold", f"{output['threshold']:.3g}, {output.get('chosen') or 'not said how it was chosen'}"),
+        ("smallest", f"{output.get('min_area_m2', 0):g} m2"),
+        ("calibration", card.get("calibration", {}).get("method", "none")),
+        ("null run", _facts(null) or "no null run: how much it maps where nothing happened is not known"),
+        ("licence", card["licence"]),
+        ("folder", card["folder"]),
+        ("", "everything: --all; for programs: --json"),
+    ]
+    return "\n".join(f"{key:<12} {text}" for key, text in said if text)
+
+
+def _computes(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows on what computes, and in which windows."""
+    if "architecture" not in card:
+        return [("members", ", ".join(card["members_are"]))]
+    own = card["architecture"]
+    arguments = ", ".join(f"{key} = {value}" for key, value in own.get("arguments", {}).items())
+    field = own.get("receptive_px", 0)
+    looks = (
+        f"{field} px"
+        if field
+        else "not measured"
+        if own["name"] == "onnx"
+        else "whole window, or not measured"
+    )
+    return [
+        ("network", f"{own['name']}{f' ({arguments})' if arguments else ''}"),
+        ("windows", f"{own['window_px']} px, margins of {own['margin_px']} px; receptive field: {looks}"),
+    ]
+
+
+def _learnt(training: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row for each set of patches."""
+    return [
+        (
+            row["part"],
+            f"{row['patches']:,} patches of {', '.join(row['regions'])}"
+            + (f", landslide polygons: {row['landslides']:,}" if "landslides" in row else ""),
+        )
+        for row in training.get("patches", ())
+    ]
+
+
+def _f1(scores: dict[str, Any]) -> str:
+    """F1 and its interval, and how many landslides it counts."""
+    if "f1" not in scores:
+        return ""
+    pair = scores.get("f1_interval")
+    objects = [scores[key] for key in ("truth_found", "truth_missed") if key in scores]
+    counted = f", groups of connected landslide pixels: {sum(objects):,}" if objects else ""
+    return f"{scores['f1']:.3f}{f' ({pair[0]:.3f} to {pair[1]:.3f})' if pair else ''}{counted}"
+
+
+def _facts(table: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in table.items()
+        if isinstance(value, int | float | str) and value != ""
+    )
+
+
 def shown_text(card: dict[str, Any]) -> str:
     """Lay a card out as lines, keys to the left."""
     simulated = ["SIMULATED    trained on simulated scenes; its scores say nothing about real ones"]
@@ -150,10 +225,24 @@ def _lines(key: str, value: Any, indent: int = 0) -> list[str]:
     pad = " " * indent
     if isinstance(value, dict):
         return [f"{pad}{key}", *(line for k, v in value.items() for line in _lines(k, v, indent + 2))]
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return [f"{pad}{key}", *(f"{pad}  {_row_text(one)}" for one in value)]
+    if value in ("", [], {}):
+        return []
     if isinstance(value, list):
         value = ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in value)
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return [f"{pad}{key:<{max(1, 12 - indent)}} {text}"]
+
+
+def _row_text(row: Any) -> str:
+    """A table of a list in one line, without braces."""
+    if not isinstance(row, dict):
+        return str(row)
+    return ", ".join(
+        f"{key} {' '.join(f'{k} ({n})' for k, n in value.items()) if isinstance(value, dict) else value}"
+        for key, value in row.items()
+    )
 
 
 def verified(name: str | None, workspace: str | None) -> Iterator[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 
 import geopandas as gpd
 import numpy as np
@@ -145,8 +146,9 @@ def _table(path: Path, layer: str | None) -> gpd.GeoDataFrame:
     except PipelineError:
         raise
     except Exception as error:  # noqa: BLE001  GDAL, GEOS and Arrow each have errors of their own
+        why = shorten(str(error), 160, placeholder=" ...")
         raise PipelineError(
-            f"Reference {str(path)!r} cannot be read as a vector file ({' '.join(str(error).split())[:160]}); give a "
+            f"Reference {str(path)!r} cannot be read as a vector file ({why}); give a "
             "GeoPackage, GeoJSON, shapefile or GeoParquet"
         ) from None
     if not isinstance(table, gpd.GeoDataFrame):

@@ -53,6 +53,7 @@ from slidecube.pipeline.training import (
     train_task,
     work_of,
 )
+from slidecube.pipeline.training_checks import check_trainings, warnings_of
 from slidecube.pipeline.training_data import Data
 
 STAGE = "train"
@@ -64,7 +65,8 @@ class TrainReport:
 
     trained : candidates that were trained now; there : that were done before; failed : the others, with reasons
     notes : of trainings that are done, what a user should know
-    models : folders of what was saved; tables : Markdown; files : that were written beside them
+    models : folders of what was saved; warnings : what is likely wrong, a line each
+    tables : Markdown; files : that were written beside them
     """
 
     trained: int
@@ -72,6 +74,7 @@ class TrainReport:
     failed: tuple[tuple[Work, str], ...] = ()
     notes: tuple[tuple[Work, str], ...] = ()
     models: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
     tables: str = ""
     files: tuple[Path, ...] = ()
     complete: bool = True
@@ -94,11 +97,8 @@ class Driver:
     def single(self) -> TrainReport:
         """Train the one network of the TOML, and save it as a model."""
         config = self.config
-        check_losses(config.path, config.tables, sweep=False)
-        works = self.works(candidates(config, sweep=False))
+        works = self.planned(sweep=False)
         name, key = config.tables.name, single_key(works[0], config)
-        if not is_saved(config, self.out, name, key):
-            require_null_run(config, works)
         report = self.train(works)
         if report.failed:
             raise PipelineError(report.failed[0][1])
@@ -111,15 +111,8 @@ class Driver:
     def sweep(self) -> TrainReport:
         """Train everything that [sweep] combines; rank, choose, and save the best network and the best ensemble."""
         config = self.config
-        check_losses(config.path, config.tables, sweep=True)
-        works = self.works(candidates(config, sweep=True))
-        key = sweep_key(works, config)
-        names = {
-            kind: f"{config.tables.name}{end}" for kind, end in (("single", ""), ("ensemble", "-ensemble"))
-        }
-        saved = [is_saved(config, self.out, name, key) for name in names.values()]
-        if not all(saved):
-            require_null_run(config, works)
+        works = self.planned(sweep=True)
+        key, names = sweep_key(works, config), self._names(sweep=True)
         report = self.train(works)
         found = standings(self.out, works, {work.key: reason for work, reason in report.failed})
         done = [one for one in found if one.score is not None]
@@ -132,6 +125,33 @@ class Driver:
         files = write_leaderboard(self.out, found, rows, title=config.tables.name)
         text = files[0].read_text(encoding="utf-8")
         return replace(report, complete=complete, models=models, files=files, tables=text)
+
+    def planned(self, *, sweep: bool) -> list[Work]:
+        """Candidates with their keys, after every check that needs no training.
+
+        Raises PipelineError, ModelError or CatalogError for what would be refused later.
+        """
+        config = self.config
+        check_losses(config.path, config.tables, sweep=sweep)
+        works = self.works(candidates(config, sweep=sweep))
+        key = sweep_key(works, config) if sweep else single_key(works[0], config)
+        saved = [is_saved(config, self.out, name, key) for name in self._names(sweep=sweep).values()]
+        if not all(saved):
+            require_null_run(config, works)
+        self.check(works)
+        return works
+
+    def check(self, works: Sequence[Work]) -> None:
+        """Check the candidates of which something is left to do."""
+        done = done_keys(self.out, works)
+        due = [work for work in works if work.key not in done]
+        if due:
+            check_trainings(self.config, due, self.data, runner=self._profile().runner)
+
+    def _names(self, *, sweep: bool) -> dict[str, str]:
+        """Names of the models that are saved."""
+        name = self.config.tables.name
+        return {"single": name, "ensemble": f"{name}-ensemble"} if sweep else {"single": name}
 
     def _ensembles(self, done: Sequence[Standing]) -> list[EnsembleRow]:
         data = self.data(done[0].work.candidate)
@@ -186,9 +206,9 @@ class Driver:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         with Lock(self.out / "locks", run=self.config.tables.name) as lock:
-            due = self._due(works)
-            if due:
-                self._require_parts({work.key: work for work in works}[due[0].tile])
+            due, warnings = self._due(works), warnings_of(self.config, works, self.data)
+            for line in warnings if due else ():
+                self._line(f"warning: {line}")
             failed, notes = self._on_workers(works, due, lock) if due else ({}, {})
         by_key = {work.key: work for work in works}
         return TrainReport(
@@ -196,19 +216,8 @@ class Driver:
             there=len(works) - len(due),
             failed=tuple((by_key[key], reason) for key, reason in failed.items()),
             notes=tuple((by_key[key], text) for key, text in notes.items()),
+            warnings=tuple(warnings),
         )
-
-    def _require_parts(self, work: Work) -> None:
-        """Refuse data with nothing to learn from or to choose by, before workers are started and 360 of them fail."""
-        from slidecube.models.batches import require_judgeable  # noqa: PLC0415  torch is slow to import
-
-        data = self.data(work.candidate)
-        for part, patches in (("learn from", data.training), ("choose by", data.validation)):
-            if not len(patches):
-                raise PipelineError(
-                    f"{self.config.path}: data: no table gives patches to {part}; look at their use and region"
-                )
-        require_judgeable(data.validation, "validation")
 
     def _due(self, works: Sequence[Work]) -> list[TileTask]:
         known, done = ledger_of(self.out).keys(), done_keys(self.out, works)

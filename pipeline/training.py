@@ -187,13 +187,16 @@ def initial_of(config: TrainConfig, candidate: Candidate) -> bytes | None:
     name = config.tables.network.pretrained
     if name is None:
         return None
-    return initial_weights(
-        candidate.architecture,
-        arguments_of(candidate),
-        len(candidate.features),
-        content=None if name == HUB_CACHE else _pretrained(config, name),
-        seed=config.tables.training.seed,
-    )
+    try:
+        return initial_weights(
+            candidate.architecture,
+            arguments_of(candidate),
+            len(candidate.features),
+            content=None if name == HUB_CACHE else _pretrained(config, name),
+            seed=config.tables.training.seed,
+        )
+    except ModelError as error:
+        raise ModelError(f"network.pretrained = {name!r} for {candidate.architecture}: {error}") from None
 
 
 def _pretrained(config: TrainConfig, name: str) -> bytes:

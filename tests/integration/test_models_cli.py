@@ -16,6 +16,7 @@ import pytest
 import torch
 from pystac.extensions.mlm import MLMExtension
 
+from slidecube.models.architectures import build_network
 from slidecube.models.network_card import read_card
 from slidecube.models.registry import save_ensemble, verify_files
 
@@ -62,6 +63,41 @@ def test_a_broken_card_does_not_hide_the_others(command, mine, small):
     rows = {row["model"]: row for row in json.loads(command("models", "list", "--json").out)}
     assert rows["small@1"]["simulated"] is True
     assert "not valid TOML" in rows["broken@1"]["error"]
+
+
+def test_the_receptive_field_is_measured_on_import_and_a_narrow_margin_is_told(command, mine, tmp_path):
+    module = build_network("resunet", 1, {"width": 4, "depth": 1})
+    torch.save(module.state_dict(), tmp_path / "w.pt")
+    words = ["models", "import", tmp_path / "w.pt", "--architecture", "resunet", "--arguments", "width=4"]
+    words += [
+        "--arguments",
+        "depth=1",
+        "--features",
+        "rdndvi",
+        "--mean",
+        "0",
+        "--std",
+        "1",
+        "--threshold",
+        "0.5",
+    ]
+    words += ["--licence", "MIT", "--description", "random"]
+    assert (
+        "warning: margin_px = 0 is below half of the receptive field"
+        in command(*words, "--name", "narrow", "--margin-px", "0").out
+    )
+    assert "warning" not in command(*words, "--name", "wide", "--margin-px", "32").out
+    shown = json.loads(command("models", "show", "wide", "--json").out)
+    assert shown["architecture"]["receptive_px"] % 2 == 1
+    short, whole = command("models", "show", "wide").out, command("models", "show", "wide", "--all").out
+    assert len(short.splitlines()) < 20
+    assert "weights" not in short
+    assert "sha256" in whole
+    refused = command(
+        *words[: words.index("rdndvi")], "rdndvj", *words[words.index("rdndvi") + 1 :], "--name", "x"
+    ).refusal
+    assert "did you mean 'rdndvi'" in refused
+    assert "say --layer rdndvj" in refused
 
 
 def test_a_card_is_shown(command, mine, small):

@@ -16,16 +16,18 @@ import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
+import torch
 
 from slidecube.models import architectures
 from slidecube.models.card import FeatureSpec
 from slidecube.models.errors import ModelError
-from slidecube.models.network_card import read_card
-from slidecube.pipeline import ensembles_chosen, sweep, trained_models, training
+from slidecube.models.network_card import Inputs, NetworkCard, read_card, write_card
+from slidecube.pipeline import ensembles_chosen, leaderboard, sweep, trained_models, training, training_checks
 from slidecube.pipeline.cli_train import dry_run_text, report_text
 from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.leave_one_out import leave_one_out_run
-from slidecube.pipeline.sweep import Driver
+from slidecube.pipeline.sweep import Driver, TrainReport
 from slidecube.pipeline.train_config import candidates, load_train_config
 from slidecube.pipeline.training_data import Data
 
@@ -256,9 +258,116 @@ def test_data_that_teach_nothing_are_refused_before_anything_starts(tmp_path):
         without("training", n=0).single()
     with pytest.raises(PipelineError, match="no table gives patches to choose by"):
         without("validation", n=0).sweep()
-    with pytest.raises(ModelError, match="validation patches hold no landslide"):
+    with pytest.raises(PipelineError, match=r"training\.toml: The validation patches hold no landslide"):
         without("validation", squares=0).sweep()
     assert not (tmp_path / "out" / "trainings").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"arguments": "{ width = 4, depth = 6 }"}, r"depth = 6 halves down to steps of 64 px.*px = 32"),
+        ({"learning_rate": '0.01\ndevice = "cuda"'}, r"device = 'cuda' needs a GPU.*\[training\]"),
+        ({"window_px": '64\npretrained = "foreign.safetensors"'}, r"network.pretrained = .*fit nowhere"),
+        ({"window_px": '64\npretrained = "pickle.safetensors"'}, r"network.pretrained = .*are a pickle"),
+        ({"reference": '"known.gpkg"\nuse = "train"'}, r'give one use = "validation"'),
+        ({"name": '"tiny"\npatches.shares = [1.0, 0.0, 0.0]\npatches.px = 32'}, r"leaves validation none"),
+        ({"name": '"tiny"\npatches.px = 512'}, r"blocks of 2080 px that hold a patch of 512 px are too few"),
+    ],
+)
+def test_the_dry_run_refuses_what_the_run_refuses_in_the_same_line(tmp_path, monkeypatch, changes, refusal):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.save({"a": torch.zeros(3)}, tmp_path / "pickle.safetensors")
+    safetensors.torch.save_file({"a": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    text, empty = only(TOML, **changes), bool(set(changes) & {"name", "reference"})
+    what = "no table gives patches to choose by; " if empty else ""
+    said = []
+    for verb in (Driver.single, lambda driver: dry_run_text(driver, sweep=False, leave_one_out=False)):
+        driver = driver_of(tmp_path, text if "patches.px" in text else f"patches.px = 32\n{text}")
+        driver.open = without_validation if empty else tiny_data
+        with pytest.raises(PipelineError, match=rf"training\.toml: .*{what}{refusal}") as error:
+            verb(driver)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    assert not (tmp_path / "out").exists()
+
+
+def without_validation(config, candidate):
+    found = tiny_data(config, candidate)
+    return replace(found, validation=replace(found.validation, n=0))
+
+
+def test_what_is_likely_wrong_is_told_before_and_after(tmp_path, monkeypatch):
+    rows = [
+        {
+            "part": "train",
+            "regions": {"here": 8},
+            "landslides": 40,
+            "on confusers": 0,
+            "percent landslide": 73,
+        },
+        {"part": "validation", "regions": {"here": 6}, "landslides": 12},
+        {"part": "test", "regions": {"here": 6}, "landslides": 1},
+    ]
+    monkeypatch.setattr(training_checks, "explain", lambda _: rows)
+    monkeypatch.setattr(trained_models, "explain", lambda _: rows)
+    text = 'patches.confusers = ["flat-loss"]\n' + QUICK
+    heard = io.StringIO()
+    planned = dry_run_text(driver_of(tmp_path, text), sweep=True, leave_one_out=False)
+    assert "resunet of 1 feature: " in planned
+    report = driver_of(tmp_path, text, say=heard).sweep()
+    lines = report_text(report).splitlines()
+    for text in (planned, heard.getvalue(), "\n".join(lines)):
+        assert "warning: test holds 1 landslide, fewer than 10" in text
+        assert "validation holds" not in text
+        assert "here: 73 % of the ground is labelled landslide" in text
+        assert "confusers flat-loss were found nowhere, so hard = 0.25" in text
+    cards = [read_card(folder) for folder in report.models]
+    assert (
+        sum(line.startswith("map with it") for line in lines)
+        + sum("not recommended" in line for line in lines)
+        == 2
+    )
+    worse = [
+        card.metrics["validation"]["f1"] < max(c.metrics["validation"]["f1"] for c in cards) for card in cards
+    ]
+    assert sum("not recommended" in line for line in lines) == sum(worse)
+    f1, (low, high) = cards[0].metrics["f1"], cards[0].metrics["f1_interval"]
+    assert any(f"tiny@1: test F1 {f1:.3f} ({low:.3f} to {high:.3f}), threshold" in line for line in lines)
+    assert all("1 landslide" in line for line in lines if "threshold" in line and line.startswith("tiny"))
+
+
+def test_an_ensemble_that_is_worse_than_the_single_is_not_recommended(tmp_path):
+    folders = []
+    for name, f1 in (("one", 0.6), ("one-ensemble", 0.5)):
+        folder = tmp_path / f"{name}@1"
+        inputs = Inputs(names=("rdndvi",), units=("1",), mean=(0.0,), std=(1.0,))
+        write_card(
+            folder,
+            NetworkCard(
+                name=name, version=1, description="SIMULATED.", licence="MIT", inputs=inputs,
+                output={"threshold": 4.9e-5},
+                architecture={"name": "resunet", "window_px": 64, "margin_px": 8},
+                weights={"file": "weights.safetensors", "sha256": "0" * 64},
+                metrics={"validation": {"f1": f1}},
+            ),
+        )  # fmt: skip
+        folders.append(folder)
+    lines = report_text(TrainReport(trained=0, there=1, models=tuple(folders))).splitlines()
+    assert "one@1: validation F1 0.600, threshold 4.9e-05" in lines
+    assert lines[-1].startswith(
+        "one-ensemble@1 is worse on validation than the other one (F1 0.500 against 0.600)"
+    )
+    assert [line for line in lines if line.startswith("map with")] == [
+        f'map with it: [detect] model = "{folders[0]}"'
+    ]
+
+
+def test_a_difference_in_percent_is_told_only_where_intervals_lie_apart():
+    single = {"f1": 0.5, "f1_interval": [0.4, 0.6]}
+    assert leaderboard._against({"f1": 0.55, "f1_interval": [0.5, 0.6]}, single) == "0.550"
+    assert leaderboard._against({"f1": 0.75, "f1_interval": [0.7, 0.8]}, single) == "0.750 (+50 %)"
+    assert leaderboard._against({"f1": 0.75}, single) == "0.750"
 
 
 def test_without_a_test_the_card_says_only_how_validation_went(tmp_path):

@@ -85,7 +85,7 @@ def test_f1_of_patches_is_scikit_learns():
     ],
 )
 def test_best_and_worst_are_never_the_same(f1, count, want):
-    assert best_and_worst(np.array(f1), count) == want
+    assert best_and_worst(np.array(f1), np.ones(len(f1), bool), count) == want
 
 
 def pictured(names, unknown):
@@ -95,6 +95,12 @@ def pictured(names, unknown):
     y[4:9, 4:9] = 1
     x[:, unknown], y[unknown] = np.nan, IGNORE
     return Pictured(title="best: patch 0", x_fyx=x, y_yx=y, probability_yx=rng.random((32, 32)))
+
+
+def test_a_patch_without_a_landslide_is_never_the_best():
+    f1, holds = np.array([0.0, 0.0, np.nan, 0.8]), np.array([False, True, False, True])
+    assert best_and_worst(f1, holds, 2) == ([3, 1], [0])
+    assert best_and_worst(f1[:1], holds[:1], 2) == ([], [0])
 
 
 @pytest.mark.parametrize(

@@ -317,11 +317,11 @@ def test_compiled_it_learns_the_same(tmp_path):
                 {"width": 4, "depth": 2},
                 TRAINING,
                 VALIDATION,
-                replace(QUICK, compile=compile),
-                folder=tmp_path / str(compile),
+                replace(QUICK, compile=compiles),
+                folder=tmp_path / str(compiles),
             )
         )
-        for compile in (False, True)
+        for compiles in (False, True)
     )
     np.testing.assert_allclose(compiled["loss"], plain["loss"], rtol=1e-4)
 
