@@ -77,6 +77,13 @@ def _receptive_px(architecture: str, arguments: tuple[tuple[str, Argument], ...]
         return receptive_px(build_network(architecture, channels, dict(arguments)), channels, WINDOW_MAX_PX)
 
 
+def count_weights(architecture: str, arguments: Mapping[str, Argument], channels: int) -> int:
+    """Count the weights that a network learns, without making them."""
+    with torch.device("meta"):
+        module = build_network(architecture, channels, arguments)
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+
+
 def initial_weights(
     architecture: str,
     arguments: Mapping[str, Argument],

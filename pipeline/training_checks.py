@@ -93,18 +93,15 @@ def _check_network(config: TrainConfig, candidate: Candidate) -> None:
 
 def network_sizes(works: Sequence[Work]) -> dict[tuple[str, int], int]:
     """Numbers of weights that are learnt, by architecture and number of features."""
-    import torch  # noqa: PLC0415  it takes seconds
+    from slidecube.models.judging import count_weights  # noqa: PLC0415  torch is slow to import
 
-    from slidecube.models.architectures import build_network  # noqa: PLC0415
-
-    found = {}
-    for work in _each_network(works):
-        candidate = work.candidate
-        with torch.device("meta"):
-            module = build_network(candidate.architecture, len(candidate.features), arguments_of(candidate))
-        sizes = [weight.numel() for weight in module.parameters() if weight.requires_grad]
-        found[(candidate.architecture, len(candidate.features))] = sum(sizes)
-    return found
+    candidates = [work.candidate for work in _each_network(works)]
+    return {
+        (one.architecture, len(one.features)): count_weights(
+            one.architecture, arguments_of(one), len(one.features)
+        )
+        for one in candidates
+    }
 
 
 def warnings_of(config: TrainConfig, works: Sequence[Work], data_of: DataOf) -> list[str]:

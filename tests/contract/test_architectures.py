@@ -300,12 +300,12 @@ def test_siamese_channels_come_from_the_features_names():
 @pytest.mark.parametrize(
     ("name", "channels", "arguments", "message"),
     [
-        ("unett", 3, {}, "No architecture 'unett', did you mean 'unet'\\?; there are: resunet, unet, "),
+        ("unett", 3, {}, "No architecture 'unett' \\(did you mean 'unet'\\?\\); there are: resunet, unet, "),
         (
             "resunet",
             3,
             {"widht": 4},
-            "resunet has no argument 'widht', did you mean 'width'\\?; there are: width, depth",
+            "resunet has no argument 'widht' \\(did you mean 'width'\\?\\); there are: width, depth",
         ),
         ("resunet", 3, {"width": "16"}, "resunet: width = '16' is no int"),
         ("resunet", 3, {"width": True}, "resunet: width = True is no int"),

@@ -200,7 +200,11 @@ def test_half_precision_is_computed_in_single():
 @pytest.mark.parametrize(
     ("name", "numbers", "message"),
     [
-        ("dise", {}, "No loss 'dise', did you mean 'dice'\\?; losses, which \\+ adds: bce, weighted-ce, "),
+        (
+            "dise",
+            {},
+            "No loss 'dise' \\(did you mean 'dice'\\?\\); losses, which \\+ adds: bce, weighted-ce, ",
+        ),
         ("bce+", {}, "No loss ''"),
         ("bce+bce", {}, "names one twice"),
         ("weighted-ce", {}, "needs positive_weight"),

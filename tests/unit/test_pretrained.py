@@ -74,7 +74,8 @@ def test_a_whole_network_is_taken_up_and_fits_more_channels():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: b"\x80\x04pickle", "no safetensors file"),
+        (lambda tensors: b"\x80\x04pickle", "are a pickle that is called safetensors"),
+        (lambda tensors: b"nothing", "no safetensors file"),
         (lambda tensors: content({"a": torch.ones(1)}), "fit nowhere: the file holds a, the network encoder"),
         (lambda tensors: content({**tensors, "conv_stem.weight": torch.ones(16, 3, 5, 5)}), "the shape of"),
         (
