@@ -78,8 +78,9 @@ def _receptive_px(architecture: str, arguments: tuple[tuple[str, Argument], ...]
 
 
 def count_weights(architecture: str, arguments: Mapping[str, Argument], channels: int) -> int:
-    """Count the weights that a network learns, without making them."""
-    with torch.device("meta"):
+    """Count the weights that a network learns."""
+    # not on the device "meta": some networks measure themselves while they are built
+    with torch.random.fork_rng(devices=[]):
         module = build_network(architecture, channels, arguments)
     return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
 

@@ -30,6 +30,7 @@ from slidecube.models.architectures import (
     pre_post_pairs,
 )
 from slidecube.models.errors import ModelError
+from slidecube.models.judging import count_weights
 from slidecube.models.nets.batch_norm import PatientBatchNorm2d
 from slidecube.models.nets.cae import one_thread
 from slidecube.models.nets.resunet import ResUnet
@@ -163,6 +164,16 @@ def test_equal_seeds_build_equal_networks_and_saved_is_loaded_to_the_bit(name):
     content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in weights.items()})
     other.load_state_dict(safetensors.torch.load(content))
     np.testing.assert_array_equal(logits(network(name), x_bcyx), logits(other, x_bcyx))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_weights_are_counted(name):
+    module = network(name)
+    state = torch.get_rng_state()
+    counted = count_weights(name, small(name, 3), 3)
+    learnt = [weight for weight in module.parameters() if weight.requires_grad]
+    assert 0 < counted == sum(weight.numel() for weight in learnt)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -346,7 +346,7 @@ def test_an_ensemble_that_is_worse_than_the_single_is_not_recommended(tmp_path):
             folder,
             NetworkCard(
                 name=name, version=1, description="SIMULATED.", licence="MIT", inputs=inputs,
-                output={"threshold": 4.9e-5},
+                output={"threshold": 0.0049},
                 architecture={"name": "resunet", "window_px": 64, "margin_px": 8},
                 weights={"file": "weights.safetensors", "sha256": "0" * 64},
                 metrics={"validation": {"f1": f1}},
@@ -354,7 +354,7 @@ def test_an_ensemble_that_is_worse_than_the_single_is_not_recommended(tmp_path):
         )  # fmt: skip
         folders.append(folder)
     lines = report_text(TrainReport(trained=0, there=1, models=tuple(folders))).splitlines()
-    assert "one@1: validation F1 0.600, threshold 4.9e-05" in lines
+    assert "one@1: validation F1 0.600, threshold 0.0049" in lines
     assert lines[-1].startswith(
         "one-ensemble@1 is worse on validation than the other one (F1 0.500 against 0.600)"
     )
