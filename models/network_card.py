@@ -332,23 +332,28 @@ def _in_words(card: NetworkCard, names: Sequence[str]) -> str:
 
 
 def card_refusal(error: pydantic.ValidationError, tables: Mapping[str, Any]) -> str:
-    """Render the first problem of a card in one line: the key, what was got, what is allowed."""
+    """Render the first problem of a card in one line: the key, what was got, what is allowed; all that is missing."""
     problems = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+    if problems[0]["type"] != "extra_forbidden":
+        missing = [_where(found) for found in problems if found["type"] == "missing"]
+        if missing:
+            return f"missing: {', '.join(missing)}"
     line = _problem(problems[0], tables)
     others = len(problems) - 1
     return line if others == 0 else f"{line} (and {others} more problem{'s' * (others > 1)})"
 
 
+def _where(problem: Any) -> str:
+    return ".".join(str(part) for part in problem["loc"]) or "the card"
+
+
 def _problem(problem: Any, tables: Mapping[str, Any]) -> str:
-    loc = problem["loc"]
-    where = ".".join(str(part) for part in loc) or "the card"
+    loc, where = problem["loc"], _where(problem)
     if problem["type"] == "extra_forbidden":
         known = _known_keys([part for part in loc[:-1] if isinstance(part, str)])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"{where}: unknown key{hint}; allowed: {', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"{where}: missing"
     if problem["type"] == "value_error":
         return f"{where}: {problem['ctx']['error']}"
     got, allowed = repr(_value_at(tables, loc)), problem["msg"].removeprefix("Input should be ")

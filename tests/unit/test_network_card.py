@@ -178,7 +178,7 @@ BROKEN = {
         "threshold = 1.5",
     ): "output.threshold: got 1.5; allowed: less than or equal to 0.9999",
     ("version = 1\n", "version = 'one'\n"): "version: got 'one'; allowed: a valid integer",
-    ('licence = "CC-BY-4.0"\n', ""): "licence: missing",
+    ('licence = "CC-BY-4.0"\n', ""): "missing: licence",
     ('name = "small"', 'name = "Small Net"'): "name: got 'Small Net'; allowed: ",
     ("schema = 1", "schema = 2"): "schema: got 2; allowed: 1",
     (
