@@ -238,7 +238,9 @@ def test_onnx_runtime_computes_the_same(name):
     x_bcyx = noise(2, 3, 128, 128)
     session = onnxruntime.InferenceSession(_onnx(network(name), x_bcyx), providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {session.get_inputs()[0].name: x_bcyx.numpy()})
-    np.testing.assert_allclose(out, logits(network(name), x_bcyx), atol=1e-4)
+    want = logits(network(name), x_bcyx)
+    # rounding errors grow with the numbers, and logits of drawn weights reach 80
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
 
 
 @pytest.mark.parametrize("name", PEERS)
