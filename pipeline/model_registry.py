@@ -123,6 +123,23 @@ def chosen_network(config: Config, workspace: Workspace) -> Iterator[Chosen | No
         )
 
 
+def card_at_paths(config: Config, workspace: Workspace) -> NetworkCard | None:
+    """Card of the network that a configuration names by paths, as it is now.
+
+    None where only names are given, and where a folder is gone: the copy in the workspace counts then.
+    """
+    cards = [_card_at(Path(text)) for text in config.models if is_path(text)]
+    if not cards or None in cards:
+        return None
+    if len(config.models) == 1:
+        return cards[0]
+    try:
+        with chosen_network(config, workspace) as chosen:
+            return chosen.card if chosen else None
+    except ModelError:  # one that is given by its name is gone
+        return None
+
+
 def require_fitting(card: NetworkCard, config: Config) -> None:
     """Refuse a network that cannot work on a run, in one line each."""
     detect, fit = config.detect, config.fit

@@ -30,7 +30,7 @@ from slidecube.pipeline.errors import PipelineError
 from slidecube.pipeline.estimate import estimate
 from slidecube.pipeline.features import required_variables
 from slidecube.pipeline.keys import SCHEMA_VERSION, content_key
-from slidecube.pipeline.model_registry import adopt, chosen_network, require_adopted
+from slidecube.pipeline.model_registry import adopt, card_at_paths, chosen_network, require_adopted
 from slidecube.pipeline.plan_dem import search_dem
 from slidecube.pipeline.plan_files import Index, read_plan, search_key, write_plan
 from slidecube.pipeline.plan_keys import (
@@ -122,9 +122,10 @@ def plan(config: Config, *, refresh: bool = False) -> RunPlan:
     known = index.runs.get(f"{config.stem} {content_key(config.science())}")
     if known and not refresh and (workspace.plan(known) / "plan.json").exists():
         found = read_plan(workspace, known, config=config)
-        _require_network(found)
-        index.remember(workspace, found)
-        return replace(found, reused_scenes=True)
+        if _is_current(found):
+            _require_network(found)
+            index.remember(workspace, found)
+            return replace(found, reused_scenes=True)
     with _of_the_toml(config):
         model = _model(config, workspace)
     aoi = read_aoi(config.aoi)
@@ -172,6 +173,13 @@ def _model(config: Config, workspace: Workspace) -> Detector:
         if chosen is not None:
             adopt(workspace, chosen.folder, chosen.card)
     return model
+
+
+def _is_current(made: RunPlan) -> bool:
+    """Tell whether the folders that the TOML names hold the network that was planned with, as far as they are there."""
+    with _of_the_toml(made.config):
+        now = card_at_paths(made.config, made.workspace)
+    return now is None or (made.network is not None and now.identity == made.network.content_sha256)
 
 
 def _require_network(made: RunPlan) -> None:

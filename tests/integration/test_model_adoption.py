@@ -152,6 +152,42 @@ def test_another_network_of_the_same_name_is_another_plan_and_key(desk, mine, sm
     assert [layer.key for layer in second.layers] == [layer.key for layer in first.layers]
 
 
+def test_a_folder_that_holds_another_network_now_is_no_longer_what_was_planned_with(
+    command, desk, mine, small
+):
+    """The TOML is the same to the letter; the map must not be that of the weights that lay there before."""
+    folder = mine / "here"
+    small.save(mine)
+    shutil.move(mine / "small@1", folder)
+    first = plan(naming(desk, folder))
+    assert plan(load_config(desk.toml)).run == first.run
+
+    shutil.rmtree(folder)
+    small.save(mine, seed=1)
+    shutil.move(mine / "small@1", folder)
+    assert "The workspace holds another model small@1 already" in command("plan", desk.toml).refusal
+
+    shutil.rmtree(folder)
+    small.save(mine, seed=1, version=2)
+    shutil.move(mine / "small@2", folder)
+    second = plan(load_config(desk.toml))
+    assert second.card.address == "small@2"
+    assert [e.detect_key for e in second.epochs] != [e.detect_key for e in first.epochs]
+    assert [layer.key for layer in second.layers] == [layer.key for layer in first.layers]
+
+
+def test_a_list_of_folders_is_looked_at_again(desk, mine, small):
+    for name, seed in (("one", 0), ("two", 1)):
+        small.save(mine, name=name, seed=seed)
+    first = plan(naming(desk, mine / "one@1", mine / "two@1"))
+    assert plan(load_config(desk.toml)).run == first.run
+    shutil.rmtree(mine / "two@1")
+    assert plan(load_config(desk.toml)).run == first.run, "what is gone lies in the workspace"
+    small.save(mine, name="two", seed=2)
+
+    assert plan(load_config(desk.toml)).card.address != first.card.address
+
+
 def test_networks_in_a_list_are_averaged(desk, mine, small):
     small.save(mine, name="one")
     small.save(mine, name="two", seed=1, names=["ndvi_pre", "slope_deg"], output={"threshold": 0.7})
