@@ -55,7 +55,7 @@ def scene_folders(archive, day_from: str):
         ({"sources": {"dem": "nothing/here.json"}}, "nothing/here.json"),
         ({"detect": {"model": "unet"}}, "models: rdndvi"),
         ({"detect": {"parameters": {"loss": 3.0}}}, "loss_pct"),
-        ({"detect": {"threshold": 1.0}}, "above 0, below 1"),
+        ({"detect": {"threshold": 1.0}}, "0.0001 to 0.9999"),
         ({"detect": {"min_area_m2": 1e9}}, "halo"),
         ({"cube": {"tile": 512}}, "tile_px"),
         ({"cluster": {"profile": "nowhere"}}, "profile"),

@@ -170,6 +170,7 @@ def test_statistics_that_were_fitted_earlier_are_used_as_they_are(cae, command):
         assert f"were fitted to another cube: {next(iter(changes))} =" in elsewhere.refusal
 
 
+@pytest.mark.slow
 def test_damaged_statistics_are_named_and_come_back(cae, command):
     assert command("run", cae.toml, "--quiet").code == 0
     folder = statistics(cae)
@@ -287,6 +288,7 @@ def test_tiles_that_were_mended_after_the_freeze_are_told_and_fitted_again(cae, 
     assert "not fitted" in lacking.refusal
 
 
+@pytest.mark.slow
 def test_a_cut_off_file_of_a_step_is_made_again(cae, command):
     cae.write(detect={"parameters": {**QUICK, "epochs": 60}})
     process = cae.start("fit", cae.toml, "--quiet")

@@ -175,7 +175,7 @@ def references(archive, tmp_path_factory):
     ("composite", "model", "other"),
     [
         pytest.param("greenest", "rdndvi", {"tile_px": 1024, "threads": 2}, id="1024px-2threads", marks=SLOW),
-        pytest.param("greenest", "rdndvi", {"tile_px": 2048}, id="2048px"),
+        pytest.param("greenest", "rdndvi", {"tile_px": 2048}, id="2048px", marks=SLOW),
         pytest.param("greenest", "rdndvi", DASK, id="512px-2processes"),
         pytest.param("greenest", "everything", {"tile_px": 1024, "threads": 2}, id="everything", marks=SLOW),
         pytest.param("greenest", "rdndvi", {"workers": 2}, id="512px-2tiles-at-once", marks=SLOW),
@@ -183,9 +183,15 @@ def references(archive, tmp_path_factory):
             "median", "rdndvi", {"tile_px": 2048, "threads": 2}, id="median-2048px-2threads", marks=SLOW
         ),
         pytest.param(
-            "greenest", "rdndvi", {"tile_px": 1024, "threads": 2, "loader": "stackstac"}, id="stackstac"
+            "greenest",
+            "rdndvi",
+            {"tile_px": 1024, "threads": 2, "loader": "stackstac"},
+            id="stackstac",
+            marks=SLOW,
         ),
-        pytest.param("greenest", "cae-kmeans", {"tile_px": 1024, "threads": 2}, id="cae-1024px-2threads"),
+        pytest.param(
+            "greenest", "cae-kmeans", {"tile_px": 1024, "threads": 2}, id="cae-1024px-2threads", marks=SLOW
+        ),
         pytest.param("greenest", "cae-kmeans", DASK, id="cae-512px-2processes", marks=SLOW),
         pytest.param(
             "greenest", "kmeans-strata", {"tile_px": 1024, "threads": 2}, id="strata-1024px", marks=SLOW
@@ -197,7 +203,7 @@ def references(archive, tmp_path_factory):
         pytest.param(
             "greenest", "network-resunet-small", {"tile_px": 1024, "threads": 2}, id="network-1024px-2threads"
         ),
-        pytest.param("greenest", "network-ensemble", DASK, id="ensemble-512px-2processes"),
+        pytest.param("greenest", "network-ensemble", DASK, id="ensemble-512px-2processes", marks=SLOW),
         pytest.param(
             "greenest",
             "network-pspnet-small",
@@ -266,6 +272,7 @@ def _equal_inventories(one: Path, two: Path) -> None:
         np.testing.assert_array_equal(x[inside], y[inside], err_msg=name)
 
 
+@SLOW
 def test_any_dask_chunk_gives_the_same_composite(archive, tmp_path):
     """The lazy functions on one big cube, whatever its chunks, equal what the batch run stored."""
     workspace = _run(archive, tmp_path / "a", tile_px=1024)

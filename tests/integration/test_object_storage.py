@@ -84,6 +84,7 @@ def test_a_bucket_holds_what_a_folder_holds(folder_run, in_bucket, s3, changes, 
     assert clean(s3) == []
 
 
+@pytest.mark.slow
 def test_shards_that_start_together_make_the_stores_once(folder_run, in_bucket, s3, assert_same_work):
     desk = in_bucket(RULE)
     assert desk.cli("plan", desk.toml).code == 0

@@ -42,12 +42,14 @@ def test_a_second_run_does_nothing(desk, command):
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"cube": {"composite": "median"}}, id="composite"),
+        pytest.param({"cube": {"composite": "median"}}, id="composite", marks=pytest.mark.slow),
         pytest.param({"cube": {"mask": {"dilation_px": 1}}}, id="dilation", marks=pytest.mark.slow),
         pytest.param(
             {"cube": {"mask": {"scl_classes": [0, 1, 3, 9, 10, 11]}}}, id="classes", marks=pytest.mark.slow
         ),
-        pytest.param({"cube": {"bands": ["B02", "B03", "B04", "B08", "B11"]}}, id="bands"),
+        pytest.param(
+            {"cube": {"bands": ["B02", "B03", "B04", "B08", "B11"]}}, id="bands", marks=pytest.mark.slow
+        ),
         pytest.param({"epoch": {"post": ["2018-09-07", "2018-10-20"]}}, id="window"),
         pytest.param({"cube": {"max_cloud_pct": 40.0}}, id="clouds", marks=pytest.mark.slow),
     ],

@@ -223,6 +223,7 @@ def test_half_a_swath_of_another_sensor_is_an_edge_of_its_overpass_and_of_its_se
     assert row["seams"] > 0
 
 
+@pytest.mark.slow
 def test_blocks_within_a_tile_are_audited_where_something_is_made_block_by_block(made_in, archive):
     none = made_in("blocks-off", archive.radar, cube="tile_px = 1024")
     assert not [edge for edge in _edges(none) if edge.kind == "block"]
